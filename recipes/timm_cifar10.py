@@ -1,0 +1,58 @@
+"""
+Train any timm model adversarially, prune it, test it and pack it.
+
+    accelerate launch recipes/timm_cifar10.py --config recipes/configs/timm_cifar10.yaml
+    accelerate launch recipes/timm_cifar10.py --config recipes/configs/timm_cifar10.yaml --target_sparsity 0.99
+
+Every option is in `--help`; the YAML file sets defaults, the command line wins.
+"""
+
+import json
+from dataclasses import dataclass, field
+
+from tscnc_hf.training.recipe import dense_twin, finish, load_data, parse, train
+
+
+@dataclass
+class ModelArguments:
+    """The timm model."""
+
+    architecture: str = field(default="resnet18", metadata={"help": "timm's name of the model."})
+    model_args: str = field(
+        default="{}", metadata={"help": "Arguments of timm.create_model, as JSON (in YAML: a map)."}
+    )
+    pretrained: bool = field(default=False, metadata={"help": "Start from timm's weights (downloads them)."})
+
+    def __post_init__(self):
+        if isinstance(self.model_args, str):
+            try:
+                self.model_args = json.loads(self.model_args)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"model_args={self.model_args!r} is not JSON: {error}") from error
+
+
+def main(args: list[str] | None = None) -> None:
+    config, data_arguments, model_arguments = parse(ModelArguments, args)
+
+    from transformers import set_seed
+
+    from tscnc_hf.training.models import timm_model
+
+    data = load_data(data_arguments, config.seed)
+
+    def build():
+        set_seed(config.seed)
+        options = {"model_args": model_arguments.model_args, "pretrained": model_arguments.pretrained}
+        return timm_model(model_arguments.architecture, data.class_names, data.image_size, data.channels, **options)
+
+    dense = None
+    if data_arguments.compare_dense:
+        twin = train(dense_twin(config), *build(), data, data_arguments.resume)
+        dense = twin.test(data.test, data_arguments.test_attacks)
+    trainer = train(config, *build(), data, data_arguments.resume)
+    finish(trainer, data, data_arguments, dense)
+    trainer.end()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""
+Train a small Vision Transformer adversarially, prune it, test it and pack it.
+
+    accelerate launch recipes/vit_cifar10.py --config recipes/configs/vit_cifar10.yaml
+    python recipes/vit_cifar10.py --config recipes/configs/vit_digits_demo.yaml --target_sparsity 0.95
+
+Every option is in `--help`; the YAML file sets defaults, the command line wins.
+"""
+
+from dataclasses import dataclass, field
+
+from tscnc_hf.training.recipe import dense_twin, finish, load_data, parse, train
+
+
+@dataclass
+class ModelArguments:
+    """The Vision Transformer."""
+
+    patch_size: int = field(default=4, metadata={"help": "Side of a patch in pixels."})
+    hidden_size: int = field(default=192, metadata={"help": "Width."})
+    num_hidden_layers: int = field(default=9, metadata={"help": "Depth."})
+    num_attention_heads: int = field(default=3, metadata={"help": "Heads."})
+    mlp_ratio: float = field(default=2.0, metadata={"help": "Width of the MLP over the width of the model."})
+    dropout: float = field(default=0.0, metadata={"help": "Dropout in attention and MLP."})
+
+
+def main(args: list[str] | None = None) -> None:
+    config, data_arguments, model_arguments = parse(ModelArguments, args)
+
+    from transformers import set_seed
+
+    from tscnc_hf.training.models import vit_from_config
+
+    data = load_data(data_arguments, config.seed)
+
+    def build():
+        set_seed(config.seed)
+        return vit_from_config(data.class_names, data.image_size, data.channels, **vars(model_arguments))
+
+    dense = None
+    if data_arguments.compare_dense:
+        twin = train(dense_twin(config), *build(), data, data_arguments.resume)
+        dense = twin.test(data.test, data_arguments.test_attacks)
+    trainer = train(config, *build(), data, data_arguments.resume)
+    finish(trainer, data, data_arguments, dense)
+    trainer.end()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""Small models built from config and small data: no network, no GPU."""
+
+import os
+
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+
+CLASS_NAMES = [str(digit) for digit in range(10)]
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def digits():
+    from tscnc_hf.training.data import load_image_data
+
+    return load_image_data("digits", augmentation="crop")
+
+
+@pytest.fixture
+def tiny_vit():
+    from tscnc_hf.training.models import vit_from_config
+
+    return vit_from_config(
+        CLASS_NAMES, (8, 8), 3, patch_size=4, hidden_size=32, num_hidden_layers=2, num_attention_heads=2
+    )
+
+
+@pytest.fixture
+def tiny_resnet():
+    from tscnc_hf.training.models import timm_model
+
+    return timm_model(
+        "resnet18", CLASS_NAMES, (8, 8), 3, model_args={"channels": [8, 8, 8, 8], "layers": [1, 1, 1, 1]}
+    )
+
+
+@pytest.fixture
+def make_config(tmp_path):
+    """A `TSCNCConfig` for a few quick steps on the CPU."""
+    from tscnc_hf.training.config import TSCNCConfig
+
+    def make(**options):
+        defaults = {
+            "output_dir": str(tmp_path / "out"),
+            "num_train_epochs": 2,
+            "per_device_train_batch_size": 32,
+            "per_device_eval_batch_size": 128,
+            "learning_rate": 1e-3,
+            "attack_steps": 1,
+            "eval_attack_steps": 2,
+            "epsilon": 0.1,
+            "tsc_weight": 1e-5,
+            "cnc_weight": 1e-3,
+            "target_sparsity": 0.9,
+            "pruning_interval": 1,
+            "logging_steps": 2,
+            "eval_strategy": "no",
+            "save_strategy": "no",
+            "use_cpu": True,
+            "disable_tqdm": True,
+            "report_to": "none",
+        }
+        return TSCNCConfig(**(defaults | options))
+
+    return make

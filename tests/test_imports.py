@@ -1,0 +1,57 @@
+"""The direction of imports between the rooms, and the public names."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+PACKAGE = Path(__file__).parents[1] / "tscnc_hf"
+ROOMS = ["method", "artifact", "evaluation", "training"]
+NOT_FOR_METHOD = {"transformers", "datasets", "huggingface_hub", "accelerate", "timm"}
+
+
+def imported_modules(path: Path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_imports_only_from_itself_and_the_rooms_above(room):
+    allowed = {"tscnc_hf"} | {f"tscnc_hf.{name}" for name in ROOMS[: ROOMS.index(room) + 1]}
+    files = list((PACKAGE / room).rglob("*.py"))
+    assert len(files) > 1
+    for path in files:
+        for module in imported_modules(path):
+            if module.split(".")[0] == "tscnc_hf":
+                assert ".".join(module.split(".")[:2]) in allowed, f"{path.name} imports {module}"
+            elif room == "method":
+                assert module.split(".")[0] not in NOT_FOR_METHOD, f"{path.name} imports {module}"
+
+
+def test_modules_stay_small():
+    for path in PACKAGE.rglob("*.py"):
+        assert len(path.read_text(encoding="utf-8").splitlines()) <= 330, f"{path.name} asks to be two"
+
+
+def test_public_names_are_there():
+    import tscnc_hf
+
+    for name in tscnc_hf.__all__:
+        assert getattr(tscnc_hf, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'TSCNC'"):
+        _ = tscnc_hf.TSCNC
+
+
+def test_method_room_does_not_load_transformers():
+    code = (
+        "import sys, tscnc_hf.method.constraints, tscnc_hf.method.pruning, tscnc_hf.method.adversary\n"
+        "assert 'transformers' not in sys.modules and 'timm' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -1,0 +1,28 @@
+"""Adversarially robust pruning of vision models inside transformers.Trainer. The public names, imported when used."""
+
+from importlib import import_module
+
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "TSCNCConfig": "tscnc_hf.training.config",
+    "TSCNCTrainer": "tscnc_hf.training.trainer",
+    "evaluate_robustness": "tscnc_hf.evaluation.robustness",
+    "spectral_report": "tscnc_hf.method.spectrum",
+    "sparsity_report": "tscnc_hf.method.pruning",
+    "load_sparse": "tscnc_hf.artifact.checkpoint",
+    "save_sparse": "tscnc_hf.artifact.checkpoint",
+}
+__all__ = ["__version__", *_PUBLIC]
+
+
+def __getattr__(name: str):
+    # PEP 562: importing Trainer takes seconds, `--help` and the method room do not need it
+    if name in _PUBLIC:
+        return getattr(import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

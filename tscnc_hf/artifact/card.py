@@ -1,0 +1,300 @@
+"""The model card: README.md with its figures and model-index, from plain dicts, to rebuild it from a folder."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id, yaml_dump
+
+from tscnc_hf.artifact import figures
+from tscnc_hf.artifact.atomic import atomic_file
+from tscnc_hf.artifact.figures import by_layer, format_kappa, format_percent, number
+
+
+TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
+TOTALS = ("rows", "prunable", "zeros", "sparsity", "parameters", "parameter_zeros", "parameter_sparsity")
+KAPPAS = {
+    "Median effective condition number": "median_effective_condition_number",
+    "Largest effective condition number": "max_effective_condition_number",
+    "Median condition number": "median_condition_number",
+    "Largest condition number": "max_condition_number",
+}
+NOT_YET = "not evaluated yet"
+# an absolute path, POSIX or Windows; not the slash of 8/255, of a URL, of a relative path or of a closing tag
+ABSOLUTE_PATH = re.compile(r"(?<![\w.<:/\\])(?:file://|~|[A-Za-z]:)?[/\\](?:[^\s\"'/\\]+[/\\]+)*([^\s\"'/\\]+)")
+
+
+def write_card(
+    folder: str | os.PathLike[str],
+    *,
+    model_name: str,
+    robustness: Mapping[str, Any] | None,
+    sparsity: Mapping[str, Any],
+    spectrum: Mapping[str, Any],
+    config: Mapping[str, Any],
+    dataset_name: str,
+    dataset_split: str = "test",
+    class_names: Sequence[str] | None = None,
+    base_model: str | None = None,
+    license: str | None = "apache-2.0",
+    tags: Iterable[str] = (),
+    command: str | None = None,
+    log_history: Iterable[Mapping[str, Any]] | None = None,
+    dense: Mapping[str, Any] | None = None,
+    sizes: Mapping[str, int] | None = None,
+    versions: Mapping[str, str] | None = None,
+    notes: Sequence[str] = (),
+) -> Path:
+    """Write README.md, figures/layers.png and, if there is something to draw, figures/training.png into `folder`.
+
+    Args:
+        model_name: what the reader loads: a Hub id ("user/name"), or the name of the folder.
+        robustness: robustness report as a dict (accuracies in [0, 1], epsilon in pixel units), None before evaluation:
+            the card then says so and holds no accuracy.
+        sparsity, spectrum: the two reports as dicts (sparsity = fraction of zeros; an infinite number is "inf").
+        config: the flat training configuration; tokens, empty values and folders of this machine are left out.
+        dataset_name: a Hub id ("user/name"), or a plain name or a local folder, which stays out of `datasets`.
+        base_model: the model that training started from, if any; only a Hub id reaches the metadata.
+        command: the command line that trained the model.
+        log_history: `trainer.state.log_history`.
+        dense: the `{"robustness", "sparsity", "spectrum"}` of a dense twin.
+        sizes: `{"dense_bytes", "sparse_bytes"}` of the two weight files.
+        versions: library -> version; those of `robustness` when left out.
+        notes: further sentences for the limits.
+
+    Returns:
+        the path of README.md.
+
+    Raises:
+        ValueError: if a report lacks what the card prints, or `model_name` is empty.
+    """
+    if not model_name or not str(model_name).strip():
+        raise ValueError(f"model_name={model_name!r}: give a Hub id such as 'user/name', or the name of the folder")
+    model_name = without_paths(str(model_name))
+    _check("sparsity", sparsity, TOTALS)
+    _check("spectrum", spectrum, ("rows", *KAPPAS.values()))
+    if robustness is not None:
+        _check("robustness", robustness, ("threat_model", "attacks"))
+    dense = {key: (dense or {}).get(key) for key in ("robustness", "sparsity", "spectrum")}
+    config = {key: plain(value) for key, value in config.items() if _is_worth_keeping(key, value)}
+    dataset_hub, dataset = is_hub_id(dataset_name), without_paths(str(dataset_name))
+
+    folder = Path(folder)
+    twin = dense if dense["spectrum"] else None
+    figures.save_figure(figures.layer_figure(sparsity, spectrum, twin), folder / "figures" / "layers.png")
+    training = figures.training_figure(log_history) if log_history else None
+    if training is not None:
+        figures.save_figure(training, folder / "figures" / "training.png")
+
+    card_data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="image-classification",
+        license=license,
+        base_model=base_model if is_hub_id(base_model) else None,
+        datasets=[dataset] if dataset_hub else None,
+        metrics=["accuracy"] if robustness else None,
+        tags=[*_tags(sparsity, config), *tags],
+        model_name=model_name,
+        eval_results=evaluation_results(robustness, sparsity, spectrum, dataset, dataset_split),
+    )
+    card = ModelCard.from_template(
+        card_data,
+        template_path=str(TEMPLATE),
+        model_name=model_name,
+        robustness=robustness,
+        results=results_table(robustness, sparsity, spectrum, dense),
+        twin=any(dense.values()),
+        sparsity=sparsity,
+        spectrum=spectrum,
+        layers=layer_table(sparsity, spectrum),
+        config=config,
+        config_yaml=yaml_dump(config, sort_keys=False).strip(),
+        dataset=dataset,
+        dataset_hub=dataset_hub,
+        split=dataset_split,
+        classes=[str(name) for name in class_names or ()],
+        base_model=without_paths(str(base_model)) if base_model else "",
+        base_model_hub=is_hub_id(base_model),
+        model_hub=is_hub_id(model_name),
+        command=without_paths(command) if command else "",
+        training_figure=training is not None,
+        sizes=sizes,
+        versions=plain(versions or (robustness or {}).get("versions") or {}),
+        notes=[without_paths(str(note)) for note in notes],
+        attack_label=attack_label,
+        settings=settings_text,
+        pixels=format_pixels,
+        percent=format_percent,
+        kappa=format_kappa,
+        size=format_bytes,
+        not_yet=NOT_YET,
+    )
+    text = re.sub(r"\n{3,}", "\n\n", str(card)).rstrip() + "\n"  # an absent part leaves no hole
+    with atomic_file(folder / "README.md") as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+    return folder / "README.md"
+
+
+def evaluation_results(
+    robustness: Mapping[str, Any] | None, sparsity: Mapping, spectrum: Mapping, dataset: str, split: str
+) -> list[EvalResult]:
+    """The entries of model-index: one an attack, the two sparsities, the median effective condition number."""
+    same = dict(task_type="image-classification", task_name="Image classification")
+    same |= dict(dataset_type=dataset, dataset_name=dataset, dataset_split=split)
+    threat = (robustness or {}).get("threat_model", {})
+    results = []
+    for attack in (robustness or {}).get("attacks", ()):
+        name, args = "Clean accuracy", {"attack": attack["name"]}
+        if attack["name"] != "clean":
+            ball = f"{threat.get('norm', 'linf')}, epsilon {threat.get('epsilon')}"
+            name = f"Robust accuracy under {attack_label(attack['name'])} ({ball})"
+            args |= {**threat, **attack.get("parameters", {})}
+        args |= {"n": attack["n"], "correct": attack["correct"], "interval_95": [attack["low"], attack["high"]]}
+        value = attack["accuracy"]
+        results.append(
+            EvalResult(metric_type="accuracy", metric_name=name, metric_value=value, metric_args=args, **same)
+        )
+    rest = (
+        ("sparsity", "Sparsity of the prunable weights", sparsity["sparsity"]),
+        ("sparsity", "Sparsity of all parameters", sparsity["parameter_sparsity"]),
+        (
+            "condition_number",
+            "Median effective condition number",
+            number(spectrum["median_effective_condition_number"]),
+        ),
+    )
+    for kind, name, value in rest:
+        if math.isfinite(value):  # the Hub reads the metadata as JSON, which has no infinity
+            results.append(EvalResult(metric_type=kind, metric_name=name, metric_value=value, **same))
+    return results
+
+
+def results_table(
+    robustness: Mapping[str, Any] | None, sparsity: Mapping, spectrum: Mapping, dense: Mapping[str, Any]
+) -> list[tuple[str, list[str]]]:
+    """Rows of the results table: what is measured, then this model and, if it is there, the dense twin before it."""
+    columns = [(robustness, sparsity, spectrum)]
+    if any(dense.values()):
+        columns.insert(0, (dense["robustness"], dense["sparsity"], dense["spectrum"]))
+    by_name = [{attack["name"]: attack for attack in (column[0] or {}).get("attacks", ())} for column in columns]
+    names = list(dict.fromkeys(name for attacks in reversed(by_name) for name in attacks)) or ["clean"]
+    rows = []
+    for name in names:
+        label = "Clean accuracy" if name == "clean" else f"Accuracy under {attack_label(name)}"
+        rows.append((label, [_accuracy(attacks.get(name)) for attacks in by_name]))
+
+    def line(label: str, index: int, text: Any) -> None:
+        rows.append((label, [NOT_YET if column[index] is None else text(column[index]) for column in columns]))
+
+    line("Sparsity of the prunable weights", 1, lambda report: format_percent(report["sparsity"]))
+    line("Sparsity of all parameters", 1, lambda report: format_percent(report["parameter_sparsity"]))
+    for label, key in KAPPAS.items():
+        line(label, 2, lambda report, key=key: format_kappa(report.get(key)))
+    line("Rank-deficient matrices", 2, lambda report: f"{report.get('rank_deficient', 0)} of {len(report['rows'])}")
+    return rows
+
+
+def layer_table(sparsity: Mapping[str, Any], spectrum: Mapping[str, Any]) -> list[list[str]]:
+    """Rows of the per-layer table; of a layer with several matrices, the worst value of each column."""
+    zeros, matrices = {row["name"]: row for row in sparsity["rows"]}, by_layer(spectrum)
+    table = []
+    for name in dict.fromkeys((*zeros, *matrices)):
+        row, views = zeros.get(name), matrices.get(name, [])
+        shape = row["shape"] if row else views[0]["shape"]
+        cells = [f"`{name}`" + (f" ({len(views)} matrices)" if len(views) > 1 else ""), " × ".join(map(str, shape))]
+        cells += (
+            [f"{row['zeros']:,} of {row['numel']:,}", format_percent(row["sparsity"])] if row else ["", "not pruned"]
+        )
+        if views:
+            worst = min(views, key=lambda view: view["rank"] / view["full_rank"])
+            for key in ("condition_number", "effective_condition_number", "sigma_max"):
+                cells.append(format_kappa(max(number(view[key]) for view in views)))
+            cells += [f"{worst['rank']} of {worst['full_rank']}", str(sum(view["dead_rows"] for view in views))]
+        table.append(cells + [""] * (9 - len(cells)))
+    return table
+
+
+def is_hub_id(name: str | None) -> bool:
+    """Whether `name` can be "user/name" on the Hub, and is no folder here."""
+    try:
+        validate_repo_id(name)
+    except (HFValidationError, TypeError):
+        return False
+    return "/" in str(name) and not Path(str(name)).exists()
+
+
+def without_paths(text: str) -> str:
+    """`text` with every absolute path cut down to its last part: a card says nothing of the machine that wrote it."""
+    return ABSOLUTE_PATH.sub(r"\1", text)
+
+
+def plain(value: Any) -> Any:
+    """YAML's own types, without absolute paths."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return value if isinstance(value, bool | int | float) else without_paths(str(getattr(value, "value", value)))
+
+
+def attack_label(name: str) -> str:
+    """ "pgd-20" -> "PGD-20"; a name of words stays as it is."""
+    return {"autoattack": "AutoAttack"}.get(name, name.upper() if re.match(r"a?pgd|fgsm|cw\b|fab", name) else name)
+
+
+def settings_text(parameters: Mapping[str, Any]) -> str:
+    """The parameters of an attack as words: "steps 20, step size 0.0125 (3.19/255), random start yes"."""
+    words = []
+    for key, value in parameters.items():
+        if isinstance(value, bool):
+            value = "yes" if value else "no"
+        elif key in ("step_size", "epsilon"):
+            value = format_pixels(value)
+        words.append(f"{key.replace('_', ' ')} {value}")
+    return ", ".join(words)
+
+
+def format_pixels(value: float | str) -> str:
+    """A pixel quantity in [0, 1] units and in steps of 1/255."""
+    return f"{value:.4g} ({255 * value:.3g}/255)" if isinstance(value, int | float) else str(value)
+
+
+def format_bytes(count: int) -> str:
+    """Bytes for people, in powers of 1000, as the Hub shows them."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.3g} {unit}"
+    return f"{count} bytes"
+
+
+def _accuracy(attack: Mapping[str, Any] | None) -> str:
+    if attack is None:
+        return NOT_YET
+    low, high = format_percent(attack["low"]), format_percent(attack["high"])
+    return f"{format_percent(attack['accuracy'])} ({low.removesuffix(' %')} to {high})"
+
+
+def _tags(sparsity: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
+    tags = ["tscnc", "image-classification", "robustness"]
+    tags += ["pruning", "sparse"] if sparsity["sparsity"] > 0 else []
+    return tags + ([] if config.get("objective") == "natural" else ["adversarial-training"])
+
+
+def _is_worth_keeping(key: str, value: Any) -> bool:
+    return value is not None and not key.endswith("token") and not (isinstance(value, float) and math.isnan(value))
+
+
+def _check(name: str, report: Mapping[str, Any], keys: Sequence[str]) -> None:
+    missing = [key for key in keys if key not in report]
+    if missing:
+        raise ValueError(
+            f"{name} lacks {', '.join(missing)} (it has {', '.join(map(str, report)) or 'nothing'}); "
+            "give `.to_dict()` of the report, or what was saved of it as JSON"
+        )

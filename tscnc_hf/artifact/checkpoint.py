@@ -1,0 +1,222 @@
+"""A folder that anyone can load, the same model packed small, and the way back into training.
+
+The dense folder is what `PreTrainedModel.save_pretrained` writes: stock transformers loads it without this package.
+The packed file (`sparse_file.py`) lies beside it, under the same key names. Keys on disk are not the names in memory
+(ViT renames most of its parameters when it is saved), so every way in goes through transformers' own conversion, and a
+key that is missing, unexpected or of another shape is an error.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
+from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, AutoConfig, PreTrainedModel
+
+from tscnc_hf.artifact.sparse_file import SPARSE_FILE, pack_tensors, read_sparse_file, write_sparse_file
+from tscnc_hf.artifact.state import STATE_FILE, load_state, save_state
+from tscnc_hf.artifact.weights import (
+    INDEX_FILE,
+    WEIGHTS_FILE,
+    build_exactly,
+    float_dtypes,
+    has_weights,
+    load_exactly,
+    read_weights,
+)
+
+
+__all__ = [
+    "SPARSE_FILE",
+    "STATE_FILE",
+    "load_sparse",
+    "load_state",
+    "load_weights",
+    "save_dense",
+    "save_sparse",
+    "save_state",
+]
+
+CONFIG_FILE = "config.json"
+HOW_TO_PACK = "Make one with tscnc_hf.save_sparse(model, folder)"
+
+
+def save_dense(model: PreTrainedModel, folder: str | os.PathLike, processing_class: Any = None) -> Path:
+    """Write the folder that stock `AutoModelForImageClassification.from_pretrained` loads; return its path.
+
+    The weights keep the model's dtype, pruned weights are written as zeros, and `processing_class` (an image
+    processor, say) is saved beside them if it is given. Files are written to a temporary folder inside `folder` and
+    then moved, each at once. Weights of an earlier save are removed, and so is a packed file that holds other weights
+    than these: a folder never holds two models.
+
+    Raises:
+        ValueError: the model is no `PreTrainedModel`, or is still reparametrised.
+    """
+    folder = Path(folder)
+    with _saved(model, folder) as fresh:
+        if processing_class is not None:
+            processing_class.save_pretrained(fresh)
+        _remove_other_sparse(folder / SPARSE_FILE, fresh)
+        files = [path for path in fresh.rglob("*") if path.is_file()]
+        names = {path.relative_to(fresh).as_posix() for path in files}
+        # index last: until it is there, the shards that it names are not read
+        for path in sorted(files, key=lambda path: path.name == INDEX_FILE):
+            target = folder / path.relative_to(fresh)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(path, target)
+        for path in [folder / WEIGHTS_FILE, folder / INDEX_FILE, *folder.glob("model-*-of-*.safetensors")]:
+            if path.name not in names:
+                path.unlink(missing_ok=True)
+    return folder
+
+
+def save_sparse(model: PreTrainedModel, folder: str | os.PathLike) -> Path:
+    """Write config.json and the packed `model.sparse.safetensors` into `folder`; return the path of the packed file.
+
+    Its keys are those of the dense checkpoint. `load_sparse` gives the model back bit for bit.
+
+    Raises:
+        ValueError: the model is no `PreTrainedModel`, is still reparametrised, or mixes floating dtypes (transformers
+            builds a model in one); or `folder` holds dense weights that differ from the model's.
+    """
+    folder = Path(folder)
+    with _saved(model, folder) as fresh:
+        tensors = read_weights(fresh)
+        if len(float_dtypes(tensors)) > 1:
+            raise ValueError(
+                f"the model has weights of {sorted(map(str, float_dtypes(tensors)))}; a packed checkpoint holds one "
+                "floating dtype. Convert the model first, e.g. model.to(torch.float32)."
+            )
+        if has_weights(folder) and not _same_tensors(read_weights(folder), tensors):
+            raise ValueError(
+                f"{folder} holds dense weights that are not this model's. Call save_dense(model, folder) first, or "
+                "save into another folder."
+            )
+        path = write_sparse_file(tensors, folder / SPARSE_FILE)
+        os.replace(fresh / CONFIG_FILE, folder / CONFIG_FILE)
+    return path
+
+
+def load_sparse(
+    folder_or_hub_id: str | os.PathLike,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    device: str | torch.device = "cpu",
+) -> PreTrainedModel:
+    """The model of a packed checkpoint: an ordinary dense `PreTrainedModel`, in eval mode, bit for bit what was saved.
+
+    Only config.json and `model.sparse.safetensors` are read, or downloaded (from one commit) if `folder_or_hub_id` is
+    not a folder here; `revision` and `token` are for the Hub.
+
+    Raises:
+        FileNotFoundError: there is no packed file, or no such folder and no such model on the Hub.
+        ValueError: the file is damaged, its keys or shapes are not those of the model that config.json describes, or
+            config.json describes no image classifier.
+        OSError: the Hub can not be reached or refuses (huggingface_hub's own errors).
+    """
+    folder = _locate(folder_or_hub_id, revision, token)
+    tensors = read_sparse_file(folder / SPARSE_FILE)
+    config = AutoConfig.from_pretrained(folder)
+    model = build_exactly(_image_classifier(config), config, tensors, folder / SPARSE_FILE)
+    # transformers leaves the text "None" here, which a model card would then name as the base model
+    model.config.name_or_path = model.name_or_path = str(folder_or_hub_id)
+    return model.to(device)
+
+
+def load_weights(model: torch.nn.Module, folder: str | os.PathLike) -> None:
+    """Load the weights of a checkpoint folder (`model.safetensors`, sharded or not) into an existing model, exactly.
+
+    The model keeps its device and dtype; values are only rounded if its dtype is narrower than the file's. A
+    `PreTrainedModel` is read through transformers' key conversion, with the model's own config; any other module must
+    have the file's names. Checked before anything is copied, so that an error leaves the model as it was. The global
+    random state is not touched.
+
+    Raises:
+        FileNotFoundError: the folder has no weights.
+        ValueError: a damaged file, or missing, unexpected or mismatched keys; the message names them.
+    """
+    state = read_weights(Path(folder))
+    if isinstance(model, PreTrainedModel):
+        state = build_exactly(type(model), copy.deepcopy(model.config), state, folder).state_dict()
+    load_exactly(model, state, folder)
+
+
+@contextmanager
+def _saved(model: PreTrainedModel, folder: Path) -> Iterator[Path]:
+    """A temporary folder inside `folder` (same file system, so that files can be moved) with the saved model in it."""
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(
+            f"got {type(model).__name__}, but only a transformers PreTrainedModel can be published as a folder that "
+            "others load. Wrap a timm model in TimmWrapperForImageClassification; unwrap a DDP or compiled model."
+        )
+    attached = [name for name in model.state_dict() if "parametrizations" in name]
+    if attached:
+        raise ValueError(
+            f"{len(attached)} keys belong to torch parametrizations ({attached[0]}, ...), which nobody else can load. "
+            "Fold them into the weights first: torch.nn.utils.parametrize.remove_parametrizations(module, 'weight')."
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as temporary:
+        model.save_pretrained(temporary)
+        yield Path(temporary)
+
+
+def _same_tensors(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return pack_tensors(one)[1] == pack_tensors(other)[1]  # the digest covers names, shapes, dtypes and bits
+
+
+def _remove_other_sparse(path: Path, fresh: Path) -> None:
+    if not path.is_file():
+        return
+    try:
+        same = _same_tensors(read_sparse_file(path), read_weights(fresh))
+    except ValueError:  # damaged: no use to anybody
+        same = False
+    if not same:
+        path.unlink()
+
+
+def _image_classifier(config: Any) -> type[PreTrainedModel]:
+    """The class that `AutoModelForImageClassification` would take; itself it takes no state dict without a name."""
+    if type(config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
+        raise ValueError(
+            f"config.json describes {type(config).__name__}, for which transformers has no image classifier. "
+            "load_sparse reads image classifiers; a class of your own can be registered with "
+            "AutoModelForImageClassification.register(config_class, model_class)."
+        )
+    found = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING[type(config)]
+    classes = found if isinstance(found, (tuple, list)) else [found]
+    named = [one for one in classes if one.__name__ in (config.architectures or [])]
+    return (named or classes)[0]
+
+
+def _locate(source: str | os.PathLike, revision: str | None, token: str | bool | None) -> Path:
+    """The folder with config.json and the packed file: `source` itself, or a snapshot in the Hub's cache."""
+    folder = Path(source)
+    if folder.is_dir():
+        for name, advice in ((SPARSE_FILE, HOW_TO_PACK), (CONFIG_FILE, "Copy it there from the dense checkpoint")):
+            if not (folder / name).is_file():
+                raise FileNotFoundError(f"{folder} has no {name}. {advice}.")
+        return folder
+    try:
+        path = Path(hf_hub_download(str(source), SPARSE_FILE, revision=revision, token=token))
+        # the cache keeps a commit's files in a folder named after it: the same commit, whatever is pushed meanwhile
+        hf_hub_download(str(source), CONFIG_FILE, revision=path.parent.name, token=token)
+    except HFValidationError as error:
+        raise FileNotFoundError(f"{str(source)!r} is neither a folder here nor a model id (owner/name).") from error
+    except LocalEntryNotFoundError:
+        raise  # the Hub could not be asked, which says nothing about what it has
+    except EntryNotFoundError as error:
+        raise FileNotFoundError(
+            f"{str(source)!r} on the Hub lacks {SPARSE_FILE} or {CONFIG_FILE}. {HOW_TO_PACK} and upload the folder, "
+            "or load the dense weights with AutoModelForImageClassification.from_pretrained."
+        ) from error
+    return path.parent

@@ -1,0 +1,88 @@
+"""What a batch is, and the one function that makes it: pixels in [0, 1] and integer labels, never normalised."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+
+TOLERANCE = 1e-6
+LABEL_KEYS = ("labels", "label")
+
+
+def collate(items: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+    """Make one batch of a list of items, or check the ready batch that a data set's `__getitems__` returned.
+
+    Args:
+        items: either a dict with `pixel_values` (b, c, h, w) and `labels` (b,), or a non-empty list of dicts with
+            `pixel_values` (c, h, w) and `labels` (an int or a 0-d integer tensor). Pixels are floats in [0, 1] or
+            uint8 (then divided by 255). The key `label` is read where `labels` is missing; other keys are dropped.
+
+    Returns:
+        `{"pixel_values": float32 (b, c, h, w) in [0, 1], "labels": int64 (b,)}`.
+
+    Raises:
+        ValueError: a key is missing, shapes differ, labels are no integers, or pixels lie outside [0, 1] by more than
+            1e-6 (NaN included).
+    """
+    if isinstance(items, Mapping):
+        pixels, labels = _read_pixels(items), _read_labels(items)
+    else:
+        if len(items) == 0:
+            raise ValueError("collate was given an empty list; a batch needs at least one item.")
+        parts = [_read_pixels(item) for item in items]
+        shapes = {tuple(part.shape) for part in parts}
+        if len(shapes) > 1 or len({part.dtype for part in parts}) > 1:
+            dtypes = sorted({str(part.dtype) for part in parts})
+            raise ValueError(
+                f"the images of a batch differ: shapes {sorted(shapes)}, dtypes {dtypes}. "
+                "Resize them to one size and one type in the data set."
+            )
+        pixels, labels = torch.stack(parts), torch.stack([_read_labels(item) for item in items])
+    if pixels.ndim != 4 or labels.shape != pixels.shape[:1]:
+        raise ValueError(
+            f"a batch is pixel_values (b, c, h, w) and labels (b,), got {tuple(pixels.shape)} and "
+            f"{tuple(labels.shape)}. Each item needs pixel_values (c, h, w) and one class id."
+        )
+    if pixels.dtype == torch.uint8:
+        pixels = pixels.float().div_(255)
+    else:
+        _check_range(pixels)
+    return {"pixel_values": pixels.float(), "labels": labels.long()}
+
+
+def _read_pixels(item: Mapping[str, Any]) -> torch.Tensor:
+    if "pixel_values" not in item:
+        raise ValueError(
+            f"a batch item has no 'pixel_values', only {sorted(item)}. Give pixel_values, floats in [0, 1], and "
+            "labels; with transformers.Trainer also set remove_unused_columns=False."
+        )
+    pixels = torch.as_tensor(item["pixel_values"])
+    if pixels.dtype != torch.uint8 and not pixels.is_floating_point():
+        raise ValueError(f"pixel_values have dtype {pixels.dtype}; give floats in [0, 1] or uint8.")
+    return pixels
+
+
+def _read_labels(item: Mapping[str, Any]) -> torch.Tensor:
+    for key in LABEL_KEYS:
+        if key in item:
+            break
+    else:
+        raise ValueError(f"a batch item has neither 'labels' nor 'label', only {sorted(item)}. Give one class id.")
+    labels = torch.as_tensor(item[key])
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise ValueError(f"{key!r} has dtype {labels.dtype}; give integer class ids.")
+    return labels
+
+
+def _check_range(pixels: torch.Tensor) -> None:
+    if pixels.numel() == 0:
+        return
+    low, high = (float(bound) for bound in pixels.aminmax())
+    # Written so that NaN, for which every comparison is false, is refused too.
+    if not (low >= -TOLERANCE and high <= 1 + TOLERANCE):
+        raise ValueError(
+            f"pixel_values lie in [{low:.4g}, {high:.4g}], allowed is [0, 1]. Normalised inputs are a mistake here: "
+            "mean and std are applied on the model side, after the attack. Drop the normalisation from the data "
+            "pipeline (and divide 0..255 floats by 255)."
+        )

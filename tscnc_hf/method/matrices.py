@@ -1,0 +1,149 @@
+"""Which weights count, and how each is seen as a matrix. New layer types join by registration."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+
+logger = logging.getLogger(__name__)
+
+MatrixView = Callable[[nn.Module, Tensor], Tensor]
+
+# module class -> (name of the parameter, view). Looked up along the method resolution order of the module's class.
+_VIEWS: dict[type[nn.Module], tuple[str, MatrixView]] = {}
+_REPORTED: set[type[nn.Module]] = set()
+
+# A fused projection does not say so in its class; these are the attribute names timm, torch and CLIP use for one.
+FUSED_QKV_NAMES = ("qkv", "to_qkv", "in_proj", "Wqkv", "c_attn")
+
+# Never constrained nor pruned: these do not map features to features.
+_LEFT_OUT = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._BatchNorm)
+
+
+@dataclass(frozen=True)
+class WeightMatrix:
+    """
+    One prunable weight and its matrix view.
+
+    Attributes:
+        name (`str`): the parameter's name in `model.named_parameters()`.
+        module (`nn.Module`): the layer that owns it.
+        weight (`Tensor`): the parameter, any shape and floating dtype.
+        view (`Callable`): maps a tensor of the weight's shape to its (b, r, c) matrices.
+    """
+
+    name: str
+    module: nn.Module
+    weight: Tensor
+    view: Callable[[Tensor], Tensor]
+
+    @property
+    def matrices(self) -> Tensor:
+        """(b, r, c) view of the weight in its own dtype, differentiable; sharded (DTensor) weights are gathered."""
+        return self.view(full_tensor(self.weight))
+
+    def __repr__(self) -> str:
+        b, r, c = self.matrices.shape
+        return f"{self.name}: {tuple(self.weight.shape)} as {b} x ({r}, {c})"
+
+
+def full_tensor(weight: Tensor) -> Tensor:
+    """The whole tensor of a sharded one (FSDP2's DTensor, differentiable), or the tensor itself."""
+    return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+
+
+def register_matrix_view(module_class: type[nn.Module], view: MatrixView, parameter: str = "weight") -> None:
+    """
+    Let a layer type take part in the constraints, in pruning and in the reports.
+
+    Args:
+        module_class (`type`): applies to its subclasses too, unless they have a view of their own.
+        view (`Callable`): `(module, weight) -> (b, r, c)`, made of reshapes, transposes and slices only, so that it is
+            differentiable and maps zeros to zeros.
+        parameter (`str`, *optional*, defaults to `"weight"`): name of the parameter in the module.
+    """
+    if not (isinstance(module_class, type) and issubclass(module_class, nn.Module)):
+        raise TypeError(f"module_class={module_class!r}: give a class derived from torch.nn.Module")
+    _VIEWS[module_class] = (parameter, view)
+
+
+def weight_matrices(model: nn.Module, exclude: Sequence[str] = ()) -> Iterator[WeightMatrix]:
+    """
+    The prunable weights of a model, each once (tied weights under their first name), in module order.
+
+    Args:
+        model (`nn.Module`): any model.
+        exclude (`Sequence[str]`, *optional*): a weight is left out when one of these is a part of its name.
+    """
+    seen: set[int] = set()
+    for module_name, module in model.named_modules():
+        entry = next((_VIEWS[cls] for cls in type(module).__mro__ if cls in _VIEWS), None)
+        if entry is None:
+            _report_unknown(module_name, module)
+            continue
+        parameter, view = entry
+        weight = getattr(module, parameter, None)
+        if weight is None or id(weight) in seen:
+            continue
+        seen.add(id(weight))
+        name = f"{module_name}.{parameter}" if module_name else parameter
+        if any(part in name for part in exclude):
+            continue
+        if isinstance(module, nn.Linear) and _is_fused(module_name, weight):
+            view = _fused_view
+        yield WeightMatrix(name, module, weight, lambda w, view=view, module=module: view(module, w))
+
+
+def _is_fused(module_name: str, weight: Tensor) -> bool:
+    return module_name.rsplit(".", 1)[-1] in FUSED_QKV_NAMES and weight.shape[0] == 3 * weight.shape[1]
+
+
+def _fused_view(module: nn.Module, weight: Tensor) -> Tensor:
+    return weight.reshape(3, weight.shape[0] // 3, weight.shape[1])
+
+
+def _linear_view(module: nn.Module, weight: Tensor) -> Tensor:
+    return weight.unsqueeze(0)
+
+
+def _conv_view(module: nn.Module, weight: Tensor) -> Tensor:
+    groups = module.groups
+    return weight.reshape(groups, weight.shape[0] // groups, -1)
+
+
+def _conv_transpose_view(module: nn.Module, weight: Tensor) -> Tensor:
+    groups, (inputs, outputs) = module.groups, weight.shape[:2]
+    return weight.reshape(groups, inputs // groups, outputs, -1).transpose(1, 2).reshape(groups, outputs, -1)
+
+
+def _attention_view(module: nn.Module, weight: Tensor) -> Tensor:
+    return weight.reshape(3, -1, weight.shape[-1])
+
+
+def _report_unknown(module_name: str, module: nn.Module) -> None:
+    kind = type(module)
+    if kind in _REPORTED or isinstance(module, _LEFT_OUT):
+        return
+    weight = module._parameters.get("weight")
+    if weight is not None and weight.ndim >= 2:
+        _REPORTED.add(kind)
+        logger.warning(
+            "%s (%s, weight %s) is neither constrained nor pruned: no matrix view is known for it. To add one:\n"
+            "    tscnc_hf.method.matrices.register_matrix_view(%s, lambda module, weight: weight.flatten(1)[None])",
+            module_name or "the model",
+            kind.__name__,
+            tuple(weight.shape),
+            kind.__name__,
+        )
+
+
+register_matrix_view(nn.Linear, _linear_view)
+for _conv in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
+    register_matrix_view(_conv, _conv_view)
+for _conv in (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d):
+    register_matrix_view(_conv, _conv_transpose_view)
+register_matrix_view(nn.MultiheadAttention, _attention_view, parameter="in_proj_weight")

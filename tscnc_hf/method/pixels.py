@@ -1,0 +1,108 @@
+"""Pixels in [0, 1] on one side, logits on the other: normalisation belongs to the model's side of every attack."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+LogitsFn = Callable[[Tensor], Tensor]
+
+
+def pixel_quantity(name: str, value: float | str) -> float:
+    """
+    A number in pixel units, given as a float or as a fraction such as "8/255".
+
+    Args:
+        name (`str`): the option's name, for the error message.
+        value (`float` or `str`): in [0, 1].
+
+    Raises:
+        ValueError: not a number, or outside [0, 1] (usually a value in 0-255 units).
+    """
+    try:
+        if isinstance(value, str) and "/" in value:
+            numerator, denominator = value.split("/")
+            number = float(numerator) / float(denominator)
+        else:
+            number = float(value)
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise ValueError(f'{name}={value!r} is not a number; give a fraction such as "8/255" or a float') from error
+    if not 0.0 <= number <= 1.0:
+        hint = f'; for 0-255 units write {name}="{value}/255"' if 1.0 < number <= 255.0 else ""
+        raise ValueError(f"{name}={value} is outside [0, 1]: pixels are in [0, 1]{hint}")
+    return number
+
+
+def normalisation(model: nn.Module, processing_class: object | None = None) -> tuple[list[float], list[float]]:
+    """
+    Mean and standard deviation, one per channel in pixel units, that the model's inputs are normalised with.
+
+    Looked up in this order: the image processor (`image_mean`, `image_std`, or timm's `data_config`),
+    `model.config.pretrained_cfg` (timm), `model.config.tscnc` (written by this library).
+
+    Raises:
+        ValueError: none of them says.
+    """
+    if processing_class is not None:
+        if getattr(processing_class, "do_normalize", None) is False:
+            return [0.0], [1.0]
+        mean, std = getattr(processing_class, "image_mean", None), getattr(processing_class, "image_std", None)
+        if mean is None:
+            data_config = getattr(processing_class, "data_config", None) or {}
+            mean, std = data_config.get("mean"), data_config.get("std")
+        if mean is not None and std is not None:
+            return list(mean), list(std)
+    config = getattr(model, "config", None)
+    for source in (getattr(config, "pretrained_cfg", None), getattr(config, "tscnc", None)):
+        source = source or {}
+        mean, std = source.get("mean", source.get("image_mean")), source.get("std", source.get("image_std"))
+        if mean is not None and std is not None:
+            return list(mean), list(std)
+    raise ValueError(
+        f"cannot tell how {type(model).__name__} normalises its input: pass processing_class= an image processor with "
+        "image_mean and image_std (mean 0, std 1 if the model takes pixels in [0, 1] as they are)"
+    )
+
+
+def pixel_logits(model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> LogitsFn:
+    """
+    Wrap a classifier as a function of pixels.
+
+    Args:
+        model (`nn.Module`): takes normalised images (b, c, h, w); returns logits (b, k) or an output with `.logits`.
+        mean, std (`Sequence[float]`): per channel (or one value for all), in pixel units.
+
+    Returns:
+        A function from pixels in [0, 1], float (b, c, h, w), to float32 logits (b, k), differentiable in the pixels.
+    """
+    constants: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+    def forward(pixels: Tensor) -> Tensor:
+        if pixels.device not in constants:
+            shape = (1, -1, 1, 1)
+            constants[pixels.device] = (
+                torch.tensor(mean, dtype=torch.float32).view(shape).to(pixels.device),
+                torch.tensor(std, dtype=torch.float32).view(shape).to(pixels.device),
+            )
+        offset, scale = constants[pixels.device]
+        output = model((pixels - offset) / scale)
+        # fp32 at least: the sign of a half-precision loss gradient can underflow to zero
+        return (output if isinstance(output, Tensor) else output.logits).float()
+
+    return forward
+
+
+@contextmanager
+def attack_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside (no batch-norm update, no dropout); every module's own mode is back afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

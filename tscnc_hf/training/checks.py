@@ -1,0 +1,90 @@
+"""Wrong input and broken runs, found early and named."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+from transformers.trainer_utils import get_last_checkpoint
+
+from tscnc_hf.training.data import check_labels
+
+
+def check_datasets(model: nn.Module, train_dataset, eval_dataset, collator: Callable) -> None:
+    """
+    One item of each data set goes through the collator; sizes, channels and labels must fit the model.
+
+    Raises:
+        ValueError: an empty data set, an item without image or label, pixels outside [0, 1], a label that the model
+            has no output for, or images that do not fit the model.
+    """
+    for role, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
+        parts = dataset.values() if isinstance(dataset, dict) else (dataset,)
+        for part in parts:
+            if part is not None:
+                _check_dataset(role, model, part, collator)
+
+
+def _check_dataset(role: str, model: nn.Module, dataset, collator: Callable) -> None:
+    if not hasattr(dataset, "__getitem__"):
+        return  # a stream: its items are checked by the collator as they come
+    if len(dataset) == 0:
+        raise ValueError(f"{role} is empty: at least one image is needed")
+    try:
+        batch = collator([dataset[0]])
+    except ValueError as error:
+        raise ValueError(f"{role}: {error}") from error
+    missing = {"pixel_values", "labels"} - set(batch)
+    if missing:
+        raise ValueError(f"{role}: a batch needs pixel_values and labels; {', '.join(sorted(missing))} missing")
+    config = getattr(model, "config", None)
+    channels, given = _channels(config), batch["pixel_values"].shape[1]
+    if channels is not None and channels != given:
+        raise ValueError(f"{role} has images with {given} channels, the model takes {channels}")
+    num_labels = getattr(config, "num_labels", None)
+    if num_labels is not None:
+        labels = dataset if _labels_are_cheap(dataset) else batch["labels"]
+        try:
+            check_labels(labels, num_labels)
+        except ValueError as error:
+            raise ValueError(f"{role}: {error}") from error
+
+
+def _channels(config) -> int | None:
+    if config is None:
+        return None
+    timm_size = (getattr(config, "pretrained_cfg", None) or {}).get("input_size")
+    return timm_size[0] if timm_size else getattr(config, "num_channels", None)
+
+
+def _labels_are_cheap(dataset) -> bool:
+    columns = getattr(dataset, "column_names", None) or ()
+    return hasattr(dataset, "labels") or "labels" in columns or "label" in columns or isinstance(dataset, list)
+
+
+def _last_good(output_dir: str) -> str:
+    folder = get_last_checkpoint(output_dir) if os.path.isdir(output_dir) else None
+    return f"the last checkpoint is intact: {folder}" if folder else "no checkpoint had been written yet"
+
+
+def check_terms(sums: Mapping[str, Tensor], step: int, output_dir: str) -> None:
+    """FloatingPointError naming the loss terms that are NaN or infinite, the step and the last good checkpoint."""
+    broken = [name for name, total in sums.items() if not torch.isfinite(total)]
+    if broken:
+        values = ", ".join(f"{name} = {sums[name].item()}" for name in broken)
+        raise FloatingPointError(
+            f"{values} after step {step}: training stopped; {_last_good(output_dir)}. Lower the learning rate, or the "
+            "weight of the term named"
+        )
+
+
+def check_finite_weights(model: nn.Module, step: int, output_dir: str) -> None:
+    """FloatingPointError naming a parameter that is not finite, before it is written to a checkpoint."""
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise FloatingPointError(
+                f"{name} is not finite after step {step}: nothing was saved; {_last_good(output_dir)}. Lower the "
+                "learning rate"
+            )

@@ -1,0 +1,144 @@
+"""Every knob of a run, grouped and checked. Nothing but data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+
+from transformers import TrainingArguments
+
+from tscnc_hf.method.adversary import ADVERSARIES
+from tscnc_hf.method.objectives import OBJECTIVES
+from tscnc_hf.method.pixels import pixel_quantity
+from tscnc_hf.method.pruning import CRITERIA, SCOPES
+
+
+def _knob(default, help: str, **kwargs):
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": help, **kwargs})
+    return field(default=default, metadata={"help": help, **kwargs})
+
+
+@dataclass
+class TSCNCConfig(TrainingArguments):
+    """
+    `TrainingArguments` plus the options of TSCNC. Wrong values raise `ValueError` here, before any training.
+
+    Parameters that control the adversary (pixel quantities are in [0, 1] and may be written "8/255"):
+        objective (`str`, *optional*, defaults to `"trades"`): "natural", "pgd-at" or "trades".
+        adversary (`str`, *optional*, defaults to `"kl-pgd"`): "none", "fgsm-rs", "pgd" or "kl-pgd" (TRADES' own).
+        epsilon (`float` or `str`, *optional*, defaults to `"8/255"`): L-infinity radius, in training and evaluation.
+        attack_steps (`int`, *optional*, defaults to 10): gradient steps of "pgd" and "kl-pgd".
+        attack_step_size (`float` or `str`, *optional*): defaults to epsilon / 4, for "fgsm-rs" to 1.25 epsilon.
+        epsilon_warmup (`float`, *optional*, defaults to 0): fraction of training in which epsilon grows from 0.
+        trades_beta (`float`, *optional*, defaults to 6): weight of the robust term of TRADES.
+        eval_attack_steps (`int`, *optional*, defaults to 10): PGD steps of `eval_robust_accuracy`; 0 leaves it out.
+
+    Parameters that control the constraints:
+        tsc_weight (`float`, *optional*, defaults to 0): coefficient of the Transformed Sparse Constraint.
+        tsc_a (`float`, *optional*, defaults to 1): shape of transformed l1, > 0.
+        cnc_weight (`float`, *optional*, defaults to 0): coefficient of the Condition Number Constraint.
+        cnc_ridge (`float`, *optional*, defaults to 1e-3): relative ridge of its log determinant, > 0.
+
+    Parameters that control pruning (sparsity is the fraction of zeros among the prunable weights):
+        target_sparsity (`float`, *optional*, defaults to 0): in [0, 1); 0 trains dense.
+        pruning_start, pruning_end (`float`, *optional*, default to 0.25 and 0.75): fractions of training between which
+            sparsity rises; afterwards the masks are frozen and the rest of training fine-tunes.
+        pruning_interval (`int`, *optional*, defaults to 10): steps between two choices of the masks.
+        pruning_scope (`str`, *optional*, defaults to `"global"`): rank weights over the whole model or per "layer".
+        pruning_criterion (`str`, *optional*, defaults to `"magnitude"`).
+        pruning_exclude (`list[str]`, *optional*): weights with one of these in their name stay dense.
+
+    Parameters that control the rest:
+        channels_last (`bool`, *optional*, defaults to `False`): memory format for convolutional networks.
+    """
+
+    objective: str = _knob("trades", "Training objective.", choices=OBJECTIVES)
+    adversary: str = _knob("kl-pgd", "How adversarial images are made in training.", choices=ADVERSARIES)
+    epsilon: str = _knob("8/255", 'L-infinity radius in pixel units, [0, 1], e.g. "8/255".')
+    attack_steps: int = _knob(10, "Gradient steps of pgd and kl-pgd in training.")
+    attack_step_size: str | None = _knob(
+        None, "Step size in pixel units. Default: epsilon / 4, 1.25 epsilon for fgsm-rs."
+    )
+    epsilon_warmup: float = _knob(0.0, "Fraction of training in which epsilon grows linearly from 0.")
+    trades_beta: float = _knob(6.0, "Weight of the robust term of TRADES.")
+    eval_attack_steps: int = _knob(10, "PGD steps behind eval_robust_accuracy; 0 leaves it out.")
+
+    tsc_weight: float = _knob(0.0, "Coefficient of the Transformed Sparse Constraint (a sum over weights).")
+    tsc_a: float = _knob(1.0, "Shape of transformed l1: towards 0 like l0, large like l1.")
+    cnc_weight: float = _knob(0.0, "Coefficient of the Condition Number Constraint (a sum over weight matrices).")
+    cnc_ridge: float = _knob(1e-3, "Relative ridge inside the log determinant of the Condition Number Constraint.")
+
+    target_sparsity: float = _knob(0.0, "Final fraction of zeros among the prunable weights, in [0, 1).")
+    pruning_start: float = _knob(0.25, "Fraction of training after which pruning begins.")
+    pruning_end: float = _knob(0.75, "Fraction of training at which the target is reached and masks are frozen.")
+    pruning_interval: int = _knob(10, "Optimizer steps between two choices of the masks.")
+    pruning_scope: str = _knob("global", "Rank weights over the whole model or per layer.", choices=SCOPES)
+    pruning_criterion: str = _knob("magnitude", "What makes a weight worth keeping.", choices=tuple(CRITERIA))
+    pruning_exclude: list[str] = _knob([], "Weights with one of these in their name stay dense.")
+
+    channels_last: bool = _knob(False, "Memory format for convolutional networks: 1.2 to 1.4 times faster.")
+
+    # Upstream defaults that would break or hide something here.
+    remove_unused_columns: bool = _knob(False, "Off: the image column is needed by the data set's transform.")
+    logging_nan_inf_filter: bool = _knob(False, "Off: a loss that is not finite stops the run and is named.")
+    ddp_find_unused_parameters: bool | None = _knob(False, "Off: every parameter takes part in every step.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.device.type == "cpu":
+            self.dataloader_pin_memory = False  # torch would only warn
+        self.epsilon = pixel_quantity("epsilon", self.epsilon)
+        if self.attack_step_size is not None:
+            self.attack_step_size = pixel_quantity("attack_step_size", self.attack_step_size)
+        for name in ("objective", "adversary", "pruning_scope", "pruning_criterion"):
+            _check_choice(name, getattr(self, name), type(self).__dataclass_fields__[name].metadata["choices"])
+        if self.objective != "natural" and self.adversary == "none":
+            raise ValueError(f"objective={self.objective!r} needs an adversary; use adversary='pgd' or 'kl-pgd'")
+        if isinstance(self.pruning_exclude, str):
+            raise ValueError(f"pruning_exclude={self.pruning_exclude!r}: give a list of name parts")
+
+        for name in ("attack_steps", "pruning_interval"):
+            _check_range(name, getattr(self, name), low=1)
+        for name in ("tsc_a", "cnc_ridge"):
+            _check_range(name, getattr(self, name), low=0, low_open=True)
+        for name in ("eval_attack_steps", "trades_beta", "tsc_weight", "cnc_weight"):
+            _check_range(name, getattr(self, name), low=0)
+        _check_range("epsilon_warmup", self.epsilon_warmup, low=0, high=1)
+        _check_range("target_sparsity", self.target_sparsity, low=0, high=1, high_open=True)
+        _check_range("pruning_start", self.pruning_start, low=0, high=1)
+        _check_range("pruning_end", self.pruning_end, low=0, high=1)
+        if self.pruning_end < self.pruning_start:
+            raise ValueError(
+                f"pruning_end={self.pruning_end} lies before pruning_start={self.pruning_start}; both are fractions "
+                "of training in [0, 1], start first"
+            )
+        if self.deepspeed is not None:
+            raise ValueError(
+                "deepspeed is not supported: the constraints need whole weights; use DDP (accelerate launch)"
+            )
+
+    def method_dict(self) -> dict:
+        """The options of this class and those of `TrainingArguments` that make a run what it is, as plain JSON types."""
+        own = [f.name for f in fields(type(self)) if f.name in TSCNCConfig.__annotations__]
+        upstream = (
+            "seed", "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps",
+            "optim", "learning_rate", "weight_decay", "max_grad_norm", "lr_scheduler_type", "warmup_steps",
+            "label_smoothing_factor", "bf16", "fp16",
+        )  # fmt: skip
+        hidden = ("remove_unused_columns", "logging_nan_inf_filter", "ddp_find_unused_parameters")
+        plain = self.to_dict()
+        return {name: plain[name] for name in (*own, *upstream) if name not in hidden}
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is unknown; use one of {', '.join(choices)}")
+
+
+def _check_range(
+    name: str, value: float, low: float, high: float = float("inf"), low_open: bool = False, high_open: bool = False
+) -> None:
+    inside = (value > low if low_open else value >= low) and (value < high if high_open else value <= high)
+    if not inside:
+        end = "infinity)" if high == float("inf") else f"{high}{')' if high_open else ']'}"
+        raise ValueError(f"{name}={value} is outside {'(' if low_open else '['}{low}, {end}")

@@ -1,0 +1,136 @@
+"""What the recipes share: options of data and model, and the steps between data and a finished folder."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tscnc_hf.training.config import TSCNCConfig
+from tscnc_hf.training.parser import ConfigParser
+
+
+@dataclass
+class DataArguments:
+    """
+    Where images come from. Model selection uses a part of train; the test split is touched once, at the end.
+
+    Parameters:
+        dataset (`str`, *optional*, defaults to `"uoft-cs/cifar10"`): Hub id, local folder (parquet or one folder per
+            class), or "digits" (scikit-learn's, no download).
+        image_column, label_column (`str`, *optional*): found by type if not given.
+        image_size (`int`, *optional*): resize to this side in pixels.
+        channels (`str`, *optional*, defaults to `"rgb"`): "rgb", "grey" or "auto".
+        augmentation (`str`, *optional*, defaults to `"crop-flip"`): "none", "flip", "crop" or "crop-flip".
+        validation_fraction (`float`, *optional*, defaults to 0.1): of train.
+        train_limit (`int`, *optional*): train on the first n images only.
+        test_limit (`int`, *optional*): test on the first n images only.
+        test_attacks (`list[str]`, *optional*, defaults to clean and pgd-20): for the final figures.
+        compare_dense (`bool`, *optional*, defaults to `False`): also train a dense twin, the same but for pruning and
+            constraints, and show both side by side.
+        resume (`bool`, *optional*, defaults to `False`): go on from the last checkpoint in the output folder.
+    """
+
+    dataset: str = field(default="uoft-cs/cifar10", metadata={"help": 'Hub id, local folder, or "digits".'})
+    image_column: str | None = field(
+        default=None, metadata={"help": "Name of the image column, if not found by type."}
+    )
+    label_column: str | None = field(
+        default=None, metadata={"help": "Name of the label column, if not found by type."}
+    )
+    image_size: int | None = field(default=None, metadata={"help": "Resize images to this side, in pixels."})
+    channels: str = field(default="rgb", metadata={"help": "Channels.", "choices": ("rgb", "grey", "auto")})
+    augmentation: str = field(
+        default="crop-flip",
+        metadata={"help": "Augmentation of the training images.", "choices": ("none", "flip", "crop", "crop-flip")},
+    )
+    validation_fraction: float = field(default=0.1, metadata={"help": "Part of train kept for model selection."})
+    train_limit: int | None = field(default=None, metadata={"help": "Train on the first n images only."})
+    test_limit: int | None = field(default=None, metadata={"help": "Test on the first n images only."})
+    test_attacks: list[str] = field(
+        default_factory=lambda: ["clean", "pgd-20"], metadata={"help": "Attacks of the final figures."}
+    )
+    compare_dense: bool = field(default=False, metadata={"help": "Also train a dense twin and compare."})
+    resume: bool = field(default=False, metadata={"help": "Go on from the last checkpoint in the output folder."})
+
+
+def parse(model_arguments: type, args: list[str] | None = None) -> tuple[TSCNCConfig, DataArguments, object]:
+    """The options of a recipe, from `--config` and the command line."""
+    return ConfigParser([TSCNCConfig, DataArguments, model_arguments]).parse(args)
+
+
+def load_data(arguments: DataArguments, seed: int):
+    """`ImageData` as the options say. An attack that does not exist ends here, before any training."""
+    from tscnc_hf.evaluation.robustness import make_attack
+    from tscnc_hf.training.data import load_image_data
+
+    for name in arguments.test_attacks:
+        make_attack(name, 0.0)
+    data = load_image_data(
+        arguments.dataset,
+        image_column=arguments.image_column,
+        label_column=arguments.label_column,
+        image_size=arguments.image_size,
+        channels=arguments.channels,
+        augmentation=arguments.augmentation,
+        validation_fraction=arguments.validation_fraction,
+        train_limit=arguments.train_limit,
+        test_limit=arguments.test_limit,
+        seed=seed,
+    )
+    print(f"Data: {data.description}", flush=True)
+    return data
+
+
+def train(config: TSCNCConfig, model, processor, data, resume: bool = False):
+    """Train and return the trainer."""
+    from tscnc_hf.training.trainer import TSCNCTrainer
+
+    trainer = TSCNCTrainer(
+        model=model,
+        args=config,
+        train_dataset=data.train,
+        eval_dataset=data.validation,
+        processing_class=processor,
+    )
+    goal = f"to {config.target_sparsity:.1%} sparsity" if config.target_sparsity else "dense"
+    print(
+        f"Training {goal}: {config.objective} with {config.adversary}, epsilon {config.epsilon:.4g}, "
+        f"TSC {config.tsc_weight:g}, CNC {config.cnc_weight:g}; {sum(p.numel() for p in model.parameters()):,} parameters",
+        flush=True,
+    )
+    trainer.train(resume_from_checkpoint=True if resume else None)
+    return trainer
+
+
+def dense_twin(config: TSCNCConfig) -> TSCNCConfig:
+    """The same run without pruning and constraints, in the folder `dense-twin` of the run's own."""
+    import dataclasses
+
+    return dataclasses.replace(
+        config,
+        output_dir=str(Path(config.output_dir) / "dense-twin"),
+        target_sparsity=0.0,
+        tsc_weight=0.0,
+        cnc_weight=0.0,
+        push_to_hub=False,
+    )
+
+
+def finish(trainer, data, arguments: DataArguments, dense: dict | None = None) -> dict:
+    """Test once, save the folder, write the card, push if asked for; print the table and the folder's path."""
+    from tscnc_hf.training.results import comparison_table
+
+    results = trainer.test(data.test, attacks=arguments.test_attacks)
+    trainer.card_options |= {"dense": dense, "class_names": data.class_names, "command": _command()}
+    trainer.card_options |= {"model_name": Path(trainer.args.output_dir).name, "dataset_name": data.name}
+    trainer.save_model()  # uploads too when push_to_hub is set
+    trainer.create_model_card()
+    if trainer.is_world_process_zero():
+        columns = ({"dense": dense} if dense else {}) | {"pruned": results}
+        print(f"\n{comparison_table(columns)}\n\nModel, card and figures: {Path(trainer.args.output_dir).resolve()}")
+    return results
+
+
+def _command() -> str:
+    return " ".join(["accelerate launch", *sys.argv])

@@ -1,0 +1,91 @@
+"""The figures of a finished model: measured once, shown as a table, written on the card."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+
+from tscnc_hf.evaluation.robustness import evaluate_robustness
+from tscnc_hf.method.pruning import sparsity_report
+from tscnc_hf.method.spectrum import spectral_report
+
+
+def measure(
+    model: nn.Module,
+    dataset,
+    *,
+    epsilon: float,
+    attacks: Sequence[str] = ("clean", "pgd-20"),
+    n: int | None = None,
+    seed: int = 0,
+    exclude: Sequence[str] = (),
+    batch_size: int = 128,
+    processing_class: object | None = None,
+    progress: bool = True,
+) -> dict:
+    """
+    Robustness, sparsity and spectrum of a model as plain JSON types: {"robustness", "sparsity", "spectrum"}.
+
+    Arguments as in `evaluate_robustness`; `exclude` as in `weight_matrices`.
+    """
+    robustness = evaluate_robustness(
+        model,
+        dataset,
+        attacks,
+        epsilon=epsilon,
+        n=n,
+        seed=seed,
+        batch_size=batch_size,
+        processing_class=processing_class,
+        progress=progress,
+    )
+    return {
+        "robustness": robustness.to_dict(),
+        "sparsity": sparsity_report(model, exclude).to_dict(),
+        "spectrum": spectral_report(model).to_dict(),
+    }
+
+
+def comparison_table(results: Mapping[str, Mapping]) -> str:
+    """A plain-text table, one column per model: accuracies with 95 % intervals, sparsity, condition numbers."""
+    names = list(results)
+    rows = [["", *names]]
+    attacks = [attack["name"] for attack in results[names[0]]["robustness"]["attacks"]]
+    for index, attack in enumerate(attacks):
+        label = "clean accuracy" if attack == "clean" else f"{attack} accuracy"
+        rows.append([label, *(_accuracy(results[name]["robustness"]["attacks"][index]) for name in names)])
+    rows.append(["sparsity", *(f"{results[name]['sparsity']['sparsity']:.2%}" for name in names)])
+    for key, label in (
+        ("median_condition_number", "median condition number"),
+        ("max_condition_number", "largest condition number"),
+        ("rank_deficient", "rank-deficient matrices"),
+    ):
+        rows.append([label, *(_number(results[name]["spectrum"][key]) for name in names)])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(names) + 1)]
+    lines = [
+        "  ".join(
+            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        )
+        for row in rows
+    ]
+    first = results[names[0]]["robustness"]
+    epsilon = first["threat_model"]["epsilon"]
+    note = f"{first['n']} test images, L-infinity epsilon {epsilon:.4g} ({epsilon * 255:.3g}/255), 95 % intervals"
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], note])
+
+
+def _accuracy(attack: Mapping) -> str:
+    return f"{attack['accuracy']:.1%} [{attack['low']:.1%}, {attack['high']:.1%}]"
+
+
+def _number(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:.4g}"
+
+
+def file_sizes(folder: str | os.PathLike) -> dict[str, int]:
+    """Bytes of the two weight files of a published folder, where they are: {"dense_bytes", "sparse_bytes"}."""
+    names = {"dense_bytes": "model.safetensors", "sparse_bytes": "model.sparse.safetensors"}
+    paths = {key: os.path.join(folder, name) for key, name in names.items()}
+    return {key: os.path.getsize(path) for key, path in paths.items() if os.path.isfile(path)}

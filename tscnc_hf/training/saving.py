@@ -1,0 +1,68 @@
+"""What a run writes beside the weights: the state of the method, and the extras of a published folder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from tscnc_hf.artifact.atomic import write_json
+from tscnc_hf.artifact.card import write_card
+from tscnc_hf.artifact.checkpoint import save_sparse
+from tscnc_hf.artifact.state import STATE_FILE, load_state, save_state
+from tscnc_hf.method.pruning import Pruner, sparsity_report
+from tscnc_hf.method.spectrum import spectral_report
+from tscnc_hf.training.config import TSCNCConfig
+from tscnc_hf.training.results import file_sizes
+
+
+CONFIG_FILE = "tscnc_config.json"
+
+
+def save_method_state(folder: Path, pruner: Pruner, scales: Mapping[str, Tensor]) -> None:
+    """Masks and scales: what a resumed run needs beside the weights. The schedule is a function of the step."""
+    masks = {f"mask.{name}": mask for name, mask in pruner.masks.items()}
+    save_state(masks | {f"scale.{name}": scale for name, scale in scales.items()}, folder / STATE_FILE)
+
+
+def load_method_state(folder: str | os.PathLike, pruner: Pruner, device: torch.device) -> dict[str, Tensor]:
+    """Give the masks of a checkpoint to the pruner; return the scales."""
+    tensors, _ = load_state(Path(folder) / STATE_FILE)
+
+    def part(prefix: str) -> dict[str, Tensor]:
+        return {name[len(prefix) :]: value.to(device) for name, value in tensors.items() if name.startswith(prefix)}
+
+    pruner.masks_from(part("mask."))
+    return part("scale.")
+
+
+def save_extras(folder: Path, model: nn.Module, args: TSCNCConfig) -> None:
+    """What a published folder has beside the dense model: the packed weights and readable options; no pickle."""
+    if isinstance(model, PreTrainedModel):
+        save_sparse(model, folder)
+    write_json(args.method_dict(), folder / CONFIG_FILE)
+    (folder / "training_args.bin").unlink(missing_ok=True)
+
+
+def write_training_card(
+    args: TSCNCConfig, model: nn.Module, results: Mapping | None, log_history: Sequence[Mapping], options: Mapping
+) -> Path:
+    """The card of a run, with what is known at the time; `options` are further arguments of `write_card`."""
+    known = results or {
+        "robustness": None,
+        "sparsity": sparsity_report(model, args.pruning_exclude).to_dict(),
+        "spectrum": spectral_report(model).to_dict(),
+    }
+    defaults = {"model_name": Path(args.output_dir).resolve().name, "dataset_name": "the training data"}
+    return write_card(
+        args.output_dir,
+        **known,
+        **(defaults | dict(options)),
+        config=args.method_dict(),
+        log_history=list(log_history),
+        sizes=file_sizes(args.output_dir) or None,
+    )

@@ -1,0 +1,330 @@
+"""`transformers.Trainer` with adversarial examples, TSCNC terms and gradual pruning: a thin shell around the rooms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
+
+from tscnc_hf.artifact.atomic import write_json
+from tscnc_hf.artifact.checkpoint import load_weights
+from tscnc_hf.method.adversary import craft, pgd, seeded_generator
+from tscnc_hf.method.batches import collate
+from tscnc_hf.method.constraints import condition_number_penalty, transformed_sparse_constraint, weight_scales
+from tscnc_hf.method.matrices import weight_matrices
+from tscnc_hf.method.objectives import objective_terms
+from tscnc_hf.method.pixels import attack_mode, normalisation, pixel_logits
+from tscnc_hf.method.pruning import Pruner
+from tscnc_hf.training.callbacks import MethodCallback
+from tscnc_hf.training.checks import check_datasets, check_finite_weights, check_terms
+from tscnc_hf.training.config import TSCNCConfig
+from tscnc_hf.training.metrics import robust_accuracy_metrics
+from tscnc_hf.training.results import measure
+from tscnc_hf.training.saving import load_method_state, save_extras, save_method_state, write_training_card
+
+
+RESULTS_FILE = "results.json"
+
+
+class TSCNCTrainer(Trainer):
+    """
+    Adversarial training with the TSCNC constraints and gradual pruning.
+
+    The loss of a step is the sum of named terms (`natural_loss`, `robust_loss`, `tsc_loss`, `cnc_loss`), each in the
+    log. Masks are applied right after every optimizer step. `evaluate` reports `eval_accuracy` and
+    `eval_robust_accuracy` together; the best model is chosen only among checkpoints that have reached the target.
+
+    Args:
+        model (`nn.Module` or `str`): a classifier of normalised images, or the name of one (folder or Hub id).
+        args (`TSCNCConfig`): the options.
+        train_dataset, eval_dataset: anything that gives {"pixel_values": (c, h, w) in [0, 1], "labels": int} items.
+        processing_class: the image processor, which says how pixels are normalised (may be left out when the model's
+            config says so, as timm's does). Saved with the model.
+        compute_metrics (`Callable`, *optional*): gets an `EvalPrediction` whose predictions are the pair (clean,
+            adversarial) logits; its result is added to the two accuracies.
+
+    Everything else is as in `transformers.Trainer`.
+
+    Raises:
+        ValueError: wrong data, a model with nothing to prune, or an option this trainer does not support.
+    """
+
+    loss_is_scaled_for_ga = False  # our terms are means over the micro-batch: the Trainer divides by the accumulation
+    _tag_names = ("tscnc", "pruning", "sparse", "adversarial-training", "robustness")
+
+    def __init__(
+        self,
+        model: nn.Module | str | None = None,
+        args: TSCNCConfig | None = None,
+        data_collator: Callable | None = None,
+        train_dataset=None,
+        eval_dataset=None,
+        processing_class=None,
+        compute_metrics: Callable | None = None,
+        **kwargs,
+    ):
+        args = TSCNCConfig("tscnc-output") if args is None else args
+        if not isinstance(args, TSCNCConfig):
+            raise TypeError(f"args is a {type(args).__name__}; TSCNCTrainer needs a TSCNCConfig")
+        if kwargs.get("model_init") is not None or kwargs.get("compute_loss_func") is not None:
+            raise ValueError(
+                "model_init and compute_loss_func are not supported: pass a model; the loss is the method's"
+            )
+        if isinstance(model, str):
+            from tscnc_hf.training.models import load_model
+
+            model, loaded_processor = load_model(model)
+            processing_class = loaded_processor if processing_class is None else processing_class
+        if model is None:
+            raise ValueError("model is missing: pass a module, a folder or a Hub id")
+        self.pixel_mean, self.pixel_std = normalisation(model, processing_class)
+        check_datasets(model, train_dataset, eval_dataset, data_collator or collate)
+        self.pruner = Pruner(weight_matrices(model, args.pruning_exclude), args.pruning_criterion, args.pruning_scope)
+        if args.channels_last:
+            model.to(memory_format=torch.channels_last)
+        # Taken before training, kept in every checkpoint: TSC measures weights in units of their scale at the start.
+        self.tsc_scales = weight_scales(weight_matrices(model, args.pruning_exclude))
+        super().__init__(
+            model,
+            args,
+            data_collator=data_collator or collate,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            compute_metrics=robust_accuracy_metrics(compute_metrics),
+            **kwargs,
+        )
+        self.callback_handler.callbacks.insert(0, MethodCallback(self))  # masks first: whatever follows sees them
+        self._term_sums: dict[str, Tensor] = {}
+        self._micro_steps = 0  # since the last log
+        self._micro_batch = 0  # within the optimizer step
+        self._eval_batches = 0
+        self.test_results: dict | None = None
+        self.card_options: dict = {}
+        if isinstance(model, PreTrainedModel):
+            model.add_model_tags(list(self._tag_names))
+
+    # ---- one step ----
+
+    def pixel_logits(self, model: nn.Module) -> Callable[[Tensor], Tensor]:
+        return pixel_logits(model, self.pixel_mean, self.pixel_std)
+
+    def epsilon_now(self) -> float:
+        """The radius of this step: a pure function of the step (`epsilon_warmup`)."""
+        warmup = self.args.epsilon_warmup * max(self.state.max_steps, 1)
+        return self.args.epsilon * (min(1.0, (self.state.global_step + 1) / warmup) if warmup > 0 else 1.0)
+
+    def attack(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor | None:
+        """Adversarial pixels for training; None when there is no adversary. Noise is keyed by seed, rank and step."""
+        args = self.args
+        key = (args.seed, "train", args.process_index, self.state.global_step, self._micro_batch)
+        generator = seeded_generator(x.device, *key)
+        step_size = args.attack_step_size
+        with attack_mode(model):
+            return craft(
+                args.adversary,
+                self.pixel_logits(model),
+                x,
+                y,
+                epsilon=self.epsilon_now(),
+                steps=args.attack_steps,
+                step_size=step_size if step_size is None else float(step_size),
+                generator=generator,
+            )
+
+    def constraint_terms(self, model: nn.Module) -> dict[str, Tensor]:
+        args, terms = self.args, {}
+        if args.tsc_weight > 0:
+            weights = weight_matrices(model, args.pruning_exclude)
+            scales = self._scales_on(next(model.parameters()).device)
+            terms["tsc_loss"] = args.tsc_weight * transformed_sparse_constraint(weights, scales, args.tsc_a)
+        if args.cnc_weight > 0:
+            terms["cnc_loss"] = args.cnc_weight * condition_number_penalty(weight_matrices(model), args.cnc_ridge)
+        return terms
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        x, y = inputs["pixel_values"], inputs["labels"]
+        inner = self.accelerator.unwrap_model(model, keep_torch_compile=True)
+        # The attack runs on the module, the forward that trains on the wrapper: that one averages gradients.
+        x_adv = self.attack(inner, x, y) if self.args.objective != "natural" else None
+        terms = objective_terms(
+            self.args.objective,
+            self.pixel_logits(model),
+            x,
+            x_adv,
+            y,
+            beta=self.args.trades_beta,
+            label_smoothing=self.args.label_smoothing_factor,
+        )
+        terms |= self.constraint_terms(inner)
+        self._record(terms)
+        loss = sum(terms.values())
+        return (loss, {"loss": loss}) if return_outputs else loss
+
+    def start_step(self) -> None:
+        self._micro_batch = 0
+
+    def _record(self, terms: dict[str, Tensor]) -> None:
+        for name, value in terms.items():
+            value = value.detach()
+            self._term_sums[name] = self._term_sums[name] + value if name in self._term_sums else value
+        self._micro_steps += 1
+        self._micro_batch += 1
+        if self.args.device.type == "cpu":  # elsewhere looking at a value stalls the device: at log and save only
+            self._check_terms()
+
+    def _check_terms(self) -> None:
+        check_terms(self._term_sums, self.state.global_step, self.args.output_dir)
+
+    def _scales_on(self, device: torch.device) -> dict[str, Tensor]:
+        self.tsc_scales = {name: scale.to(device) for name, scale in self.tsc_scales.items()}
+        return self.tsc_scales
+
+    def _clip_grad_norm(self, model):
+        if self.masks_frozen():
+            self.pruner.mask_gradients_()
+        return super()._clip_grad_norm(model)
+
+    def masks_frozen(self) -> bool:
+        """Whether the schedule has ended, as of the step being taken."""
+        args = self.args
+        return args.target_sparsity > 0 and self.state.global_step >= round(args.pruning_end * self.state.max_steps)
+
+    def get_decay_parameter_names(self, model) -> list[str]:
+        """Weight decay acts on the weights of layers; not on gates, norms, biases, embeddings and tokens."""
+        return [record.name for record in weight_matrices(model)]
+
+    # ---- log and evaluation ----
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and self._term_sums:
+            self._check_terms()
+            for name, total in self._term_sums.items():
+                logs[name] = (self.accelerator.reduce(total, "mean") / self._micro_steps).item()
+            if self.args.target_sparsity > 0:
+                logs["sparsity"] = self.pruner.pruned_count / self.pruner.prunable_count
+            self._term_sums, self._micro_steps = {}, 0
+        super().log(logs, start_time)
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        args, inputs = self.args, self._prepare_inputs(inputs)
+        x, y = inputs["pixel_values"], inputs["labels"]
+        inner = self.accelerator.unwrap_model(model, keep_torch_compile=True)
+        forward = self.pixel_logits(inner)
+        with attack_mode(inner):
+            with torch.no_grad():
+                clean = forward(x)
+            predictions = clean
+            if args.eval_attack_steps > 0 and args.epsilon > 0:
+                generator = seeded_generator(x.device, args.seed, "eval", args.process_index, self._eval_batches)
+                x_adv = pgd(forward, x, y, epsilon=args.epsilon, steps=args.eval_attack_steps, generator=generator)
+                with torch.no_grad():
+                    predictions = (clean, forward(x_adv))
+        self._eval_batches += 1
+        loss = nn.functional.cross_entropy(clean, y)
+        return (loss, None, None) if prediction_loss_only else (loss, predictions, y)
+
+    def evaluation_loop(self, *args, **kwargs):
+        self._eval_batches = 0
+        # A data loader draws its seed from torch's global generator: evaluating must not change what follows.
+        with torch.random.fork_rng(enabled=True):
+            output = super().evaluation_loop(*args, **kwargs)
+        return output
+
+    def _determine_best_metric(self, metrics, trial) -> bool:
+        if self.pruner.pruned_count < self.pruner.target_count(self.args.target_sparsity):
+            return False  # a model that is less sparse than asked for is no candidate
+        return super()._determine_best_metric(metrics, trial)
+
+    # ---- saving and loading ----
+
+    def _save_checkpoint(self, model, trial):
+        self._check_terms()
+        check_finite_weights(self.model, self.state.global_step, self.args.output_dir)
+        super()._save_checkpoint(model, trial)
+
+    def _save(self, output_dir=None, state_dict=None):
+        folder = Path(output_dir if output_dir is not None else self.args.output_dir)
+        super()._save(str(folder), state_dict)
+        if not self.args.should_save:
+            return
+        if folder.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-"):
+            save_method_state(folder, self.pruner, self.tsc_scales)
+        else:
+            save_extras(folder, self.model, self.args)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        if self.is_fsdp_enabled or model is not None:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            load_weights(self.model, resume_from_checkpoint)
+        self._load_method_state(resume_from_checkpoint)
+
+    def _load_best_model(self):
+        folder = self.state.best_model_checkpoint
+        if self.is_fsdp_enabled:
+            super()._load_best_model()
+        else:
+            load_weights(self.model, folder)
+        self._load_method_state(folder)
+
+    def _load_method_state(self, folder):
+        device = next(self.model.parameters()).device
+        self.tsc_scales = load_method_state(folder, self.pruner, device)
+
+    def _issue_warnings_after_load(self, load_result):
+        if load_result.missing_keys or load_result.unexpected_keys:
+            raise ValueError(
+                f"the checkpoint does not fit the model: missing {load_result.missing_keys[:5]}, "
+                f"unexpected {load_result.unexpected_keys[:5]}"
+            )
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        if self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END:
+            # upstream copies a fixed list of files: what else belongs to the model must be there before
+            self._save(self.args.output_dir)
+            self.create_model_card()
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    # ---- results ----
+
+    def test(self, dataset, attacks: Sequence[str] = ("clean", "pgd-20"), n: int | None = None) -> dict:
+        """
+        The final figures, on data that training has not seen: robustness, sparsity and spectrum. Written to
+        `results.json` in the output folder and shown on the card.
+
+        Returns:
+            `dict`: {"robustness", "sparsity", "spectrum"}, each the `to_dict()` of its report.
+        """
+        args = self.args
+        self.test_results = measure(
+            self.accelerator.unwrap_model(self.model),
+            dataset,
+            processing_class=self.processing_class,
+            attacks=attacks,
+            epsilon=args.epsilon,
+            n=n,
+            seed=args.seed,
+            exclude=args.pruning_exclude,
+            batch_size=args.eval_batch_size,
+            progress=not args.disable_tqdm,
+        )
+        if args.should_save:
+            write_json(self.test_results, Path(args.output_dir) / RESULTS_FILE)
+        return self.test_results
+
+    def create_model_card(self, model_name: str | None = None, dataset_name: str | None = None, tags=(), **kwargs):
+        """
+        Write README.md and its figures to the output folder, with what is known at the time.
+
+        Keyword arguments are those of `tscnc_hf.artifact.card.write_card`; they are kept for later cards of the run.
+        """
+        if not self.is_world_process_zero():
+            return
+        options = {"model_name": model_name, "dataset_name": dataset_name, "tags": tags, **kwargs}
+        self.card_options |= {key: value for key, value in options.items() if value}
+        write_training_card(self.args, self.model, self.test_results, self.state.log_history, self.card_options)
