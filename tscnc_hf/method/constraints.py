@@ -7,7 +7,7 @@ The closed forms used here (scale-invariant CNC, TSC on weights scaled by their 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -48,7 +48,10 @@ def transformed_sparse_constraint(weights: Iterable[WeightMatrix], scales: Mappi
     Returns:
         `Tensor`: float32 scalar, between 0 and (a + 1) times the number of weights.
     """
-    terms = [transformed_l1(full_tensor(record.weight).float() / scales[record.name], a).sum() for record in weights]
+    terms = [
+        transformed_l1(full_tensor(record.weight).float() / scales[record.name].to(record.weight.device), a).sum()
+        for record in weights
+    ]
     return torch.stack(terms).sum()
 
 
@@ -135,3 +138,28 @@ def condition_number_penalty(weights: Iterable[WeightMatrix], ridge: float = 1e-
         if min(matrices.shape[-2:]) > 1:
             terms.append(condition_number_constraint(matrices, ridge).sum())
     return torch.stack(terms).sum() if terms else torch.zeros((), device=device)
+
+
+def constraint_terms(
+    weights: Sequence[WeightMatrix],
+    scales: Mapping[str, Tensor],
+    *,
+    tsc_weight: float = 0.0,
+    tsc_a: float = 1.0,
+    cnc_weight: float = 0.0,
+    cnc_ridge: float = 1e-3,
+) -> dict[str, Tensor]:
+    """
+    The weighted constraints of a step: {"tsc_loss", "cnc_loss"}, each only if its weight is positive.
+
+    Args:
+        weights (`Sequence[WeightMatrix]`): all that CNC looks at; TSC takes those that have a scale.
+        scales (`Mapping[str, Tensor]`): from `weight_scales`, taken before training.
+    """
+    terms = {}
+    if tsc_weight > 0:
+        prunable = [record for record in weights if record.name in scales]
+        terms["tsc_loss"] = tsc_weight * transformed_sparse_constraint(prunable, scales, tsc_a)
+    if cnc_weight > 0:
+        terms["cnc_loss"] = cnc_weight * condition_number_penalty(weights, cnc_ridge)
+    return terms

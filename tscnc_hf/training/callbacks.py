@@ -45,6 +45,7 @@ class MethodCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         if args.target_sparsity > 0:
             schedule_steps(args, state.max_steps)
+        self.trainer.clear_terms()
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         dataset = self.trainer.train_dataset

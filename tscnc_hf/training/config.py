@@ -118,7 +118,7 @@ class TSCNCConfig(TrainingArguments):
             )
 
     def method_dict(self) -> dict:
-        """The options of this class and those of `TrainingArguments` that make a run what it is, as plain JSON types."""
+        """The options of this class and those of `TrainingArguments` that shape a run, as plain JSON types."""
         own = [f.name for f in fields(type(self)) if f.name in TSCNCConfig.__annotations__]
         upstream = (
             "seed", "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps",

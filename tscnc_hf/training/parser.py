@@ -44,11 +44,15 @@ class ConfigParser(HfArgumentParser):
         if not isinstance(values, dict):
             self.error(f"--config {path}: expected `option: value` lines, got a {type(values).__name__}")
         actions = {action.dest: action for action in self._actions if action.dest not in ("help", "config")}
-        unknown = sorted(set(values) - set(actions))
+        unknown = sorted(map(str, set(values) - set(actions)))
         if unknown:
             self.error(f"--config {path}: unknown option(s) {', '.join(unknown)}; `--help` lists those that exist")
         for name, value in values.items():
             action = actions[name]
+            if value is False and "no" in (action.choices or ()):
+                value = "no"  # YAML reads a bare `no` as false
+            if isinstance(value, list | dict) and action.nargs is None and action.type is not str:
+                self.error(f"--config {path}: {name}={value!r}; give one value")
             if action.choices is not None and value is not None and value not in action.choices:
                 allowed = ", ".join(map(str, action.choices))
                 self.error(f"--config {path}: {name}={value!r}; use one of {allowed}")

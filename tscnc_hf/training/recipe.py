@@ -84,8 +84,11 @@ def load_data(arguments: DataArguments, seed: int):
 
 def train(config: TSCNCConfig, model, processor, data, resume: bool = False):
     """Train and return the trainer."""
+    from transformers.utils.logging import disable_progress_bar
+
     from tscnc_hf.training.trainer import TSCNCTrainer
 
+    disable_progress_bar()  # of reading and writing files; training keeps its own
     trainer = TSCNCTrainer(
         model=model,
         args=config,
@@ -94,9 +97,10 @@ def train(config: TSCNCConfig, model, processor, data, resume: bool = False):
         processing_class=processor,
     )
     goal = f"to {config.target_sparsity:.1%} sparsity" if config.target_sparsity else "dense"
+    parameters = sum(parameter.numel() for parameter in model.parameters())
     print(
         f"Training {goal}: {config.objective} with {config.adversary}, epsilon {config.epsilon:.4g}, "
-        f"TSC {config.tsc_weight:g}, CNC {config.cnc_weight:g}; {sum(p.numel() for p in model.parameters()):,} parameters",
+        f"TSC {config.tsc_weight:g}, CNC {config.cnc_weight:g}; {parameters:,} parameters",
         flush=True,
     )
     trainer.train(resume_from_checkpoint=True if resume else None)

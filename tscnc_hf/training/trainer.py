@@ -14,7 +14,7 @@ from tscnc_hf.artifact.atomic import write_json
 from tscnc_hf.artifact.checkpoint import load_weights
 from tscnc_hf.method.adversary import craft, pgd, seeded_generator
 from tscnc_hf.method.batches import collate
-from tscnc_hf.method.constraints import condition_number_penalty, transformed_sparse_constraint, weight_scales
+from tscnc_hf.method.constraints import constraint_terms, weight_scales
 from tscnc_hf.method.matrices import weight_matrices
 from tscnc_hf.method.objectives import objective_terms
 from tscnc_hf.method.pixels import attack_mode, normalisation, pixel_logits
@@ -24,7 +24,13 @@ from tscnc_hf.training.checks import check_datasets, check_finite_weights, check
 from tscnc_hf.training.config import TSCNCConfig
 from tscnc_hf.training.metrics import robust_accuracy_metrics
 from tscnc_hf.training.results import measure
-from tscnc_hf.training.saving import load_method_state, save_extras, save_method_state, write_training_card
+from tscnc_hf.training.saving import (
+    load_method_state,
+    push_in_background,
+    save_extras,
+    save_method_state,
+    write_training_card,
+)
 
 
 RESULTS_FILE = "results.json"
@@ -86,8 +92,6 @@ class TSCNCTrainer(Trainer):
         self.pruner = Pruner(weight_matrices(model, args.pruning_exclude), args.pruning_criterion, args.pruning_scope)
         if args.channels_last:
             model.to(memory_format=torch.channels_last)
-        # Taken before training, kept in every checkpoint: TSC measures weights in units of their scale at the start.
-        self.tsc_scales = weight_scales(weight_matrices(model, args.pruning_exclude))
         super().__init__(
             model,
             args,
@@ -98,11 +102,15 @@ class TSCNCTrainer(Trainer):
             compute_metrics=robust_accuracy_metrics(compute_metrics),
             **kwargs,
         )
+        # Taken before training, kept in every checkpoint: TSC measures weights in units of their scale at the start.
+        self.tsc_scales = weight_scales(weight_matrices(model, args.pruning_exclude))
+        if self.is_fsdp_enabled:
+            raise ValueError(
+                "FSDP is not supported yet: masks are applied to whole weights; use DDP (accelerate launch)"
+            )
         self.callback_handler.callbacks.insert(0, MethodCallback(self))  # masks first: whatever follows sees them
-        self._term_sums: dict[str, Tensor] = {}
-        self._micro_steps = 0  # since the last log
-        self._micro_batch = 0  # within the optimizer step
-        self._eval_batches = 0
+        self.clear_terms()
+        self._micro_batch = self._eval_batches = 0
         self.test_results: dict | None = None
         self.card_options: dict = {}
         if isinstance(model, PreTrainedModel):
@@ -136,16 +144,6 @@ class TSCNCTrainer(Trainer):
                 generator=generator,
             )
 
-    def constraint_terms(self, model: nn.Module) -> dict[str, Tensor]:
-        args, terms = self.args, {}
-        if args.tsc_weight > 0:
-            weights = weight_matrices(model, args.pruning_exclude)
-            scales = self._scales_on(next(model.parameters()).device)
-            terms["tsc_loss"] = args.tsc_weight * transformed_sparse_constraint(weights, scales, args.tsc_a)
-        if args.cnc_weight > 0:
-            terms["cnc_loss"] = args.cnc_weight * condition_number_penalty(weight_matrices(model), args.cnc_ridge)
-        return terms
-
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         x, y = inputs["pixel_values"], inputs["labels"]
         inner = self.accelerator.unwrap_model(model, keep_torch_compile=True)
@@ -160,29 +158,35 @@ class TSCNCTrainer(Trainer):
             beta=self.args.trades_beta,
             label_smoothing=self.args.label_smoothing_factor,
         )
-        terms |= self.constraint_terms(inner)
+        terms |= constraint_terms(
+            list(weight_matrices(inner)),
+            self.tsc_scales,
+            tsc_weight=self.args.tsc_weight,
+            tsc_a=self.args.tsc_a,
+            cnc_weight=self.args.cnc_weight,
+            cnc_ridge=self.args.cnc_ridge,
+        )
         self._record(terms)
         loss = sum(terms.values())
         return (loss, {"loss": loss}) if return_outputs else loss
 
+    def clear_terms(self) -> None:
+        self._term_sums, self._steps = {}, 0  # since the last log
+
     def start_step(self) -> None:
         self._micro_batch = 0
+        self._steps += 1
 
     def _record(self, terms: dict[str, Tensor]) -> None:
+        accumulation = getattr(self, "current_gradient_accumulation_steps", 1)  # fewer at the end of an epoch
         for name, value in terms.items():
-            value = value.detach()
-            self._term_sums[name] = self._term_sums[name] + value if name in self._term_sums else value
-        self._micro_steps += 1
+            self._term_sums[name] = self._term_sums.get(name, 0) + value.detach() / accumulation
         self._micro_batch += 1
         if self.args.device.type == "cpu":  # elsewhere looking at a value stalls the device: at log and save only
             self._check_terms()
 
     def _check_terms(self) -> None:
         check_terms(self._term_sums, self.state.global_step, self.args.output_dir)
-
-    def _scales_on(self, device: torch.device) -> dict[str, Tensor]:
-        self.tsc_scales = {name: scale.to(device) for name, scale in self.tsc_scales.items()}
-        return self.tsc_scales
 
     def _clip_grad_norm(self, model):
         if self.masks_frozen():
@@ -204,10 +208,10 @@ class TSCNCTrainer(Trainer):
         if "loss" in logs and self._term_sums:
             self._check_terms()
             for name, total in self._term_sums.items():
-                logs[name] = (self.accelerator.reduce(total, "mean") / self._micro_steps).item()
+                logs[name] = (self.accelerator.reduce(total, "mean") / self._steps).item()
             if self.args.target_sparsity > 0:
                 logs["sparsity"] = self.pruner.pruned_count / self.pruner.prunable_count
-            self._term_sums, self._micro_steps = {}, 0
+            self.clear_terms()
         super().log(logs, start_time)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
@@ -231,9 +235,9 @@ class TSCNCTrainer(Trainer):
     def evaluation_loop(self, *args, **kwargs):
         self._eval_batches = 0
         # A data loader draws its seed from torch's global generator: evaluating must not change what follows.
-        with torch.random.fork_rng(enabled=True):
-            output = super().evaluation_loop(*args, **kwargs)
-        return output
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            return super().evaluation_loop(*args, **kwargs)
 
     def _determine_best_metric(self, metrics, trial) -> bool:
         if self.pruner.pruned_count < self.pruner.target_count(self.args.target_sparsity):
@@ -258,37 +262,33 @@ class TSCNCTrainer(Trainer):
             save_extras(folder, self.model, self.args)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        if self.is_fsdp_enabled or model is not None:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        else:
-            load_weights(self.model, resume_from_checkpoint)
+        # upstream loads by the names on disk, which are not those in memory for ViT and others, and only warns
+        load_weights(self.model, resume_from_checkpoint)
         self._load_method_state(resume_from_checkpoint)
 
     def _load_best_model(self):
-        folder = self.state.best_model_checkpoint
-        if self.is_fsdp_enabled:
-            super()._load_best_model()
-        else:
-            load_weights(self.model, folder)
-        self._load_method_state(folder)
+        load_weights(self.model, self.state.best_model_checkpoint)
+        self._load_method_state(self.state.best_model_checkpoint)
 
     def _load_method_state(self, folder):
         device = next(self.model.parameters()).device
         self.tsc_scales = load_method_state(folder, self.pruner, device)
 
-    def _issue_warnings_after_load(self, load_result):
-        if load_result.missing_keys or load_result.unexpected_keys:
-            raise ValueError(
-                f"the checkpoint does not fit the model: missing {load_result.missing_keys[:5]}, "
-                f"unexpected {load_result.unexpected_keys[:5]}"
-            )
-
     def _push_from_checkpoint(self, checkpoint_folder):
-        if self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END:
-            # upstream copies a fixed list of files: what else belongs to the model must be there before
-            self._save(self.args.output_dir)
-            self.create_model_card()
-        super()._push_from_checkpoint(checkpoint_folder)
+        # upstream copies a fixed list of files, without ours but with a pickle: publish the whole folder instead
+        args, strategy = self.args, self.args.hub_strategy
+        if not self.is_world_process_zero() or strategy == HubStrategy.END:
+            return
+        if self.push_in_progress is not None and not self.push_in_progress.is_done() and not args.hub_always_push:
+            return
+        self.callback_handler.on_push_begin(args, self.state, self.control)
+        self._save(args.output_dir)
+        self.create_model_card()
+        last = "last-checkpoint" if strategy == HubStrategy.CHECKPOINT else None
+        last = Path(checkpoint_folder).name if strategy == HubStrategy.ALL_CHECKPOINTS else last
+        self.push_in_progress = push_in_background(
+            args, self.hub_model_id, f"Training in progress, step {self.state.global_step}", checkpoint_folder, last
+        )
 
     # ---- results ----
 
