@@ -10,6 +10,10 @@ import pytest
 import torch
 
 
+# The networks are tiny: more threads only wait for each other, for minutes when another process wants the cores too.
+os.environ["OMP_NUM_THREADS"] = "1"  # of subprocesses
+torch.set_num_threads(1)
+
 CLASS_NAMES = [str(digit) for digit in range(10)]
 
 

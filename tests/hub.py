@@ -16,7 +16,7 @@ def _sha1(value: bytes | str) -> str:
 
 class LocalHub(ThreadingHTTPServer):
     """
-    `repos`: id -> commits [(sha, message, {path: (kind, bytes or sha256, size)})]; `blobs`: sha256 -> bytes; `log`: calls.
+    `repos`: id -> commits [(sha, message, {path: (kind, bytes or sha256, size)})]; `blobs`: sha256 -> bytes.
 
     A client process needs `environment` before it imports huggingface_hub.
     """

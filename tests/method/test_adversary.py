@@ -144,3 +144,13 @@ def test_normalisation_is_inside():
     mean, std = [0.1, 0.2, 0.3], [0.5, 0.25, 2.0]
     expected = torch.stack([(x[:, c] - mean[c]) / std[c] for c in range(3)], dim=1).flatten(1)
     torch.testing.assert_close(pixel_logits(model, mean, std)(x), expected)
+
+
+def test_pixel_logits_can_be_differentiated_after_use_in_inference_mode():
+    forward = pixel_logits(nn.Flatten(), [0.123, 0.2, 0.3], [0.5, 0.25, 2.0])
+    x = torch.rand(2, 3, 4, 4)
+    with torch.inference_mode():
+        forward(x)
+    x.requires_grad_()
+    forward(x).sum().backward()
+    torch.testing.assert_close(x.grad[0, :, 0, 0], 1 / torch.tensor([0.5, 0.25, 2.0]))

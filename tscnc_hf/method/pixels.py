@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -79,21 +80,22 @@ def pixel_logits(model: nn.Module, mean: Sequence[float], std: Sequence[float]) 
     Returns:
         A function from pixels in [0, 1], float (b, c, h, w), to float32 logits (b, k), differentiable in the pixels.
     """
-    constants: dict[torch.device, tuple[Tensor, Tensor]] = {}
+    mean, std = tuple(mean), tuple(std)
 
     def forward(pixels: Tensor) -> Tensor:
-        if pixels.device not in constants:
-            shape = (1, -1, 1, 1)
-            constants[pixels.device] = (
-                torch.tensor(mean, dtype=torch.float32).view(shape).to(pixels.device),
-                torch.tensor(std, dtype=torch.float32).view(shape).to(pixels.device),
-            )
-        offset, scale = constants[pixels.device]
+        offset, scale = _per_channel(mean, pixels.device), _per_channel(std, pixels.device)
         output = model((pixels - offset) / scale)
         # fp32 at least: the sign of a half-precision loss gradient can underflow to zero
         return (output if isinstance(output, Tensor) else output.logits).float()
 
     return forward
+
+
+@lru_cache(maxsize=64)
+def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """(1, c, 1, 1), copied to a device once: a copy from the host in every step would stall it."""
+    with torch.inference_mode(False):  # else a first use inside inference mode could never be differentiated later
+        return torch.tensor(values, dtype=torch.float32, device=device).view(1, -1, 1, 1)
 
 
 @contextmanager

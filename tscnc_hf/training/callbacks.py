@@ -47,6 +47,9 @@ class MethodCallback(TrainerCallback):
             schedule_steps(args, state.max_steps)
         self.trainer.clear_terms()
 
+    def on_train_end(self, args, state, control, **kwargs):
+        self.trainer.check_terms()  # the steps since the last log
+
     def on_epoch_begin(self, args, state, control, **kwargs):
         dataset = self.trainer.train_dataset
         if hasattr(dataset, "set_epoch"):  # augmentation is a function of (seed, epoch, index)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields
 
 from transformers import TrainingArguments
@@ -138,7 +139,11 @@ def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 def _check_range(
     name: str, value: float, low: float, high: float = float("inf"), low_open: bool = False, high_open: bool = False
 ) -> None:
-    inside = (value > low if low_open else value >= low) and (value < high if high_open else value <= high)
+    inside = (
+        math.isfinite(value)
+        and (value > low if low_open else value >= low)
+        and (value < high if high_open else value <= high)
+    )
     if not inside:
         end = "infinity)" if high == float("inf") else f"{high}{')' if high_open else ']'}"
         raise ValueError(f"{name}={value} is outside {'(' if low_open else '['}{low}, {end}")

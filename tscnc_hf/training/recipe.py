@@ -64,20 +64,23 @@ def load_data(arguments: DataArguments, seed: int):
     from tscnc_hf.evaluation.robustness import make_attack
     from tscnc_hf.training.data import load_image_data
 
-    for name in arguments.test_attacks:
-        make_attack(name, 0.0)
-    data = load_image_data(
-        arguments.dataset,
-        image_column=arguments.image_column,
-        label_column=arguments.label_column,
-        image_size=arguments.image_size,
-        channels=arguments.channels,
-        augmentation=arguments.augmentation,
-        validation_fraction=arguments.validation_fraction,
-        train_limit=arguments.train_limit,
-        test_limit=arguments.test_limit,
-        seed=seed,
-    )
+    try:
+        for name in arguments.test_attacks:
+            make_attack(name, 0.0)
+        data = load_image_data(
+            arguments.dataset,
+            image_column=arguments.image_column,
+            label_column=arguments.label_column,
+            image_size=arguments.image_size,
+            channels=arguments.channels,
+            augmentation=arguments.augmentation,
+            validation_fraction=arguments.validation_fraction,
+            train_limit=arguments.train_limit,
+            test_limit=arguments.test_limit,
+            seed=seed,
+        )
+    except ValueError as error:  # the message says what to do; a traceback would hide it
+        raise SystemExit(f"error: {error}") from None
     print(f"Data: {data.description}", flush=True)
     return data
 

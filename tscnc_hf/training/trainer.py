@@ -183,9 +183,9 @@ class TSCNCTrainer(Trainer):
             self._term_sums[name] = self._term_sums.get(name, 0) + value.detach() / accumulation
         self._micro_batch += 1
         if self.args.device.type == "cpu":  # elsewhere looking at a value stalls the device: at log and save only
-            self._check_terms()
+            self.check_terms()
 
-    def _check_terms(self) -> None:
+    def check_terms(self) -> None:
         check_terms(self._term_sums, self.state.global_step, self.args.output_dir)
 
     def _clip_grad_norm(self, model):
@@ -206,7 +206,7 @@ class TSCNCTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self._term_sums:
-            self._check_terms()
+            self.check_terms()
             for name, total in self._term_sums.items():
                 logs[name] = (self.accelerator.reduce(total, "mean") / self._steps).item()
             if self.args.target_sparsity > 0:
@@ -247,16 +247,17 @@ class TSCNCTrainer(Trainer):
     # ---- saving and loading ----
 
     def _save_checkpoint(self, model, trial):
-        self._check_terms()
-        check_finite_weights(self.model, self.state.global_step, self.args.output_dir)
+        self.check_terms()
         super()._save_checkpoint(model, trial)
 
     def _save(self, output_dir=None, state_dict=None):
-        folder = Path(output_dir if output_dir is not None else self.args.output_dir)
+        published = Path(self.args.output_dir)
+        folder = Path(output_dir if output_dir is not None else published)
+        check_finite_weights(self.model, self.state.global_step, str(published))
         super()._save(str(folder), state_dict)
         if not self.args.should_save:
             return
-        if folder.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-"):
+        if folder.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-") and folder != published:
             save_method_state(folder, self.pruner, self.tsc_scales)
         else:
             save_extras(folder, self.model, self.args)

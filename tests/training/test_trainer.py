@@ -1,0 +1,561 @@
+"""The trainer: what a step does, what is logged, what evaluation leaves alone, which checkpoint is best."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForImageClassification, EvalPrediction, TrainerCallback
+
+from tscnc_hf.artifact.checkpoint import load_state
+from tscnc_hf.training import trainer as trainer_module
+from tscnc_hf.training.config import TSCNCConfig
+from tscnc_hf.training.image_datasets import ImageTensorDataset
+from tscnc_hf.training.metrics import robust_accuracy_metrics
+from tscnc_hf.training.trainer import TSCNCTrainer
+
+
+def prunable(model: nn.Module) -> dict[str, torch.Tensor]:
+    """By the names in the state dict alone: matrices and filters. Tokens and positions are not called weight."""
+    return {name: w for name, w in model.state_dict().items() if name.endswith(".weight") and w.ndim > 1}
+
+
+def zeros(model: nn.Module) -> int:
+    return sum(int((weight == 0).sum()) for weight in prunable(model).values())
+
+
+def size(model: nn.Module) -> int:
+    return sum(weight.numel() for weight in prunable(model).values())
+
+
+def copy_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_same(one: dict, other: dict) -> None:
+    assert one.keys() == other.keys()
+    for name in one:
+        assert torch.equal(one[name], other[name]), name
+
+
+def loss_logs(trainer) -> list[dict]:
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+def enlarged(dataset: ImageTensorDataset, count: int) -> ImageTensorDataset:
+    images = dataset.images[:count].repeat_interleave(4, 2).repeat_interleave(4, 3)
+    return ImageTensorDataset(images, dataset.labels[:count], dataset.class_names)
+
+
+# ---- any model, unchanged ----
+
+
+@pytest.mark.parametrize("kind", ["vit", "resnet", "convnext", "mobilenet"])
+def test_any_model_trains_to_exactly_the_sparsity_asked_for(kind, build, make_trainer, digits):
+    model, processor = build(kind)
+    before = copy_state(model)
+    data = {"train": 64, "evaluate": 32}
+    if kind == "mobilenet":
+        data = {"train": enlarged(digits.train, 32), "evaluate": enlarged(digits.validation, 16)}
+    trainer = make_trainer(
+        (model, processor), **data, target_sparsity=0.83, per_device_train_batch_size=16, logging_steps=1
+    )
+    trainer.train()
+
+    assert zeros(model) == round(0.83 * size(model))
+    assert size(model) > 1000
+    logs = loss_logs(trainer)
+    assert len(logs) == trainer.state.max_steps
+    for entry in logs:
+        assert {"natural_loss", "robust_loss", "tsc_loss", "cnc_loss"} <= entry.keys()
+        assert all(math.isfinite(value) for value in entry.values())
+    assert logs[-1]["sparsity"] == zeros(model) / size(model)
+    moved = [name for name, p in model.named_parameters() if not torch.equal(p, before[name])]
+    still = {name for name, _ in model.named_parameters()} - set(moved)
+    assert all("k_proj.bias" in name for name in still), still  # softmax does not see a key bias
+    metrics = trainer.evaluate()
+    assert 0 <= metrics["eval_robust_accuracy"] <= metrics["eval_accuracy"] <= 1
+
+
+@pytest.mark.parametrize("scope", ["global", "layer"])
+def test_excluded_weights_stay_dense_and_layers_are_alike_under_layer_scope(scope, build, make_trainer):
+    model, processor = build("vit")
+    make_trainer((model, processor), pruning_scope=scope, pruning_exclude=["classifier"]).train()
+    others = {name: w for name, w in prunable(model).items() if name != "classifier.weight"}
+    assert (model.classifier.weight != 0).all()
+    assert sum(int((w == 0).sum()) for w in others.values()) == round(0.9 * sum(w.numel() for w in others.values()))
+    shares = [float((w == 0).float().mean()) for w in others.values()]
+    assert (max(shares) - min(shares) < 0.01) == (scope == "layer")
+
+
+# ---- the log ----
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        ({"objective": "natural", "adversary": "none"}, {"natural_loss"}),
+        ({"objective": "pgd-at", "adversary": "pgd"}, {"robust_loss"}),
+        ({"objective": "trades", "adversary": "kl-pgd"}, {"natural_loss", "robust_loss"}),
+        (
+            {"objective": "trades", "adversary": "fgsm-rs", "label_smoothing_factor": 0.1},
+            {"natural_loss", "robust_loss"},
+        ),
+    ],
+)
+def test_the_logged_terms_add_up_to_the_logged_loss(options, names, build, make_trainer):
+    # 80 images: five micro-batches an epoch, so that the last optimizer step of an epoch has only one
+    trainer = make_trainer(
+        build("vit"), train=80, per_device_train_batch_size=16, gradient_accumulation_steps=2, **options
+    )
+    trainer.train()
+    logs = loss_logs(trainer)
+    assert len(logs) == 3
+    names = names | {"tsc_loss", "cnc_loss"}
+    for entry in logs:
+        assert {name for name in entry if name.endswith("_loss")} == names
+        assert sum(entry[name] for name in names) == pytest.approx(entry["loss"], rel=1e-5)
+        assert all(entry[name] != 0 for name in names)
+
+
+def test_a_second_training_starts_its_log_anew(build, make_trainer):
+    trainer = make_trainer(build("vit"), logging_steps=3, target_sparsity=0)
+    trainer.train()  # four steps: the last one is not in any log
+    trainer.train()
+    (entry,) = loss_logs(trainer)
+    terms = sum(value for name, value in entry.items() if name.endswith("_loss"))
+    assert terms == pytest.approx(entry["loss"], rel=1e-5)
+
+
+def test_terms_are_those_of_plain_torch(build, make_trainer, digits):
+    """One step of TRADES on a network without dropout, written out in float64."""
+    model, processor = build("vit")
+    trainer = make_trainer((model, processor), tsc_weight=0, cnc_weight=0, trades_beta=3.0)
+    batch = digits.train.__getitems__(range(16))
+    adversarial = (batch["pixel_values"] + 0.1).clamp(max=1)
+    with torch.no_grad():
+        model.classifier.weight.mul_(100)  # so that the divergence is no rounding error beside the cross-entropy
+    trainer.attack = lambda *args: adversarial
+    model.train()
+    loss, outputs = trainer.compute_loss(model, dict(batch), return_outputs=True)
+
+    twin, _ = build("vit")
+    twin.load_state_dict(model.state_dict())
+    twin.double()
+    clean = twin(pixel_values=(batch["pixel_values"].double() - 0.5) / 0.25).logits.log_softmax(-1)
+    attacked = twin(pixel_values=(adversarial.double() - 0.5) / 0.25).logits.log_softmax(-1)
+    cross_entropy = -clean[range(16), batch["labels"]].mean()
+    divergence = (clean.exp() * (clean - attacked)).sum(-1).mean()
+    assert divergence > 0.005
+    assert loss.item() == pytest.approx((cross_entropy + 3 * divergence).item(), rel=1e-4)
+    assert outputs["loss"] is loss
+
+
+# ---- pruning ----
+
+
+def test_masks_hold_when_any_later_callback_looks_and_follow_the_schedule(build, make_trainer, watcher):
+    model, processor = build("vit")
+    seen = {"on_optimizer_step": [], "on_step_end": []}
+
+    def look(event, state, given):
+        assert given is model
+        seen[event].append({name: w == 0 for name, w in prunable(given).items()})
+
+    trainer = make_trainer(
+        (model, processor),
+        callbacks=[watcher(look, list(seen))],
+        per_device_train_batch_size=8,
+        optim="adamw_torch",
+        learning_rate=1e-2,
+        weight_decay=0.1,
+        target_sparsity=0.87,
+        pruning_start=0.25,
+        pruning_end=0.75,
+    )
+    trainer.train()
+
+    n, steps, start, end = size(model), 16, 4, 12
+    for event, states in seen.items():
+        assert len(states) == steps
+        for step, state in enumerate(states, 1):
+            progress = min(max((step - start) / (end - start), 0), 1)
+            wanted = 0.87 * (1 - (1 - progress) ** 3)
+            assert sum(int(zero.sum()) for zero in state.values()) == round(wanted * n), (event, step)
+        assert_same(states[end - 1], states[-1])
+
+
+def test_pruning_at_once_and_interval(build, make_trainer, watcher):
+    for options, expected in (
+        ({"pruning_start": 0.5, "pruning_end": 0.5}, [0, 0, 0, 0.9, 0.9, 0.9, 0.9, 0.9]),
+        (
+            {"pruning_start": 0.0, "pruning_end": 0.75, "pruning_interval": 4},
+            [0, 0, 0, 0.9 * (1 - (2 / 6) ** 3), 0.9 * (1 - (2 / 6) ** 3), 0.9, 0.9, 0.9],
+        ),
+    ):
+        model, processor = build("vit")
+        counts = []
+        look = watcher(lambda event, state, given, counts=counts: counts.append(zeros(given)))
+        make_trainer((model, processor), callbacks=[look], per_device_train_batch_size=16, **options).train()
+        assert counts == [round(share * size(model)) for share in expected]
+
+
+def test_frozen_masks_keep_dead_gradients_out_of_clipping(build, make_trainer):
+    model, processor = build("vit")
+    norms = []
+
+    class Gradients(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            frozen = state.global_step >= 2
+            dead = [p.grad[p == 0] for p in model.parameters() if frozen and p.ndim == 2 and (p == 0).any()]
+            norms.append(float(torch.cat(dead).abs().max()) if dead else None)
+
+    make_trainer((model, processor), callbacks=[Gradients()], pruning_start=0, pruning_end=0.5).train()
+    assert norms == [None, None, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("objective", ["trades", "pgd-at"])
+def test_attacks_do_not_count_in_batch_norm(objective, build, make_trainer):
+    """One forward a step trains, however many the adversary needs."""
+    model, processor = build("resnet")
+    make_trainer((model, processor), objective=objective, attack_steps=3).train()
+    counts = {int(m.num_batches_tracked) for m in model.modules() if isinstance(m, nn.BatchNorm2d)}
+    assert counts == {4}
+
+
+# ---- gradient accumulation, weight decay ----
+
+
+@pytest.mark.parametrize("kind", ["vit", "timm-vit"])
+def test_one_batch_of_16_equals_two_of_8(kind, build, make_trainer):
+    """With SGD and no clipping, so that a wrong factor of the gradient shows."""
+    states = []
+    for size, accumulation in ((16, 1), (8, 2)):
+        model, processor = build(kind)
+        start = copy_state(model)
+        trainer = make_trainer(
+            (model, processor),
+            train=48,
+            num_train_epochs=1,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=accumulation,
+            objective="natural",
+            adversary="none",
+            target_sparsity=0,
+            optim="sgd",
+            learning_rate=0.1,
+            lr_scheduler_type="constant",
+            max_grad_norm=0,
+            tsc_weight=1e-3,
+            cnc_weight=1e-2,
+        )
+        trainer.train()
+        assert trainer.state.global_step == 3
+        states.append(copy_state(model))
+    assert max((states[0][name] - start[name]).abs().max() for name in start) > 1e-2
+    for name in start:
+        assert torch.allclose(states[0][name], states[1][name], rtol=0, atol=1e-5), name
+
+
+@pytest.mark.parametrize("kind", ["vit", "resnet", "convnext"])
+def test_only_weights_of_layers_decay(kind, build, make_trainer):
+    model, processor = build(kind)
+    trainer = make_trainer((model, processor), weight_decay=0.3, pruning_exclude=["classifier"])
+    optimizer = trainer.create_optimizer()
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    names = dict(model.named_parameters())
+    assert set(decay) == {id(p) for p in names.values()}
+    decayed = {name for name, p in names.items() if decay[id(p)] == 0.3}
+    layers = {name for name, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
+    assert decayed == {f"{name}.weight" for name in layers}
+    assert len(layers) > 5
+    assert all(decay[id(p)] == 0 for name, p in names.items() if name not in decayed)
+    if kind == "vit":
+        assert {"vit.embeddings.cls_token", "vit.embeddings.position_embeddings"} <= set(names) - decayed
+
+
+# ---- the adversary's randomness and radius ----
+
+
+@pytest.fixture
+def crafted(monkeypatch):
+    """One (seed, epsilon, largest perturbation) per attack of training."""
+    calls, craft = [], trainer_module.craft
+
+    def record(adversary, logits_fn, x, y, *, epsilon, generator, **options):
+        seed = generator.initial_seed()
+        x_adv = craft(adversary, logits_fn, x, y, epsilon=epsilon, generator=generator, **options)
+        calls.append((seed, epsilon, float((x_adv - x).abs().max())))
+        return x_adv
+
+    monkeypatch.setattr(trainer_module, "craft", record)
+    return calls
+
+
+def test_every_micro_batch_draws_noise_of_its_own_and_the_same_in_every_run(crafted, build, make_trainer, monkeypatch):
+    options = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2, "objective": "pgd-at"}
+    options |= {"adversary": "pgd", "num_train_epochs": 1}
+
+    def run(**more):
+        crafted.clear()
+        make_trainer(build("vit"), **options, **more).train()
+        return [seed for seed, _, _ in crafted]
+
+    first = run()
+    assert len(set(first)) == len(first) == 8
+    assert run() == first
+    assert not set(run(seed=1)) & set(first)
+    monkeypatch.setattr(TSCNCConfig, "process_index", property(lambda self: 1))
+    assert not set(run()) & set(first)
+
+
+def test_same_key_same_adversarial_images(build, make_trainer, digits):
+    model, processor = build("vit")
+    trainer = make_trainer((model, processor), adversary="pgd", objective="pgd-at")
+    batch = digits.validation.__getitems__(range(8))
+    x, y = batch["pixel_values"], batch["labels"]
+
+    def attack(step, micro_batch):
+        trainer.state.global_step, trainer._micro_batch = step, micro_batch
+        return trainer.attack(model, x, y)
+
+    model.train()
+    reference = attack(3, 1)
+    torch.rand(5)
+    assert torch.equal(attack(3, 1), reference)
+    assert not torch.equal(attack(4, 1), reference)
+    assert not torch.equal(attack(3, 0), reference)
+    assert model.training and all(p.grad is None for p in model.parameters())
+
+
+def test_epsilon_grows_linearly_over_its_share_of_training(crafted, build, make_trainer):
+    options = {"adversary": "pgd", "objective": "pgd-at", "per_device_train_batch_size": 16, "epsilon": "8/255"}
+    make_trainer(build("vit"), **options, epsilon_warmup=0.5, attack_step_size="8/255").train()
+    radii = [8 / 255 * share for share in (1 / 4, 2 / 4, 3 / 4, 1, 1, 1, 1, 1)]
+    assert [epsilon for _, epsilon, _ in crafted] == pytest.approx(radii)
+    assert [largest for _, _, largest in crafted] == pytest.approx(radii, abs=1e-6)
+
+
+# ---- evaluation ----
+
+
+class Events(TrainerCallback):
+    def __init__(self):
+        self.metrics = []
+
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
+        self.metrics.append(dict(metrics))
+
+
+def test_clean_and_robust_accuracy_arrive_together_and_repeat(build, make_trainer):
+    events = Events()
+    trainer = make_trainer(build("vit", dropout=0.3), evaluate=140, callbacks=[events], eval_strategy="epoch")
+    trainer.train()
+    assert len(events.metrics) == 2
+    entries = [entry for entry in trainer.state.log_history if any(key.startswith("eval_") for key in entry)]
+    assert len(entries) == 2
+    for metrics in events.metrics + entries:
+        assert 0 <= metrics["eval_robust_accuracy"] <= metrics["eval_accuracy"] <= 1
+
+    first, second = (trainer.evaluate() for _ in range(2))
+    timing = ("_runtime", "_per_second")
+    assert {k: v for k, v in first.items() if not k.endswith(timing)} == {
+        k: v for k, v in second.items() if not k.endswith(timing)
+    }
+    assert first["eval_accuracy"] == events.metrics[-1]["eval_accuracy"]
+
+
+def test_robust_accuracy_in_numbers():
+    """Of four images: right and robust, right and broken, wrong and still wrong, wrong but right when attacked."""
+    clean = np.array([[2.0, 1.0], [2.0, 1.0], [1.0, 2.0], [1.0, 2.0]])
+    adversarial = np.array([[2.0, 1.0], [1.0, 2.0], [1.0, 2.0], [2.0, 1.0]])
+    prediction = EvalPrediction(predictions=(clean, adversarial), label_ids=np.zeros(4, dtype=int))
+    assert robust_accuracy_metrics()(prediction) == {"accuracy": 0.5, "robust_accuracy": 0.25}
+    prediction = EvalPrediction(predictions=clean, label_ids=np.zeros(4, dtype=int))
+    assert robust_accuracy_metrics()(prediction) == {"accuracy": 0.5}
+
+
+def test_every_evaluation_makes_the_same_adversarial_images(build, make_trainer):
+    logits = []
+    trainer = make_trainer(
+        build("vit"),
+        compute_metrics=lambda given: logits.append(given.predictions) or {},
+        per_device_eval_batch_size=8,
+    )
+    trainer.evaluate()
+    trainer.evaluate()
+    (clean, adversarial), (clean_again, adversarial_again) = logits
+    assert np.array_equal(clean, clean_again) and np.array_equal(adversarial, adversarial_again)
+
+
+def test_robust_accuracy_counts_images_that_are_right_clean_and_attacked(build, make_trainer, digits):
+    """Counted again from the predictions; the adversarial logits come from pixels inside the ball."""
+    model, processor = build("vit")
+    trainer = make_trainer((model, processor), evaluate=140, epsilon=0.15, num_train_epochs=20, target_sparsity=0)
+    trainer.train()
+    output = trainer.predict(digits.validation)
+    clean, adversarial = output.predictions
+    right, survived = clean.argmax(-1) == output.label_ids, adversarial.argmax(-1) == output.label_ids
+    assert output.metrics["test_accuracy"] == pytest.approx(right.mean())
+    assert output.metrics["test_robust_accuracy"] == pytest.approx((right & survived).mean())
+    assert 0 < output.metrics["test_robust_accuracy"] < output.metrics["test_accuracy"]
+    pixels = torch.stack([item["pixel_values"] for item in digits.validation])
+    with torch.no_grad():
+        own = model.eval()(pixel_values=(pixels - 0.5) / 0.25).logits
+    assert np.abs(own.numpy() - clean).max() < 1e-4
+    log_p = torch.log_softmax(torch.from_numpy(np.stack([clean, adversarial])), -1)
+    losses = -log_p[:, torch.arange(len(right)), torch.from_numpy(output.label_ids)]
+    assert (losses[1] > losses[0]).float().mean() > 0.95
+
+
+@pytest.mark.parametrize("kind", ["vit", "resnet"])
+def test_evaluation_leaves_random_state_statistics_and_gradients_alone(kind, build, make_trainer):
+    model, processor = build(kind, dropout=0.3)
+    trainer = make_trainer((model, processor))
+    model.train()
+    before, random = copy_state(model), torch.random.get_rng_state()
+    trainer.evaluate()
+    assert torch.equal(torch.random.get_rng_state(), random)
+    assert_same(copy_state(model), before)
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("kind", ["vit", "resnet"])
+def test_training_does_not_notice_being_evaluated(kind, build, make_trainer):
+    states = []
+    for strategy in ("no", "steps"):
+        model, processor = build(kind, dropout=0.3)
+        trainer = make_trainer((model, processor), eval_strategy=strategy, eval_steps=1)
+        trainer.train()
+        states.append(copy_state(model))
+        evaluations = sum("eval_accuracy" in entry for entry in trainer.state.log_history)
+        assert evaluations == (4 if strategy == "steps" else 0)
+    assert_same(*states)
+
+
+def test_no_attack_in_evaluation_leaves_robust_accuracy_out(build, make_trainer):
+    metrics = make_trainer(build("vit"), eval_attack_steps=0).evaluate()
+    assert "eval_accuracy" in metrics and "eval_robust_accuracy" not in metrics
+
+
+def test_metrics_of_the_user_are_added(build, make_trainer):
+    given = []
+
+    def own(prediction: EvalPrediction) -> dict:
+        given.append(prediction)
+        return {"answer": 42}
+
+    metrics = make_trainer(build("vit"), compute_metrics=own).evaluate()
+    assert metrics["eval_answer"] == 42 and {"eval_accuracy", "eval_robust_accuracy"} <= metrics.keys()
+    clean, adversarial = given[0].predictions
+    assert clean.shape == adversarial.shape == (32, 10) and not np.array_equal(clean, adversarial)
+
+
+# ---- the best checkpoint ----
+
+
+@pytest.mark.parametrize("kind", ["vit", "resnet"])
+def test_the_best_checkpoint_has_the_sparsity_asked_for_and_comes_back_whole(kind, build, make_trainer):
+    scores = iter([0.9, 0.8, 0.7, 0.5, 0.6, 0.4])
+    model, processor = build(kind)
+    trainer = make_trainer(
+        (model, processor),
+        compute_metrics=lambda prediction: {"robust_accuracy": next(scores)},
+        max_steps=6,
+        pruning_start=0.0,
+        pruning_end=0.66,
+        eval_strategy="steps",
+        save_strategy="steps",
+        eval_steps=1,
+        save_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="robust_accuracy",
+        learning_rate=1e-2,
+    )
+    trainer.train()
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-5")
+    assert trainer.state.best_metric == 0.6
+    stock = AutoModelForImageClassification.from_pretrained(trainer.state.best_model_checkpoint)
+    assert_same(copy_state(model), stock.state_dict())
+    last = AutoModelForImageClassification.from_pretrained(trainer.state.best_model_checkpoint[:-1] + "6")
+    assert any(not torch.equal(last.state_dict()[name], value) for name, value in model.state_dict().items())
+    assert zeros(model) == round(0.9 * size(model))
+
+    trainer.pruner.update(0.5)
+    trainer._load_best_model()
+    for name, mask in trainer.pruner.masks.items():
+        assert torch.equal(mask, prunable(model)[name] != 0)
+    stored, _ = load_state(f"{trainer.state.best_model_checkpoint}/tscnc_state.safetensors")
+    assert {f"mask.{name}" for name in trainer.pruner.masks} <= stored.keys()
+
+
+def test_without_a_checkpoint_at_the_target_none_is_best(build, make_trainer):
+    trainer = make_trainer(
+        build("vit"), eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1,
+        metric_for_best_model="robust_accuracy", pruning_end=1.0,
+    )  # fmt: skip
+    look = trainer._determine_best_metric
+    best = []
+    trainer._determine_best_metric = lambda metrics, trial: best.append(look(metrics, trial)) or best[-1]
+    trainer.train()
+    assert best == [False, False, False, True]
+    assert trainer.state.best_global_step == 4
+
+
+# ---- broken runs ----
+
+
+def poison(step):
+    class Poison(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            if state.global_step == step:
+                with torch.no_grad():
+                    model.classifier.weight[0, 0] = float("nan")
+
+    return Poison()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_last_checkpoint(build, make_trainer, tmp_path):
+    trainer = make_trainer(build("vit"), callbacks=[poison(3)], save_strategy="steps", save_steps=2)
+    with pytest.raises(FloatingPointError, match="natural_loss = nan.*after step 3.*checkpoint-2"):
+        trainer.train()
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["checkpoint-2"]
+    stock = AutoModelForImageClassification.from_pretrained(tmp_path / "out" / "checkpoint-2")
+    assert all(torch.isfinite(p).all() for p in stock.parameters())
+    again = make_trainer(build("vit", seed=1), save_strategy="no")
+    again.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
+    assert again.state.global_step == 4
+
+
+def test_weights_that_are_not_finite_are_never_saved(build, make_trainer, tmp_path):
+    trainer = make_trainer(build("vit"), callbacks=[poison(3)], save_strategy="steps", save_steps=1)
+    with pytest.raises(FloatingPointError, match=r"classifier\.weight is not finite after step 3.*checkpoint-2"):
+        trainer.train()
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["checkpoint-1", "checkpoint-2"]
+
+
+def test_only_the_broken_term_is_named(build, make_trainer):
+    trainer = make_trainer(build("vit"), tsc_weight=1e39)  # more than float32 holds
+    with pytest.raises(FloatingPointError, match="tsc_loss = inf after step 0.*no checkpoint had been") as caught:
+        trainer.train()
+    assert "natural_loss" not in str(caught.value) and "cnc_loss" not in str(caught.value)
+
+
+# ---- a model by name ----
+
+
+@pytest.mark.parametrize("kind", ["vit", "resnet"])
+def test_a_model_given_as_a_folder_comes_with_its_processor(kind, build, make_config, digits, tmp_path):
+    model, processor = build(kind)
+    if kind == "vit":
+        processor.image_mean, processor.image_std = [0.1, 0.2, 0.3], [0.4, 0.5, 0.6]
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    trainer = TSCNCTrainer(str(tmp_path / "model"), make_config(), train_dataset=digits.train.subset(range(32)))
+    assert_same(copy_state(trainer.model), copy_state(model))
+    assert trainer.pixel_mean == ([0.1, 0.2, 0.3] if kind == "vit" else [0.5] * 3)
+    assert trainer.pixel_std == ([0.4, 0.5, 0.6] if kind == "vit" else [0.25] * 3)
+    assert trainer.processing_class is not None
+    trainer.train()
+    assert zeros(trainer.model) == round(0.9 * size(trainer.model))

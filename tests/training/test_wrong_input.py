@@ -1,0 +1,180 @@
+"""Wrong input ends early, with the value given and what is allowed in the message."""
+
+import re
+
+import pytest
+import torch
+from datasets import Dataset
+from torch import nn
+from transformers import TrainingArguments, ViTImageProcessor
+
+from tscnc_hf.training.image_datasets import ImageTensorDataset
+from tscnc_hf.training.trainer import TSCNCTrainer
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        ({"epsilon": 8}, ["epsilon=8 ", "[0, 1]", 'epsilon="8/255"']),
+        ({"epsilon": "8"}, ["epsilon=8 ", 'epsilon="8/255"']),
+        ({"epsilon": -0.1}, ["epsilon=-0.1", "[0, 1]"]),
+        ({"epsilon": "abc"}, ["epsilon='abc'", "8/255"]),
+        ({"epsilon": "8/0"}, ["epsilon='8/0'", "8/255"]),
+        ({"epsilon": float("nan")}, ["epsilon=nan", "[0, 1]"]),
+        ({"attack_step_size": 2}, ["attack_step_size=2 ", 'attack_step_size="2/255"']),
+        ({"attack_steps": 0}, ["attack_steps=0", "[1, infinity)"]),
+        ({"epsilon_warmup": 1.5}, ["epsilon_warmup=1.5", "[0, 1]"]),
+        ({"trades_beta": -1}, ["trades_beta=-1", "[0, infinity)"]),
+        ({"eval_attack_steps": -1}, ["eval_attack_steps=-1"]),
+        ({"tsc_weight": -1e-3}, ["tsc_weight=-0.001", "[0, infinity)"]),
+        ({"tsc_weight": float("nan")}, ["tsc_weight=nan"]),
+        ({"cnc_weight": -1}, ["cnc_weight=-1", "[0, infinity)"]),
+        ({"tsc_a": 0}, ["tsc_a=0", "(0, infinity)"]),
+        ({"cnc_ridge": 0}, ["cnc_ridge=0", "(0, infinity)"]),
+        ({"target_sparsity": 1.0}, ["target_sparsity=1.0", "[0, 1)"]),
+        ({"target_sparsity": -0.1}, ["target_sparsity=-0.1", "[0, 1)"]),
+        ({"target_sparsity": 1.5}, ["target_sparsity=1.5", "[0, 1)"]),
+        ({"pruning_start": 0.6, "pruning_end": 0.4}, ["pruning_end=0.4", "pruning_start=0.6", "start first"]),
+        ({"pruning_start": -0.1}, ["pruning_start=-0.1", "[0, 1]"]),
+        ({"pruning_end": 1.1}, ["pruning_end=1.1", "[0, 1]"]),
+        ({"pruning_interval": 0}, ["pruning_interval=0", "[1, infinity)"]),
+        ({"pruning_exclude": "head"}, ["pruning_exclude='head'", "list"]),
+        ({"adversary": "cw"}, ["adversary='cw'", "none, fgsm-rs, pgd, kl-pgd"]),
+        ({"objective": "mart"}, ["objective='mart'", "natural, pgd-at, trades"]),
+        ({"pruning_scope": "block"}, ["pruning_scope='block'", "global, layer"]),
+        ({"pruning_criterion": "random"}, ["pruning_criterion='random'", "magnitude"]),
+        ({"adversary": "none", "objective": "trades"}, ["objective='trades'", "adversary='pgd' or 'kl-pgd'"]),
+        ({"adversary": "none", "objective": "pgd-at"}, ["objective='pgd-at'", "adversary"]),
+    ],
+    ids=lambda value: ",".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
+)
+def test_an_option_out_of_range(options, parts, make_config):
+    with pytest.raises(ValueError) as caught:
+        make_config(**options)
+    for part in parts:
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("value", ["8/255", 8 / 255, "0.03137254901960784"])
+def test_the_ways_to_write_epsilon(value, make_config):
+    assert make_config(epsilon=value).epsilon == pytest.approx(8 / 255, rel=1e-12)
+
+
+def test_deepspeed_is_refused(make_config, monkeypatch):
+    monkeypatch.setattr(TrainingArguments, "__post_init__", lambda self: None)  # upstream's would import deepspeed
+    with pytest.raises(ValueError, match="deepspeed is not supported.*DDP"):
+        make_config(deepspeed={"zero_optimization": {"stage": 2}})
+
+
+def assert_no_step(trainer, options_error: str) -> None:
+    before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    with pytest.raises(ValueError, match=options_error):
+        trainer.train()
+    assert trainer.state.global_step == 0
+    assert all(torch.equal(before[name], tensor) for name, tensor in trainer.model.state_dict().items())
+
+
+def test_training_too_short_for_the_schedule(build, make_trainer):
+    trainer = make_trainer(build("vit"), pruning_interval=10)  # four steps
+    assert_no_step(trainer, "4 optimizer steps.*0.25 to 0.75.*has 2.*pruning_interval=10.*Train longer")
+
+
+def test_the_shortest_schedule_that_fits_trains(build, make_trainer):
+    trainer = make_trainer(build("vit"), pruning_interval=2)
+    trainer.train()
+    assert trainer.pruner.pruned_count == trainer.pruner.target_count(0.9)
+
+
+# ---- data ----
+
+
+def items(**changes) -> list[dict]:
+    item = {"pixel_values": torch.rand(3, 8, 8), "labels": 1} | changes
+    return [{name: value for name, value in item.items() if value is not None}] * 4
+
+
+@pytest.mark.parametrize(
+    ("data", "parts"),
+    [
+        ([], ["empty", "at least one"]),
+        (items(labels=10), ["from 10 to 10", "10 outputs", "0 .. 9"]),
+        (items()[:3] + items(labels=-1)[:1], ["from -1 to 1", "0 .. 9"]),
+        (items(labels=None), ["neither 'labels' nor 'label'", "pixel_values"]),
+        (items(pixel_values=None, image=torch.rand(3, 8, 8)), ["no 'pixel_values'", "image"]),
+        (items(pixel_values=torch.rand(3, 8, 8) * 2 - 1.5), ["[-1.", "allowed is [0, 1]", "Normalised"]),
+        (items(pixel_values=torch.rand(3, 8, 8) * 255), ["allowed is [0, 1]", "255"]),
+        (items(pixel_values=torch.full((3, 8, 8), float("nan"))), ["nan", "[0, 1]"]),
+        (items(pixel_values=torch.rand(1, 8, 8)), ["1 channels", "takes 3"]),
+        (items(labels=torch.tensor(0.5)), ["float", "integer class ids"]),
+    ],
+    ids=["empty", "label 10", "label -1", "no labels", "no pixels", "normalised", "0-255", "nan", "grey", "soft"],
+)
+@pytest.mark.parametrize("role", ["train_dataset", "eval_dataset"])
+def test_wrong_data(role, data, parts, build, make_config, digits):
+    model, processor = build("vit")
+    sets = {"train_dataset": digits.train, "eval_dataset": digits.validation, role: data}
+    with pytest.raises(ValueError) as caught:
+        TSCNCTrainer(model, make_config(), processing_class=processor, **sets)
+    for part in [role, *parts]:
+        assert part in str(caught.value)
+
+
+def test_wrong_labels_are_found_wherever_they_are(build, make_config):
+    labels = torch.zeros(50, dtype=torch.int64)
+    labels[49] = 11
+    own = ImageTensorDataset(torch.zeros(50, 3, 8, 8, dtype=torch.uint8), labels, [str(i) for i in range(12)])
+    table = Dataset.from_dict({"pixel_values": torch.zeros(50, 3, 8, 8).numpy(), "label": labels.numpy()})
+    for data in (own, table, {"first": own.subset(range(10)), "second": own}):
+        model, processor = build("resnet")
+        with pytest.raises(ValueError, match="from 0 to 11, but the model has 10 outputs"):
+            TSCNCTrainer(model, make_config(), eval_dataset=data, processing_class=processor)
+
+
+def test_channels_of_a_timm_model(build, make_config):
+    model, processor = build("resnet")
+    data = items(pixel_values=torch.rand(1, 8, 8))
+    with pytest.raises(ValueError, match="1 channels, the model takes 3"):
+        TSCNCTrainer(model, make_config(), train_dataset=data, processing_class=processor)
+
+
+def test_pixels_that_turn_wrong_later_stop_before_the_step_that_reads_them(build, make_config):
+    model, processor = build("vit")
+    data = items() * 8 + items(pixel_values=torch.rand(3, 8, 8) * 3) * 8
+    args = make_config(target_sparsity=0, per_device_train_batch_size=64)
+    trainer = TSCNCTrainer(model, args, train_dataset=data, processing_class=processor)
+    assert_no_step(trainer, r"allowed is \[0, 1\]")
+
+
+# ---- models and arguments ----
+
+
+def test_a_model_with_nothing_to_prune(make_config):
+    processor = ViTImageProcessor(image_mean=[0.5], image_std=[0.25])
+    with pytest.raises(ValueError, match="nothing to prune: no Linear or convolution"):
+        TSCNCTrainer(nn.Sequential(nn.Flatten(), nn.LayerNorm(192)), make_config(), processing_class=processor)
+
+
+def test_everything_excluded(build, make_trainer):
+    with pytest.raises(ValueError, match="nothing to prune"):
+        make_trainer(build("vit"), pruning_exclude=["weight"])
+
+
+def test_a_normalisation_that_nobody_tells(build, make_config):
+    model, _ = build("vit")
+    with pytest.raises(ValueError, match="ViTForImageClassification normalises.*image_mean and image_std"):
+        TSCNCTrainer(model, make_config())
+
+
+def test_arguments_of_another_class(build, tmp_path):
+    model, processor = build("vit")
+    with pytest.raises(TypeError, match="TrainingArguments; TSCNCTrainer needs a TSCNCConfig"):
+        TSCNCTrainer(model, TrainingArguments(str(tmp_path)), processing_class=processor)
+
+
+def test_no_model_and_functions_that_make_one(build, make_config):
+    model, processor = build("vit")
+    with pytest.raises(ValueError, match="model is missing"):
+        TSCNCTrainer(args=make_config())
+    for name in ("model_init", "compute_loss_func"):
+        with pytest.raises(ValueError, match=re.escape("model_init and compute_loss_func are not supported")):
+            TSCNCTrainer(model, make_config(), processing_class=processor, **{name: lambda *args: model})
