@@ -181,3 +181,18 @@ def test_penalty_sums_over_matrices_and_skips_depthwise():
     blocks = model[1].weight.detach().reshape(2, 3, 18)
     expected = reference_cnc(model[0].weight.detach(), 1e-3) + sum(reference_cnc(block, 1e-3) for block in blocks)
     assert condition_number_penalty(weight_matrices(model)).item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_penalty_does_not_depend_on_how_matrices_are_stacked(monkeypatch):
+    model = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 6), nn.Conv2d(4, 6, 3, groups=2), nn.Linear(6, 4))
+
+    def penalty_and_gradients():
+        model.zero_grad()
+        value = condition_number_penalty(weight_matrices(model))
+        value.backward()
+        return [value.detach(), *(layer.weight.grad.clone() for layer in model)]
+
+    together = penalty_and_gradients()
+    monkeypatch.setattr("tscnc_hf.method.constraints.STACK_LIMIT", 0)
+    for one, other in zip(together, penalty_and_gradients(), strict=True):
+        torch.testing.assert_close(one, other)
