@@ -10,7 +10,7 @@ Every option is in `--help`; the YAML file sets defaults, the command line wins.
 import json
 from dataclasses import dataclass, field
 
-from tscnc_hf.training.recipe import dense_twin, finish, load_data, parse, train
+from tscnc_hf.training.recipe import dense_twin, finish, load_data, parse, set_cpu_threads, train
 
 
 @dataclass
@@ -38,6 +38,7 @@ def main(args: list[str] | None = None) -> None:
 
     from tscnc_hf.training.models import timm_model
 
+    set_cpu_threads(config, data_arguments.cpu_threads)
     data = load_data(data_arguments, config.seed)
 
     def build():

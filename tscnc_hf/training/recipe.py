@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,8 @@ class DataArguments:
         test_attacks (`list[str]`, *optional*, defaults to clean and pgd-20): for the final figures.
         compare_dense (`bool`, *optional*, defaults to `False`): also train a dense twin, the same but for pruning and
             constraints, and show both side by side.
+        cpu_threads (`int`, *optional*): threads on a CPU. By default a single process has all cores: `accelerate
+            launch` gives it one, which makes training half as fast or worse.
         resume (`bool`, *optional*, defaults to `False`): go on from the last checkpoint in the output folder.
     """
 
@@ -51,12 +54,27 @@ class DataArguments:
         default_factory=lambda: ["clean", "pgd-20"], metadata={"help": "Attacks of the final figures."}
     )
     compare_dense: bool = field(default=False, metadata={"help": "Also train a dense twin and compare."})
+    cpu_threads: int | None = field(
+        default=None, metadata={"help": "Threads on a CPU. Default: all cores for a single process."}
+    )
     resume: bool = field(default=False, metadata={"help": "Go on from the last checkpoint in the output folder."})
 
 
 def parse(model_arguments: type, args: list[str] | None = None) -> tuple[TSCNCConfig, DataArguments, object]:
     """The options of a recipe, from `--config` and the command line."""
     return ConfigParser([TSCNCConfig, DataArguments, model_arguments]).parse(args)
+
+
+def set_cpu_threads(config: TSCNCConfig, threads: int | None) -> None:
+    """Threads of torch on a CPU; see `DataArguments.cpu_threads`. Run with plain `python`, torch's own choice stays."""
+    import torch
+
+    if config.device.type != "cpu":
+        return
+    if threads is None and config.world_size == 1 and "ACCELERATE_MIXED_PRECISION" in os.environ:
+        threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    if threads is not None:
+        torch.set_num_threads(threads)
 
 
 def load_data(arguments: DataArguments, seed: int):
