@@ -66,7 +66,7 @@ def parse(model_arguments: type, args: list[str] | None = None) -> tuple[TSCNCCo
 
 
 def set_cpu_threads(config: TSCNCConfig, threads: int | None) -> None:
-    """Threads of torch on a CPU; see `DataArguments.cpu_threads`. Run with plain `python`, torch's own choice stays."""
+    """Threads of torch on a CPU; see `DataArguments.cpu_threads`. With plain `python`, torch keeps its own choice."""
     import torch
 
     if config.device.type != "cpu":
