@@ -10,7 +10,7 @@ import torch
 from huggingface_hub import HfApi
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils import PushInProgress
 
 from tscnc_hf.artifact.atomic import write_json
@@ -51,16 +51,16 @@ def save_extras(folder: Path, model: nn.Module, args: TSCNCConfig) -> None:
     (folder / "training_args.bin").unlink(missing_ok=True)
 
 
-def push_in_background(
-    args: TSCNCConfig, repo_id: str, message: str, checkpoint_folder: str, path_in_repo: str | None
-) -> PushInProgress:
-    """Upload the output folder, and the checkpoint too if it has a path in the repository; no `training_args.bin`."""
+def push_in_background(args: TSCNCConfig, repo_id: str, step: int, checkpoint_folder: str) -> PushInProgress:
+    """Upload the output folder and, if `hub_strategy` says so, the checkpoint; never `training_args.bin`, a pickle."""
+    message = f"Training in progress, step {step}"
+    paths = {HubStrategy.CHECKPOINT: "last-checkpoint", HubStrategy.ALL_CHECKPOINTS: Path(checkpoint_folder).name}
     options = {"repo_id": repo_id, "token": args.hub_token, "run_as_future": True, "revision": args.hub_revision}
     ignored = ["_*", f"{PREFIX_CHECKPOINT_DIR}-*", "training_args.bin"]
     upload = HfApi().upload_folder
     jobs = [upload(folder_path=args.output_dir, commit_message=message, ignore_patterns=ignored, **options)]
-    if path_in_repo is not None:
-        options |= {"path_in_repo": path_in_repo, "ignore_patterns": ["training_args.bin"]}
+    if args.hub_strategy in paths:
+        options |= {"path_in_repo": paths[args.hub_strategy], "ignore_patterns": ["training_args.bin"]}
         jobs.append(upload(folder_path=checkpoint_folder, commit_message=f"{message}, checkpoint", **options))
     return PushInProgress(jobs)
 

@@ -17,7 +17,7 @@ from tscnc_hf.method.batches import collate
 from tscnc_hf.method.constraints import constraint_terms, weight_scales
 from tscnc_hf.method.matrices import weight_matrices
 from tscnc_hf.method.objectives import objective_terms
-from tscnc_hf.method.pixels import attack_mode, normalisation, pixel_logits
+from tscnc_hf.method.pixels import LogitsFn, attack_mode, normalisation, pixel_logits
 from tscnc_hf.method.pruning import Pruner
 from tscnc_hf.training.callbacks import MethodCallback
 from tscnc_hf.training.checks import check_datasets, check_finite_weights, check_terms
@@ -77,9 +77,7 @@ class TSCNCTrainer(Trainer):
         if not isinstance(args, TSCNCConfig):
             raise TypeError(f"args is a {type(args).__name__}; TSCNCTrainer needs a TSCNCConfig")
         if kwargs.get("model_init") is not None or kwargs.get("compute_loss_func") is not None:
-            raise ValueError(
-                "model_init and compute_loss_func are not supported: pass a model; the loss is the method's"
-            )
+            raise ValueError("model_init and compute_loss_func are not supported: pass a model, the method has a loss")
         if isinstance(model, str):
             from tscnc_hf.training.models import load_model
 
@@ -105,9 +103,7 @@ class TSCNCTrainer(Trainer):
         # Taken before training, kept in every checkpoint: TSC measures weights in units of their scale at the start.
         self.tsc_scales = weight_scales(weight_matrices(model, args.pruning_exclude))
         if self.is_fsdp_enabled:
-            raise ValueError(
-                "FSDP is not supported yet: masks are applied to whole weights; use DDP (accelerate launch)"
-            )
+            raise ValueError("FSDP is not supported yet, masks need whole weights: use DDP (accelerate launch)")
         self.callback_handler.callbacks.insert(0, MethodCallback(self))  # masks first: whatever follows sees them
         self.clear_terms()
         self._micro_batch = self._eval_batches = 0
@@ -118,7 +114,7 @@ class TSCNCTrainer(Trainer):
 
     # ---- one step ----
 
-    def pixel_logits(self, model: nn.Module) -> Callable[[Tensor], Tensor]:
+    def pixel_logits(self, model: nn.Module) -> LogitsFn:
         return pixel_logits(model, self.pixel_mean, self.pixel_std)
 
     def epsilon_now(self) -> float:
@@ -277,19 +273,15 @@ class TSCNCTrainer(Trainer):
 
     def _push_from_checkpoint(self, checkpoint_folder):
         # upstream copies a fixed list of files, without ours but with a pickle: publish the whole folder instead
-        args, strategy = self.args, self.args.hub_strategy
-        if not self.is_world_process_zero() or strategy == HubStrategy.END:
+        args, busy = self.args, self.push_in_progress is not None and not self.push_in_progress.is_done()
+        if not self.is_world_process_zero() or args.hub_strategy == HubStrategy.END:
             return
-        if self.push_in_progress is not None and not self.push_in_progress.is_done() and not args.hub_always_push:
+        if busy and not args.hub_always_push:
             return
         self.callback_handler.on_push_begin(args, self.state, self.control)
         self._save(args.output_dir)
         self.create_model_card()
-        last = "last-checkpoint" if strategy == HubStrategy.CHECKPOINT else None
-        last = Path(checkpoint_folder).name if strategy == HubStrategy.ALL_CHECKPOINTS else last
-        self.push_in_progress = push_in_background(
-            args, self.hub_model_id, f"Training in progress, step {self.state.global_step}", checkpoint_folder, last
-        )
+        self.push_in_progress = push_in_background(args, self.hub_model_id, self.state.global_step, checkpoint_folder)
 
     # ---- results ----
 
