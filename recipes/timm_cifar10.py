@@ -10,7 +10,7 @@ Every option is in `--help`; the YAML file sets defaults, the command line wins.
 import json
 from dataclasses import dataclass, field
 
-from tscnc_hf.training.recipe import dense_twin, finish, load_data, parse, set_cpu_threads, train
+from tscnc_hf.training.recipe import load_data, parse, run, set_cpu_threads
 
 
 @dataclass
@@ -34,25 +34,16 @@ class ModelArguments:
 def main(args: list[str] | None = None) -> None:
     config, data_arguments, model_arguments = parse(ModelArguments, args)
 
-    from transformers import set_seed
-
     from tscnc_hf.training.models import timm_model
 
     set_cpu_threads(config, data_arguments.cpu_threads)
     data = load_data(data_arguments, config.seed)
 
     def build():
-        set_seed(config.seed)
         options = {"model_args": model_arguments.model_args, "pretrained": model_arguments.pretrained}
         return timm_model(model_arguments.architecture, data.class_names, data.image_size, data.channels, **options)
 
-    dense = None
-    if data_arguments.compare_dense:
-        twin = train(dense_twin(config), *build(), data, data_arguments.resume)
-        dense = twin.test(data.test, data_arguments.test_attacks)
-    trainer = train(config, *build(), data, data_arguments.resume)
-    finish(trainer, data, data_arguments, dense)
-    trainer.end()
+    run(config, data_arguments, build, data)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ Every option is in `--help`; the YAML file sets defaults, the command line wins.
 
 from dataclasses import dataclass, field
 
-from tscnc_hf.training.recipe import dense_twin, finish, load_data, parse, set_cpu_threads, train
+from tscnc_hf.training.recipe import load_data, parse, run, set_cpu_threads
 
 
 @dataclass
@@ -27,24 +27,15 @@ class ModelArguments:
 def main(args: list[str] | None = None) -> None:
     config, data_arguments, model_arguments = parse(ModelArguments, args)
 
-    from transformers import set_seed
-
     from tscnc_hf.training.models import vit_from_config
 
     set_cpu_threads(config, data_arguments.cpu_threads)
     data = load_data(data_arguments, config.seed)
 
     def build():
-        set_seed(config.seed)
         return vit_from_config(data.class_names, data.image_size, data.channels, **vars(model_arguments))
 
-    dense = None
-    if data_arguments.compare_dense:
-        twin = train(dense_twin(config), *build(), data, data_arguments.resume)
-        dense = twin.test(data.test, data_arguments.test_attacks)
-    trainer = train(config, *build(), data, data_arguments.resume)
-    finish(trainer, data, data_arguments, dense)
-    trainer.end()
+    run(config, data_arguments, build, data)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -130,8 +132,6 @@ def train(config: TSCNCConfig, model, processor, data, resume: bool = False):
 
 def dense_twin(config: TSCNCConfig) -> TSCNCConfig:
     """The same run without pruning and constraints, in the folder `dense-twin` of the run's own."""
-    import dataclasses
-
     return dataclasses.replace(
         config,
         output_dir=str(Path(config.output_dir) / "dense-twin"),
@@ -155,6 +155,22 @@ def finish(trainer, data, arguments: DataArguments, dense: dict | None = None) -
         columns = ({"dense": dense} if dense else {}) | {"pruned": results}
         print(f"\n{comparison_table(columns)}\n\nModel, card and figures: {Path(trainer.args.output_dir).resolve()}")
     return results
+
+
+def run(config: TSCNCConfig, arguments: DataArguments, build: Callable[[], tuple], data) -> None:
+    """Train what `build()` gives (model, image processor), after a dense twin if asked for, and `finish` it."""
+    from transformers import set_seed
+
+    def train_one(config: TSCNCConfig):
+        set_seed(config.seed)  # the twin starts from the same weights
+        return train(config, *build(), data, arguments.resume)
+
+    dense = None
+    if arguments.compare_dense:
+        dense = train_one(dense_twin(config)).test(data.test, arguments.test_attacks)
+    trainer = train_one(config)
+    finish(trainer, data, arguments, dense)
+    trainer.end()
 
 
 def _command() -> str:
