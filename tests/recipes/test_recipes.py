@@ -251,7 +251,7 @@ def test_the_dense_twin_is_dense_and_compared(runs):
     assert header.split() == ["dense", "pruned"]
     (row,) = [line for line in printed.splitlines() if line.startswith("sparsity")]
     assert row.split() == ["sparsity", "0.00%", "90.00%"]
-    twin = json.loads((folder / "dense-twin" / "results.json").read_text())
+    twin = json.loads((folder.with_name(f"{folder.name}-dense-twin") / "results.json").read_text())
     assert twin["sparsity"]["zeros"] == 0
     card = (folder / "README.md").read_text(encoding="utf-8")
     (row,) = [line for line in card.splitlines() if line.startswith("| Clean accuracy")]

@@ -131,10 +131,10 @@ def train(config: TSCNCConfig, model, processor, data, resume: bool = False):
 
 
 def dense_twin(config: TSCNCConfig) -> TSCNCConfig:
-    """The same run without pruning and constraints, in the folder `dense-twin` of the run's own."""
+    """The same run without pruning and constraints, in a folder beside: inside, a push would upload it too."""
     return dataclasses.replace(
         config,
-        output_dir=str(Path(config.output_dir) / "dense-twin"),
+        output_dir=f"{Path(config.output_dir)}-dense-twin",
         target_sparsity=0.0,
         tsc_weight=0.0,
         cnc_weight=0.0,
