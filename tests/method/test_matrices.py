@@ -110,3 +110,44 @@ def test_an_unknown_layer_is_named_once_and_can_be_registered(caplog, monkeypatc
     assert by_name(model)["1.weight"].matrices.shape == (2, 3, 4)
     with pytest.raises(TypeError, match="torch.nn.Module"):
         register_matrix_view("Bilinear", lambda module, weight: weight)
+
+
+def test_attention_with_sizes_of_its_own_for_key_and_value():
+    attention = by_name(nn.MultiheadAttention(8, 2, kdim=4, vdim=6))
+    shapes = {name: tuple(record.matrices.shape) for name, record in attention.items()}
+    assert shapes == {
+        "q_proj_weight": (1, 8, 8),
+        "k_proj_weight": (1, 8, 4),
+        "v_proj_weight": (1, 8, 6),
+        "out_proj.weight": (1, 8, 8),
+    }
+
+
+def test_a_computed_weight_is_left_out_and_said_so(caplog, monkeypatch):
+    monkeypatch.setattr(matrices, "_REPORTED", set())
+    model = nn.Sequential(nn.Linear(4, 3), nn.utils.parametrizations.weight_norm(nn.Linear(3, 2)))
+    with caplog.at_level(logging.WARNING):
+        assert list(by_name(model)) == ["0.weight"]
+    assert "1.weight is computed from other parameters" in caplog.text
+
+
+def test_printing_shows_what_takes_part_and_why_the_rest_does_not(monkeypatch):
+    monkeypatch.setattr(matrices, "_REPORTED", set())
+    tied = nn.Linear(4, 4)
+    model = nn.Sequential(
+        nn.Linear(4, 4), nn.LayerNorm(4), nn.Embedding(3, 4), nn.Bilinear(2, 2, 2), tied, nn.Linear(4, 9)
+    )
+    model[4].weight = model[0].weight
+    found = weight_matrices(model, exclude=["5."])
+    text = str(found)
+    assert "  0.weight: (4, 4) as 1 x (4, 4)\nnot:" in text
+    for line in (
+        "0.bias: (4,), bias, scale or token",
+        "1.weight: (4,), norm or embedding",
+        "2.weight: (3, 4), norm or embedding",
+        "3.weight: (2, 2, 2), no matrix view for Bilinear",
+        "4.weight: (4, 4), tied to another weight",
+        "5.weight: (9, 4), excluded",
+    ):
+        assert f"  {line}" in text
+    assert [record.name for record in found] == ["0.weight"]  # printing did not use it up

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,6 +18,9 @@ from tscnc_hf.method.matrices import WeightMatrix, full_tensor
 
 # Entries of a matrix up to which stacking pays on a CPU: 1.5 to 3 times for the small ViTs of the recipes.
 STACK_LIMIT = 2**17
+CNC_FORMS = ("scale-invariant", "reference")
+FLOAT32_RIDGE = 1e-5  # the least for which float32 is exact enough
+REFERENCE_RIDGE = 1e-12
 
 
 def transformed_l1(t: Tensor, a: float) -> Tensor:
@@ -45,18 +49,60 @@ def weight_scales(weights: Iterable[WeightMatrix]) -> dict[str, Tensor]:
     return scales
 
 
+class _TransformedL1Sum(torch.autograd.Function):
+    """
+    Sum of rho_a(w / s) = (a + 1)|w| / (a s + |w|) with its gradient (a + 1) a s sign(w) / (a s + |w|)^2: half the
+    passes over memory that autograd takes, and a third of its memory.
+    """
+
+    @staticmethod
+    def forward(ctx, weight: Tensor, scale: Tensor, a: float) -> Tensor:
+        magnitude = _at_least_float32(weight).abs()
+        scale = scale.to(magnitude.dtype)
+        inverse = magnitude.add(a * scale).reciprocal_()
+        ctx.save_for_backward(weight, inverse, scale)
+        ctx.a = a
+        return (a + 1) * magnitude.mul_(inverse).sum()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor):
+        weight, inverse, scale = ctx.saved_tensors
+        slope = grad * ((ctx.a + 1) * ctx.a * scale)
+        gradient = inverse.square().mul_(slope).mul_(weight.sign())
+        return gradient if gradient.dtype == weight.dtype else _within_range(gradient, weight.dtype), None, None
+
+
 def transformed_sparse_constraint(weights: Iterable[WeightMatrix], scales: Mapping[str, Tensor], a: float) -> Tensor:
     """
     TSC on weights: sum over all weights of rho_a(w / s), s the layer's own scale (ours).
 
+    Args:
+        weights (`Iterable[WeightMatrix]`): floating, any dtype; computed in float32 at least, whatever autocast says.
+        scales (`Mapping[str, Tensor]`): s > 0 by name, from `weight_scales`.
+        a (`float`): shape, > 0, see `transformed_l1`.
+
     Returns:
-        `Tensor`: float32 scalar, between 0 and (a + 1) times the number of weights.
+        `Tensor`: float32 scalar (float64 for float64 weights), between 0 and (a + 1) times the number of weights.
     """
-    terms = [
-        transformed_l1(full_tensor(record.weight).float() / scales[record.name].to(record.weight.device), a).sum()
-        for record in weights
-    ]
+    if not a > 0:
+        raise ValueError(f"a={a}: the shape of transformed l1 must be positive")
+    terms = []
+    for record in weights:
+        weight = full_tensor(record.weight)
+        with torch.autocast(weight.device.type, enabled=False):
+            terms.append(_TransformedL1Sum.apply(weight, scales[record.name].to(weight.device), float(a)))
     return torch.stack(terms).sum()
+
+
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _within_range(gradient: Tensor, dtype: torch.dtype) -> Tensor:
+    """Cast, never to infinity: the gradient with respect to a tiny fp16 matrix is beyond what fp16 can hold."""
+    largest = torch.finfo(dtype).max
+    return gradient.clamp_(-largest, largest).to(dtype)
 
 
 class _LogMeanRatio(torch.autograd.Function):
@@ -67,6 +113,9 @@ class _LogMeanRatio(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, matrix: Tensor, ridge: float) -> Tensor:
+        ctx.dtype = matrix.dtype
+        # below this ridge float32's Cholesky of a rank-deficient Gram matrix may fail
+        matrix = matrix.double() if ridge < FLOAT32_RIDGE else _at_least_float32(matrix)
         n = matrix.shape[-2]
         # The value does not depend on the scale: dividing by the largest entry keeps the Gram matrix in range.
         peak = matrix.abs().amax(dim=(-2, -1), keepdim=True)
@@ -79,7 +128,8 @@ class _LogMeanRatio(torch.autograd.Function):
         log_det = 2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         ctx.save_for_backward(scaled, factor, safe, peak)
         ctx.ridge = ridge
-        return math.log1p(ridge) - log_det / n
+        value = math.log1p(ridge) - log_det / n
+        return value if ctx.dtype == torch.float64 else value.float()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -90,7 +140,7 @@ class _LogMeanRatio(torch.autograd.Function):
         trace = inverse.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
         gradient = inverse @ scaled - (1 - ctx.ridge * trace / n) * scaled
         gradient = gradient * (-2 / n) / (mean_square * torch.where(peak > 0, peak, torch.ones_like(peak)))
-        return grad[..., None, None] * gradient, None
+        return _within_range(grad[..., None, None] * gradient, ctx.dtype), None
 
 
 def condition_number_constraint(matrix: Tensor, ridge: float = 1e-3) -> Tensor:
@@ -115,25 +165,75 @@ def condition_number_constraint(matrix: Tensor, ridge: float = 1e-3) -> Tensor:
     Raises:
         ValueError: fewer than two dimensions, an empty side, or ridge not positive.
     """
-    if matrix.ndim < 2 or 0 in matrix.shape[-2:]:
-        raise ValueError(f"a matrix (..., r, c) with r, c >= 1 is needed, got shape {tuple(matrix.shape)}")
+    _check_matrix(matrix)
     if not ridge > 0:
         raise ValueError(f"ridge={ridge} must be positive: without it a rank-deficient matrix has no finite value")
-    matrix = matrix if matrix.dtype == torch.float64 else matrix.float()
-    if matrix.shape[-2] > matrix.shape[-1]:
-        matrix = matrix.mT
     with torch.autocast(matrix.device.type, enabled=False):
-        return _LogMeanRatio.apply(matrix, float(ridge))
+        return _LogMeanRatio.apply(_wide(matrix), float(ridge))
 
 
-def condition_number_penalty(weights: Iterable[WeightMatrix], ridge: float = 1e-3) -> Tensor:
+def _wide(matrix: Tensor) -> Tensor:
+    return matrix.mT if matrix.shape[-2] > matrix.shape[-1] else matrix
+
+
+def reference_condition_number_constraint(matrix: Tensor) -> Tensor:
     """
-    Sum of `condition_number_constraint` over all matrices of a model; one-row matrices (depthwise convolutions) are
-    left out, their condition number is always 1.
+    CNC as the first implementation of TSCNC has it: (log(det(G/n) + 1e-5))^2, G and n as above. For fidelity runs.
+
+    It pulls the geometric mean of the squared singular values to n, so it fixes a scale too, and it is nearly flat
+    where det(G/n) is far below 1e-5. Computed from a float64 log determinant. Where det(G/n) is below the range of
+    float32 (a 100-class head at initialisation: e^-400), the formula is the constant 132.5 without a gradient; here it
+    goes on as 132.5 - log det(G/n) + log(1.2e-38): continuous, with the gradient of -log det (ours).
+
+    Args:
+        matrix (`Tensor`): (..., r, c), floating.
+
+    Returns:
+        `Tensor`: (...), float32 (float64 for float64 input), >= 0 and finite, at rank deficiency too.
+
+    Raises:
+        ValueError: fewer than two dimensions, or an empty side.
+    """
+    _check_matrix(matrix)
+    with torch.autocast(matrix.device.type, enabled=False):
+        wide = _wide(matrix).double()
+        n = wide.shape[-2]
+        gram = wide @ wide.mT / n
+        mean = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None].detach()
+        ridge = REFERENCE_RIDGE * mean + torch.finfo(torch.float32).tiny  # so that rank deficiency stays finite
+        factor, _ = torch.linalg.cholesky_ex(gram + ridge * torch.eye(n, dtype=gram.dtype, device=gram.device))
+        log_det = 2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        floor, lowest = log_det.new_tensor(1e-5).log(), math.log(torch.finfo(torch.float32).tiny)
+        formula = torch.logaddexp(log_det.clamp(min=lowest), floor).square()
+        value = formula + (lowest - log_det).clamp(min=0)
+    return value if matrix.dtype == torch.float64 else value.float()
+
+
+def _check_matrix(matrix: Tensor) -> None:
+    if matrix.ndim < 2 or 0 in matrix.shape[-2:]:
+        raise ValueError(f"a matrix (..., r, c) with r, c >= 1 is needed, got shape {tuple(matrix.shape)}")
+
+
+def condition_number_penalty(
+    weights: Iterable[WeightMatrix], ridge: float = 1e-3, form: str = "scale-invariant"
+) -> Tensor:
+    """
+    Sum of the constraint over all matrices of a model; one-row matrices (depthwise convolutions) are left out, their
+    condition number is always 1.
+
+    Args:
+        weights (`Iterable[WeightMatrix]`): pruned weights count as the zeros that they are.
+        ridge (`float`, *optional*, defaults to 1e-3): of the scale-invariant form.
+        form (`str`, *optional*): "scale-invariant" (`condition_number_constraint`), or "reference"
+            (`reference_condition_number_constraint`, over dense layers only, as there).
 
     Returns:
         `Tensor`: float32 scalar >= 0; 0 if no matrix has two rows and two columns.
     """
+    if form not in CNC_FORMS:
+        raise ValueError(f"form={form!r} is unknown; use one of {', '.join(CNC_FORMS)}")
+    if form == "reference":
+        weights = [record for record in weights if record.weight.ndim == 2]
     groups: dict[tuple, list[Tensor]] = {}
     device = None
     for record in weights:
@@ -141,14 +241,16 @@ def condition_number_penalty(weights: Iterable[WeightMatrix], ridge: float = 1e-
         device = matrices.device
         if min(matrices.shape[-2:]) < 2:
             continue
-        if matrices.shape[-2] > matrices.shape[-1]:
-            matrices = matrices.mT
+        matrices = _wide(matrices)
         # Small matrices of one shape go together, the calls cost more than the arithmetic; on a GPU all do. Large ones
         # on a CPU cost more to copy than that saves.
         together = device.type != "cpu" or matrices[0].numel() <= STACK_LIMIT
         shape = (*matrices.shape[-2:], matrices.dtype)
         groups.setdefault(shape if together else (record.name,), []).append(matrices)
-    terms = [condition_number_constraint(torch.cat(group), ridge).sum() for group in groups.values()]
+    constraint = partial(condition_number_constraint, ridge=ridge)
+    if form == "reference":
+        constraint = reference_condition_number_constraint
+    terms = [constraint(torch.cat(group)).sum() for group in groups.values()]
     return torch.stack(terms).sum() if terms else torch.zeros((), device=device)
 
 
@@ -160,6 +262,7 @@ def constraint_terms(
     tsc_a: float = 1.0,
     cnc_weight: float = 0.0,
     cnc_ridge: float = 1e-3,
+    cnc_form: str = "scale-invariant",
 ) -> dict[str, Tensor]:
     """
     The weighted constraints of a step: {"tsc_loss", "cnc_loss"}, each only if its weight is positive.
@@ -173,5 +276,5 @@ def constraint_terms(
         prunable = [record for record in weights if record.name in scales]
         terms["tsc_loss"] = tsc_weight * transformed_sparse_constraint(prunable, scales, tsc_a)
     if cnc_weight > 0:
-        terms["cnc_loss"] = cnc_weight * condition_number_penalty(weights, cnc_ridge)
+        terms["cnc_loss"] = cnc_weight * condition_number_penalty(weights, cnc_ridge, cnc_form)
     return terms

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -13,8 +14,8 @@ logger = logging.getLogger(__name__)
 
 MatrixView = Callable[[nn.Module, Tensor], Tensor]
 
-# module class -> (name of the parameter, view). Looked up along the method resolution order of the module's class.
-_VIEWS: dict[type[nn.Module], tuple[str, MatrixView]] = {}
+# module class -> parameter name -> view. Looked up along the method resolution order of the module's class.
+_VIEWS: dict[type[nn.Module], dict[str, MatrixView]] = {}
 _REPORTED: set[type[nn.Module]] = set()
 
 # A fused projection does not say so in its class; these are the attribute names timm, torch and CLIP use for one.
@@ -64,38 +65,87 @@ def register_matrix_view(module_class: type[nn.Module], view: MatrixView, parame
         module_class (`type`): applies to its subclasses too, unless they have a view of their own.
         view (`Callable`): `(module, weight) -> (b, r, c)`, made of reshapes, transposes and slices only, so that it is
             differentiable and maps zeros to zeros.
-        parameter (`str`, *optional*, defaults to `"weight"`): name of the parameter in the module.
+        parameter (`str`, *optional*, defaults to `"weight"`): name of the parameter in the module; call once for each
+            parameter of a class that has several.
     """
     if not (isinstance(module_class, type) and issubclass(module_class, nn.Module)):
         raise TypeError(f"module_class={module_class!r}: give a class derived from torch.nn.Module")
-    _VIEWS[module_class] = (parameter, view)
+    _VIEWS.setdefault(module_class, {})[parameter] = view
 
 
-def weight_matrices(model: nn.Module, exclude: Sequence[str] = ()) -> Iterator[WeightMatrix]:
+class WeightMatrices(Iterator[WeightMatrix]):
+    """Iterator over `WeightMatrix`; printed, it lists what takes part, what is left out, and why."""
+
+    def __init__(self, model: nn.Module, exclude: Sequence[str] = ()):
+        self._model, self._exclude = model, tuple(exclude)
+        self._records = _find(model, self._exclude)
+
+    def __next__(self) -> WeightMatrix:
+        return next(self._records)
+
+    def __repr__(self) -> str:
+        taken = {record.name: record for record in _find(self._model, self._exclude)}
+        lines = [f"{len(taken)} weights are constrained and pruned:", *(f"  {taken[name]}" for name in taken), "not:"]
+        for module_name, module in self._model.named_modules():
+            for parameter, weight in module._parameters.items():
+                name = f"{module_name}.{parameter}" if module_name else parameter
+                if weight is not None and name not in taken:
+                    lines.append(f"  {name}: {tuple(weight.shape)}, {_why_not(name, module, weight, self._exclude)}")
+        return "\n".join(lines)
+
+
+def weight_matrices(model: nn.Module, exclude: Sequence[str] = ()) -> WeightMatrices:
     """
     The prunable weights of a model, each once (tied weights under their first name), in module order.
 
     Args:
         model (`nn.Module`): any model.
         exclude (`Sequence[str]`, *optional*): a weight is left out when one of these is a part of its name.
+
+    Returns:
+        An iterator over `WeightMatrix`. `print(weight_matrices(model))` shows what is left out as well, and why.
     """
+    return WeightMatrices(model, exclude)
+
+
+def _find(model: nn.Module, exclude: tuple[str, ...]) -> Iterator[WeightMatrix]:
     seen: set[int] = set()
     for module_name, module in model.named_modules():
-        entry = next((_VIEWS[cls] for cls in type(module).__mro__ if cls in _VIEWS), None)
-        if entry is None:
+        views = _views(module)
+        if not views:
             _report_unknown(module_name, module)
-            continue
-        parameter, view = entry
-        weight = getattr(module, parameter, None)
-        if weight is None or id(weight) in seen:
-            continue
-        seen.add(id(weight))
-        name = f"{module_name}.{parameter}" if module_name else parameter
-        if any(part in name for part in exclude):
-            continue
-        if isinstance(module, nn.Linear) and _is_fused(module_name, weight):
-            view = _fused_view
-        yield WeightMatrix(name, module, weight, lambda w, view=view, module=module: view(module, w))
+        for parameter, view in views.items():
+            name = f"{module_name}.{parameter}" if module_name else parameter
+            if parameter not in module._parameters:
+                # parametrized (weight norm, spectral norm): what forward uses is computed, a zero would not stay one
+                if hasattr(module, parameter):
+                    _report(
+                        module, f"{name} is computed from other parameters, so it is neither constrained nor pruned"
+                    )
+                continue
+            weight = module._parameters[parameter]
+            if weight is None or id(weight) in seen:
+                continue
+            seen.add(id(weight))
+            if any(part in name for part in exclude):
+                continue
+            if isinstance(module, nn.Linear) and _is_fused(module_name, weight):
+                view = _fused_view
+            yield WeightMatrix(name, module, weight, partial(view, module))
+
+
+def _views(module: nn.Module) -> dict[str, MatrixView]:
+    return next((_VIEWS[cls] for cls in type(module).__mro__ if cls in _VIEWS), {})
+
+
+def _why_not(name: str, module: nn.Module, weight: Tensor, exclude: tuple[str, ...]) -> str:
+    if any(part in name for part in exclude):
+        return "excluded"
+    if isinstance(module, _LEFT_OUT):
+        return "norm or embedding"
+    if weight.ndim < 2:
+        return "bias, scale or token"
+    return "tied to another weight" if _views(module) else f"no matrix view for {type(module).__name__}"
 
 
 def _is_fused(module_name: str, weight: Tensor) -> bool:
@@ -125,20 +175,23 @@ def _attention_view(module: nn.Module, weight: Tensor) -> Tensor:
 
 
 def _report_unknown(module_name: str, module: nn.Module) -> None:
-    kind = type(module)
-    if kind in _REPORTED or isinstance(module, _LEFT_OUT):
-        return
     weight = module._parameters.get("weight")
-    if weight is not None and weight.ndim >= 2:
-        _REPORTED.add(kind)
-        logger.warning(
-            "%s (%s, weight %s) is neither constrained nor pruned: no matrix view is known for it. To add one:\n"
-            "    tscnc_hf.method.matrices.register_matrix_view(%s, lambda module, weight: weight.flatten(1)[None])",
-            module_name or "the model",
-            kind.__name__,
-            tuple(weight.shape),
-            kind.__name__,
-        )
+    if weight is None or weight.ndim < 2 or isinstance(module, _LEFT_OUT):
+        return
+    kind = type(module).__name__
+    _report(
+        module,
+        f"{module_name or 'the model'} ({kind}, weight {tuple(weight.shape)}) is neither constrained nor pruned: no "
+        "matrix view is known for it. To add one:\n"
+        f"    tscnc_hf.method.matrices.register_matrix_view({kind}, lambda module, weight: weight.flatten(1)[None])",
+    )
+
+
+def _report(module: nn.Module, message: str) -> None:
+    """Once for each class of modules."""
+    if type(module) not in _REPORTED:
+        _REPORTED.add(type(module))
+        logger.warning(message)
 
 
 register_matrix_view(nn.Linear, _linear_view)
@@ -147,3 +200,5 @@ for _conv in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
 for _conv in (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d):
     register_matrix_view(_conv, _conv_transpose_view)
 register_matrix_view(nn.MultiheadAttention, _attention_view, parameter="in_proj_weight")
+for _name in ("q_proj_weight", "k_proj_weight", "v_proj_weight"):  # where key and value have sizes of their own
+    register_matrix_view(nn.MultiheadAttention, _linear_view, parameter=_name)
