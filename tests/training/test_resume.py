@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Trainer
 
+from tscnc_hf.training.saving import load_method_state
 from tscnc_hf.training.trainer import TSCNCTrainer
 
 
@@ -102,6 +103,22 @@ def test_a_cut_during_epsilon_warmup_with_evaluation_and_a_best_model(build, mak
     assert resumed.state.best_global_step == whole.state.best_global_step
 
 
+@pytest.mark.parametrize("kind", ["vit", "resnet"])
+def test_a_cut_with_gates_and_a_best_model(kind, build, make_trainer, tmp_path):
+    options = {"tsc_on": "gates", "tsc_weight": 1e-2, "gate_learning_rate": 0.3, "cnc_interval": 3}
+    options |= {"eval_strategy": "epoch", "save_strategy": "epoch", "pruning_end": 0.4}
+    options |= {"load_best_model_at_end": True, "metric_for_best_model": "robust_accuracy"}
+    whole = run(make_trainer, build(kind, dropout=0.2), tmp_path / "whole", **options)
+    assert any(name.endswith("gate.log_alpha") for name in whole.model.state_dict())
+    checkpoint = tmp_path / "whole" / "checkpoint-8"
+    resumed = run(make_trainer, build(kind, seed=7, dropout=0.2), tmp_path / "cut", checkpoint, **options)
+    assert differing(whole, resumed) == []
+    assert curves(resumed, 8) == curves(whole, 8)
+    plain = make_trainer(build(kind), output_dir=str(tmp_path / "plain"), **OPTIONS)
+    with pytest.raises(ValueError, match="resume with the tsc_on and gate_layers"):
+        plain.train(resume_from_checkpoint=str(checkpoint))
+
+
 def test_another_start_gives_another_end(build, make_trainer, tmp_path):
     """Without resuming the comparison of this file does find differences."""
     first = run(make_trainer, build("vit", dropout=0.2), tmp_path / "a")
@@ -160,7 +177,7 @@ def test_the_comparison_notices_the_loader_of_transformers(build, make_trainer, 
 
     def load(trainer, folder, model=None):
         Trainer._load_from_checkpoint(trainer, folder, model)
-        trainer._load_method_state(folder)
+        trainer.tsc_scales = load_method_state(folder, trainer.model, trainer.pruner)
 
     monkeypatch.setattr(TSCNCTrainer, "_load_from_checkpoint", load)
     checkpoint = tmp_path / "whole" / "checkpoint-4"

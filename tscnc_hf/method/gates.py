@@ -199,31 +199,44 @@ def gate_sparse_constraint(model: nn.Module, a: float = 100.0, l0: float = 1e-3,
 def _fold(layer: nn.Module) -> None:
     factors = layer.gate.deterministic().repeat_interleave(layer.gate.channels).to(layer.weight)
     layer.weight.mul_(factors.view(1, -1, *[1] * (layer.weight.ndim - 2)))
-    del layer.gate
 
 
 def fold_gates_(model: nn.Module) -> None:
     """Multiply the gates' deterministic values into the weights and remove them: a plain model of the same outputs."""
     for layer in gated_layers(model).values():
         _fold(layer)
+        del layer.gate
         for key, hook in list(layer._forward_pre_hooks.items()):
             if hook is _gate_input:
                 del layer._forward_pre_hooks[key]
 
 
 @contextmanager
-def folded_gates(model: nn.Module) -> Iterator[None]:
-    """Inside, the model is as after `fold_gates_`, to publish it or report on it; afterwards bit for bit as before."""
-    saved = [(layer, layer.gate, layer.weight.detach().clone()) for layer in gated_layers(model).values()]
-    for layer, _, _ in saved:
-        _fold(layer)
+def detached_gates(model: nn.Module) -> Iterator[None]:
+    """Inside, the model has no gates and its weights are as they are, to load a plain checkpoint into it."""
+    gates = {layer: layer.gate for layer in gated_layers(model).values()}
+    for layer in gates:
+        del layer.gate
     try:
         yield
     finally:
+        for layer, gate in gates.items():
+            layer.gate = gate
+
+
+@contextmanager
+def folded_gates(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is as after `fold_gates_`, to publish it or report on it; afterwards bit for bit as before."""
+    weights = {layer: layer.weight.detach().clone() for layer in gated_layers(model).values()}
+    for layer in weights:
+        _fold(layer)
+    try:
+        with detached_gates(model):
+            yield
+    finally:
         with torch.no_grad():
-            for layer, gate, weight in saved:
+            for layer, weight in weights.items():
                 layer.weight.copy_(weight)
-                layer.gate = gate
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from transformers import TrainerCallback
 
+from tscnc_hf.method.gates import clamp_gates_
 from tscnc_hf.method.pruning import Pruner, sparsity_at
 from tscnc_hf.training.config import TSCNCConfig
 
@@ -61,3 +62,4 @@ class MethodCallback(TrainerCallback):
     def on_optimizer_step(self, args, state, control, **kwargs):
         # the trainer counts the step only after this event
         prune_after_step(self.trainer.pruner, args, state.global_step + 1, state.max_steps)
+        clamp_gates_(self.trainer.model)

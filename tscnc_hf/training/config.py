@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from transformers import TrainingArguments
 
 from tscnc_hf.method.adversary import ADVERSARIES
+from tscnc_hf.method.constraints import CNC_FORMS
 from tscnc_hf.method.objectives import OBJECTIVES
 from tscnc_hf.method.pixels import pixel_quantity
 from tscnc_hf.method.pruning import CRITERIA, SCOPES
@@ -37,8 +38,19 @@ class TSCNCConfig(TrainingArguments):
     Parameters that control the constraints:
         tsc_weight (`float`, *optional*, defaults to 0): coefficient of the Transformed Sparse Constraint.
         tsc_a (`float`, *optional*, defaults to 1): shape of transformed l1, > 0.
+        tsc_on (`str`, *optional*, defaults to `"weights"`): what TSC makes sparse, "weights" or "gates" (hard-concrete
+            gates on hidden units, heads and channels, attached before training and folded into what is published).
+        gate_layers (`list[str]`, *optional*): names (or their ends) of the layers whose inputs get gates; found by
+            themselves if not given.
+        gate_learning_rate (`float`, *optional*, defaults to 0.01): of the gates, with the run's own schedule.
+        gate_drop_rate (`float`, *optional*, defaults to 0.3): initial drop rate, in (0, 1).
+        gate_l0, gate_l2 (`float`, *optional*, default to 1e-3 and 5e-4): cost of a weight behind a gate, and of half
+            its square.
         cnc_weight (`float`, *optional*, defaults to 0): coefficient of the Condition Number Constraint.
+        cnc_form (`str`, *optional*, defaults to `"scale-invariant"`): or "reference", as the first implementation has
+            it, on dense layers only.
         cnc_ridge (`float`, *optional*, defaults to 1e-3): relative ridge of its log determinant, > 0.
+        cnc_interval (`int`, *optional*, defaults to 1): compute it every so many steps, at so many times the weight.
 
     Parameters that control pruning (sparsity is the fraction of zeros among the prunable weights):
         target_sparsity (`float`, *optional*, defaults to 0): in [0, 1); 0 trains dense.
@@ -66,8 +78,18 @@ class TSCNCConfig(TrainingArguments):
 
     tsc_weight: float = _knob(0.0, "Coefficient of the Transformed Sparse Constraint (a sum over weights).")
     tsc_a: float = _knob(1.0, "Shape of transformed l1: towards 0 like l0, large like l1.")
+    tsc_on: str = _knob(
+        "weights", "What the Transformed Sparse Constraint makes sparse.", choices=("weights", "gates")
+    )
+    gate_layers: list[str] = _knob([], "Layers whose inputs get gates (name, or its end). Default: found.")
+    gate_learning_rate: float = _knob(0.01, "Learning rate of the gates.")
+    gate_drop_rate: float = _knob(0.3, "Initial drop rate of the gates, in (0, 1).")
+    gate_l0: float = _knob(1e-3, "Cost of a weight behind a gate.")
+    gate_l2: float = _knob(5e-4, "Cost of half the square of a weight behind a gate.")
     cnc_weight: float = _knob(0.0, "Coefficient of the Condition Number Constraint (a sum over weight matrices).")
+    cnc_form: str = _knob("scale-invariant", "Form of the Condition Number Constraint.", choices=CNC_FORMS)
     cnc_ridge: float = _knob(1e-3, "Relative ridge inside the log determinant of the Condition Number Constraint.")
+    cnc_interval: int = _knob(1, "Steps between two evaluations of the Condition Number Constraint.")
 
     target_sparsity: float = _knob(0.0, "Final fraction of zeros among the prunable weights, in [0, 1).")
     pruning_start: float = _knob(0.25, "Fraction of training after which pruning begins.")
@@ -91,19 +113,21 @@ class TSCNCConfig(TrainingArguments):
         self.epsilon = pixel_quantity("epsilon", self.epsilon)
         if self.attack_step_size is not None:
             self.attack_step_size = pixel_quantity("attack_step_size", self.attack_step_size)
-        for name in ("objective", "adversary", "pruning_scope", "pruning_criterion"):
+        for name in ("objective", "adversary", "tsc_on", "cnc_form", "pruning_scope", "pruning_criterion"):
             _check_choice(name, getattr(self, name), type(self).__dataclass_fields__[name].metadata["choices"])
         if self.objective != "natural" and self.adversary == "none":
             raise ValueError(f"objective={self.objective!r} needs an adversary; use adversary='pgd' or 'kl-pgd'")
-        if isinstance(self.pruning_exclude, str):
-            raise ValueError(f"pruning_exclude={self.pruning_exclude!r}: give a list of name parts")
+        for name in ("pruning_exclude", "gate_layers"):
+            if isinstance(getattr(self, name), str):
+                raise ValueError(f"{name}={getattr(self, name)!r}: give a list of name parts")
 
-        for name in ("attack_steps", "pruning_interval"):
+        for name in ("attack_steps", "pruning_interval", "cnc_interval"):
             _check_range(name, getattr(self, name), low=1)
-        for name in ("tsc_a", "cnc_ridge"):
+        for name in ("tsc_a", "cnc_ridge", "gate_learning_rate"):
             _check_range(name, getattr(self, name), low=0, low_open=True)
-        for name in ("eval_attack_steps", "trades_beta", "tsc_weight", "cnc_weight"):
+        for name in ("eval_attack_steps", "trades_beta", "tsc_weight", "cnc_weight", "gate_l0", "gate_l2"):
             _check_range(name, getattr(self, name), low=0)
+        _check_range("gate_drop_rate", self.gate_drop_rate, low=0, high=1, low_open=True, high_open=True)
         _check_range("epsilon_warmup", self.epsilon_warmup, low=0, high=1)
         _check_range("target_sparsity", self.target_sparsity, low=0, high=1, high_open=True)
         _check_range("pruning_start", self.pruning_start, low=0, high=1)

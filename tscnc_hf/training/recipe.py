@@ -136,6 +136,7 @@ def dense_twin(config: TSCNCConfig) -> TSCNCConfig:
         config,
         output_dir=f"{Path(config.output_dir)}-dense-twin",
         target_sparsity=0.0,
+        tsc_on="weights",
         tsc_weight=0.0,
         cnc_weight=0.0,
         push_to_hub=False,

@@ -17,6 +17,7 @@ from tscnc_hf.artifact.atomic import write_json
 from tscnc_hf.artifact.card import write_card
 from tscnc_hf.artifact.checkpoint import save_sparse
 from tscnc_hf.artifact.state import STATE_FILE, load_state, save_state
+from tscnc_hf.method.gates import gated_layers
 from tscnc_hf.method.pruning import Pruner, sparsity_report
 from tscnc_hf.method.spectrum import spectral_report
 from tscnc_hf.training.config import TSCNCConfig
@@ -26,20 +27,44 @@ from tscnc_hf.training.results import file_sizes
 CONFIG_FILE = "tscnc_config.json"
 
 
-def save_method_state(folder: Path, pruner: Pruner, scales: Mapping[str, Tensor]) -> None:
-    """Masks and scales: what a resumed run needs beside the weights. The schedule is a function of the step."""
-    masks = {f"mask.{name}": mask for name, mask in pruner.masks.items()}
-    save_state(masks | {f"scale.{name}": scale for name, scale in scales.items()}, folder / STATE_FILE)
+def save_method_state(folder: Path, model: nn.Module, pruner: Pruner, scales: Mapping[str, Tensor]) -> None:
+    """
+    Masks, scales and gates: what a resumed run needs beside the weights. The schedule is a function of the step.
+
+    The checkpoint's own weights have the gates folded in, so that whoever loads it has the model that was evaluated;
+    the unfolded weights of gated layers are kept here.
+    """
+    tensors = {f"mask.{name}": mask for name, mask in pruner.masks.items()}
+    tensors |= {f"scale.{name}": scale for name, scale in scales.items()}
+    for name, layer in gated_layers(model).items():
+        tensors |= {f"gate.{name}": layer.gate.log_alpha.detach(), f"gated.{name}": layer.weight.detach()}
+    save_state(tensors, folder / STATE_FILE)
 
 
-def load_method_state(folder: str | os.PathLike, pruner: Pruner, device: torch.device) -> dict[str, Tensor]:
-    """Give the masks of a checkpoint to the pruner; return the scales."""
+@torch.no_grad()
+def load_method_state(folder: str | os.PathLike, model: nn.Module, pruner: Pruner) -> dict[str, Tensor]:
+    """
+    Give masks to the pruner, gates and unfolded weights to the model; return the scales.
+
+    Raises:
+        ValueError: masks or gates are not those of this model.
+    """
     tensors, _ = load_state(Path(folder) / STATE_FILE)
+    device = next(model.parameters()).device
 
     def part(prefix: str) -> dict[str, Tensor]:
         return {name[len(prefix) :]: value.to(device) for name, value in tensors.items() if name.startswith(prefix)}
 
+    layers, gates, weights = gated_layers(model), part("gate."), part("gated.")
+    if layers.keys() != gates.keys():
+        raise ValueError(
+            f"{folder} has {len(gates)} gated layers and the model {len(layers)}: resume with the tsc_on and "
+            "gate_layers that the run was started with"
+        )
     pruner.masks_from(part("mask."))
+    for name, layer in layers.items():
+        layer.gate.log_alpha.copy_(gates[name])
+        layer.weight.copy_(weights[name])
     return part("scale.")
 
 
@@ -69,7 +94,7 @@ def write_training_card(
     args: TSCNCConfig, model: nn.Module, results: Mapping | None, log_history: Sequence[Mapping], options: Mapping
 ) -> Path:
     """The card of a run, with what is known at the time; `options` are further arguments of `write_card`."""
-    known = results or {
+    known = {key: value for key, value in (results or {}).items() if key != "gates"} or {
         "robustness": None,
         "sparsity": sparsity_report(model, args.pruning_exclude).to_dict(),
         "spectrum": spectral_report(model).to_dict(),

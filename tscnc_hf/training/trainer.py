@@ -2,41 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
+from transformers import PreTrainedModel
 
-from tscnc_hf.artifact.atomic import write_json
-from tscnc_hf.artifact.checkpoint import load_weights
 from tscnc_hf.method.adversary import craft, pgd, seeded_generator
 from tscnc_hf.method.batches import collate
 from tscnc_hf.method.constraints import constraint_terms, weight_scales
+from tscnc_hf.method.gates import (
+    attach_gates,
+    gate_parameters,
+    gate_report,
+    gate_sparse_constraint,
+    gated_layers,
+    sample_gates,
+)
 from tscnc_hf.method.matrices import weight_matrices
 from tscnc_hf.method.objectives import objective_terms
 from tscnc_hf.method.pixels import LogitsFn, attack_mode, normalisation, pixel_logits
 from tscnc_hf.method.pruning import Pruner
 from tscnc_hf.training.callbacks import MethodCallback
-from tscnc_hf.training.checks import check_datasets, check_finite_weights, check_terms
+from tscnc_hf.training.checks import check_datasets, check_terms
 from tscnc_hf.training.config import TSCNCConfig
 from tscnc_hf.training.metrics import robust_accuracy_metrics
-from tscnc_hf.training.results import measure
-from tscnc_hf.training.saving import (
-    load_method_state,
-    push_in_background,
-    save_extras,
-    save_method_state,
-    write_training_card,
-)
+from tscnc_hf.training.publishing import PublishingTrainer
 
 
-RESULTS_FILE = "results.json"
-
-
-class TSCNCTrainer(Trainer):
+class TSCNCTrainer(PublishingTrainer):
     """
     Adversarial training with the TSCNC constraints and gradual pruning.
 
@@ -90,6 +84,8 @@ class TSCNCTrainer(Trainer):
         self.pruner = Pruner(weight_matrices(model, args.pruning_exclude), args.pruning_criterion, args.pruning_scope)
         if args.channels_last:
             model.to(memory_format=torch.channels_last)
+        if args.tsc_on == "gates" and not gated_layers(model):
+            attach_gates(model, args.gate_layers, args.gate_drop_rate, seeded_generator("cpu", args.seed, "gates"))
         super().__init__(
             model,
             args,
@@ -107,8 +103,6 @@ class TSCNCTrainer(Trainer):
         self.callback_handler.callbacks.insert(0, MethodCallback(self))  # masks first: whatever follows sees them
         self.clear_terms()
         self._micro_batch = self._eval_batches = 0
-        self.test_results: dict | None = None
-        self.card_options: dict = {}
         if isinstance(model, PreTrainedModel):
             model.add_model_tags(list(self._tag_names))
 
@@ -154,17 +148,33 @@ class TSCNCTrainer(Trainer):
             beta=self.args.trades_beta,
             label_smoothing=self.args.label_smoothing_factor,
         )
-        terms |= constraint_terms(
-            list(weight_matrices(inner)),
-            self.tsc_scales,
-            tsc_weight=self.args.tsc_weight,
-            tsc_a=self.args.tsc_a,
-            cnc_weight=self.args.cnc_weight,
-            cnc_ridge=self.args.cnc_ridge,
-        )
+        if self._micro_batch == 0:  # the same in every micro-batch: paid for once a step
+            terms |= self.constraints(inner)
         self._record(terms)
         loss = sum(terms.values())
         return (loss, {"loss": loss}) if return_outputs else loss
+
+    def constraints(self, model: nn.Module) -> dict[str, Tensor]:
+        """The weighted constraints of this step, to be divided by the number of micro-batches as all terms are."""
+        args, share = self.args, self._accumulation()
+        on_weights = args.tsc_on == "weights"
+        now = self.state.global_step % args.cnc_interval == 0
+        terms = constraint_terms(
+            list(weight_matrices(model)),
+            self.tsc_scales,
+            tsc_weight=args.tsc_weight if on_weights else 0.0,
+            tsc_a=args.tsc_a,
+            cnc_weight=args.cnc_weight * args.cnc_interval if now else 0.0,
+            cnc_ridge=args.cnc_ridge,
+            cnc_form=args.cnc_form,
+        )
+        if not on_weights and args.tsc_weight > 0:
+            value = gate_sparse_constraint(model, args.tsc_a, args.gate_l0, args.gate_l2)
+            terms["tsc_loss"] = args.tsc_weight * value
+        return {name: share * value for name, value in terms.items()}
+
+    def _accumulation(self) -> int:
+        return getattr(self, "current_gradient_accumulation_steps", 1)  # fewer at the end of an epoch
 
     def clear_terms(self) -> None:
         self._term_sums, self._steps = {}, 0  # since the last log
@@ -172,11 +182,12 @@ class TSCNCTrainer(Trainer):
     def start_step(self) -> None:
         self._micro_batch = 0
         self._steps += 1
+        # one sample a step: for the clean and the adversarial images, every micro-batch and every process
+        sample_gates(self.model, seeded_generator(self.args.device, self.args.seed, "gates", self.state.global_step))
 
     def _record(self, terms: dict[str, Tensor]) -> None:
-        accumulation = getattr(self, "current_gradient_accumulation_steps", 1)  # fewer at the end of an epoch
         for name, value in terms.items():
-            self._term_sums[name] = self._term_sums.get(name, 0) + value.detach() / accumulation
+            self._term_sums[name] = self._term_sums.get(name, 0) + value.detach() / self._accumulation()
         self._micro_batch += 1
         if self.args.device.type == "cpu":  # elsewhere looking at a value stalls the device: at log and save only
             self.check_terms()
@@ -198,6 +209,17 @@ class TSCNCTrainer(Trainer):
         """Weight decay acts on the weights of layers; not on gates, norms, biases, embeddings and tokens."""
         return [record.name for record in weight_matrices(model)]
 
+    def create_optimizer(self, *args, **kwargs):
+        made_here = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        gates = gate_parameters(self.model)
+        if made_here and gates:  # a group of their own: another learning rate, no weight decay
+            own = {id(parameter) for parameter in gates}
+            for group in optimizer.param_groups:
+                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in own]
+            optimizer.add_param_group({"params": gates, "lr": self.args.gate_learning_rate, "weight_decay": 0.0})
+        return optimizer
+
     # ---- log and evaluation ----
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -207,6 +229,8 @@ class TSCNCTrainer(Trainer):
                 logs[name] = (self.accelerator.reduce(total, "mean") / self._steps).item()
             if self.args.target_sparsity > 0:
                 logs["sparsity"] = self.pruner.pruned_count / self.pruner.prunable_count
+            if gates := gate_report(self.model).rows:
+                logs["gates_open"] = sum(row.expected_open for row in gates) / sum(row.gates for row in gates)
             self.clear_terms()
         super().log(logs, start_time)
 
@@ -235,89 +259,11 @@ class TSCNCTrainer(Trainer):
         with torch.random.fork_rng(devices):
             return super().evaluation_loop(*args, **kwargs)
 
-    def _determine_best_metric(self, metrics, trial) -> bool:
-        if self.pruner.pruned_count < self.pruner.target_count(self.args.target_sparsity):
-            return False  # a model that is less sparse than asked for is no candidate
-        return super()._determine_best_metric(metrics, trial)
-
-    # ---- saving and loading ----
-
     def _save_checkpoint(self, model, trial):
         self.check_terms()
         super()._save_checkpoint(model, trial)
 
-    def _save(self, output_dir=None, state_dict=None):
-        published = Path(self.args.output_dir)
-        folder = Path(output_dir if output_dir is not None else published)
-        check_finite_weights(self.model, self.state.global_step, str(published))
-        super()._save(str(folder), state_dict)
-        if not self.args.should_save:
-            return
-        if folder.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-") and folder != published:
-            save_method_state(folder, self.pruner, self.tsc_scales)
-        else:
-            save_extras(folder, self.model, self.args)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        # upstream loads by the names on disk, which are not those in memory for ViT and others, and only warns
-        load_weights(self.model, resume_from_checkpoint)
-        self._load_method_state(resume_from_checkpoint)
-
-    def _load_best_model(self):
-        load_weights(self.model, self.state.best_model_checkpoint)
-        self._load_method_state(self.state.best_model_checkpoint)
-
-    def _load_method_state(self, folder):
-        device = next(self.model.parameters()).device
-        self.tsc_scales = load_method_state(folder, self.pruner, device)
-
-    def _push_from_checkpoint(self, checkpoint_folder):
-        # upstream copies a fixed list of files, without ours but with a pickle: publish the whole folder instead
-        args, busy = self.args, self.push_in_progress is not None and not self.push_in_progress.is_done()
-        if not self.is_world_process_zero() or args.hub_strategy == HubStrategy.END:
-            return
-        if busy and not args.hub_always_push:
-            return
-        self.callback_handler.on_push_begin(args, self.state, self.control)
-        self._save(args.output_dir)
-        self.create_model_card()
-        self.push_in_progress = push_in_background(args, self.hub_model_id, self.state.global_step, checkpoint_folder)
-
-    # ---- results ----
-
-    def test(self, dataset, attacks: Sequence[str] = ("clean", "pgd-20"), n: int | None = None) -> dict:
-        """
-        The final figures, on data that training has not seen: robustness, sparsity and spectrum. Written to
-        `results.json` in the output folder and shown on the card.
-
-        Returns:
-            `dict`: {"robustness", "sparsity", "spectrum"}, each the `to_dict()` of its report.
-        """
-        args = self.args
-        self.test_results = measure(
-            self.accelerator.unwrap_model(self.model),
-            dataset,
-            processing_class=self.processing_class,
-            attacks=attacks,
-            epsilon=args.epsilon,
-            n=n,
-            seed=args.seed,
-            exclude=args.pruning_exclude,
-            batch_size=args.eval_batch_size,
-            progress=not args.disable_tqdm,
-        )
-        if args.should_save:
-            write_json(self.test_results, Path(args.output_dir) / RESULTS_FILE)
-        return self.test_results
-
-    def create_model_card(self, model_name: str | None = None, dataset_name: str | None = None, tags=(), **kwargs):
-        """
-        Write README.md and its figures to the output folder, with what is known at the time.
-
-        Keyword arguments are those of `tscnc_hf.artifact.card.write_card`; they are kept for later cards of the run.
-        """
-        if not self.is_world_process_zero():
-            return
-        options = {"model_name": model_name, "dataset_name": dataset_name, "tags": tags, **kwargs}
-        self.card_options |= {key: value for key, value in options.items() if value}
-        write_training_card(self.args, self.model, self.test_results, self.state.log_history, self.card_options)
+    def _determine_best_metric(self, metrics, trial) -> bool:
+        if self.pruner.pruned_count < self.pruner.target_count(self.args.target_sparsity):
+            return False  # a model that is less sparse than asked for is no candidate
+        return super()._determine_best_metric(metrics, trial)
