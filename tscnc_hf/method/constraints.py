@@ -20,6 +20,7 @@ from tscnc_hf.method.matrices import WeightMatrix, full_tensor
 STACK_LIMIT = 2**17
 CNC_FORMS = ("scale-invariant", "reference")
 FLOAT32_RIDGE = 1e-5  # the least for which float32 is exact enough
+SMALLEST = 1e-15  # root mean square singular value; below it float32 cannot hold the Gram matrix: taken for zero
 REFERENCE_RIDGE = 1e-12
 
 
@@ -70,7 +71,7 @@ class _TransformedL1Sum(torch.autograd.Function):
         weight, inverse, scale = ctx.saved_tensors
         slope = grad * ((ctx.a + 1) * ctx.a * scale)
         gradient = inverse.square().mul_(slope).mul_(weight.sign())
-        return gradient if gradient.dtype == weight.dtype else _within_range(gradient, weight.dtype), None, None
+        return _as_dtype(gradient, weight.dtype), None, None
 
 
 def transformed_sparse_constraint(weights: Iterable[WeightMatrix], scales: Mapping[str, Tensor], a: float) -> Tensor:
@@ -99,8 +100,10 @@ def _at_least_float32(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-def _within_range(gradient: Tensor, dtype: torch.dtype) -> Tensor:
+def _as_dtype(gradient: Tensor, dtype: torch.dtype) -> Tensor:
     """Cast, never to infinity: the gradient with respect to a tiny fp16 matrix is beyond what fp16 can hold."""
+    if gradient.dtype == dtype:
+        return gradient
     largest = torch.finfo(dtype).max
     return gradient.clamp_(-largest, largest).to(dtype)
 
@@ -108,39 +111,36 @@ def _within_range(gradient: Tensor, dtype: torch.dtype) -> Tensor:
 class _LogMeanRatio(torch.autograd.Function):
     """
     cnc(M) with its gradient in closed form: with A = G/t + rho I, S = A^-1 and t = tr(G)/n,
-    d cnc / d M = -2/(n t) (S - (1 - rho tr(S)/n) I) M, so one Cholesky factor serves value and gradient.
+    d cnc / d M = -2/(n t) (S - (1 - rho tr(S)/n) I) M, so one Cholesky factor serves value and gradient. All scaling
+    is done on n x n matrices: M is read once for G, once for the gradient.
     """
 
     @staticmethod
     def forward(ctx, matrix: Tensor, ridge: float) -> Tensor:
-        ctx.dtype = matrix.dtype
         # below this ridge float32's Cholesky of a rank-deficient Gram matrix may fail
-        matrix = matrix.double() if ridge < FLOAT32_RIDGE else _at_least_float32(matrix)
+        exact = matrix.double() if ridge < FLOAT32_RIDGE else _at_least_float32(matrix)
         n = matrix.shape[-2]
-        # The value does not depend on the scale: dividing by the largest entry keeps the Gram matrix in range.
-        peak = matrix.abs().amax(dim=(-2, -1), keepdim=True)
-        scaled = matrix / torch.where(peak > 0, peak, torch.ones_like(peak))
-        gram = scaled @ scaled.mT
+        gram = exact @ exact.mT
         mean_square = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
-        safe = torch.where(mean_square > 0, mean_square, torch.ones_like(mean_square))
-        eye = torch.eye(n, dtype=matrix.dtype, device=matrix.device)
-        factor, _ = torch.linalg.cholesky_ex(gram / safe + ridge * eye)
+        mean_square = torch.where(mean_square > SMALLEST**2, mean_square, torch.ones_like(mean_square))
+        eye = torch.eye(n, dtype=exact.dtype, device=exact.device)
+        factor, _ = torch.linalg.cholesky_ex(gram / mean_square + ridge * eye)
         log_det = 2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        ctx.save_for_backward(scaled, factor, safe, peak)
+        ctx.save_for_backward(matrix, factor, mean_square)
         ctx.ridge = ridge
         value = math.log1p(ridge) - log_det / n
-        return value if ctx.dtype == torch.float64 else value.float()
+        return value if matrix.dtype == torch.float64 else value.float()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):
-        scaled, factor, mean_square, peak = ctx.saved_tensors
-        n = scaled.shape[-2]
+        matrix, factor, mean_square = ctx.saved_tensors
+        n = matrix.shape[-2]
         inverse = torch.cholesky_inverse(factor)
-        trace = inverse.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
-        gradient = inverse @ scaled - (1 - ctx.ridge * trace / n) * scaled
-        gradient = gradient * (-2 / n) / (mean_square * torch.where(peak > 0, peak, torch.ones_like(peak)))
-        return _within_range(grad[..., None, None] * gradient, ctx.dtype), None
+        trace = inverse.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None]
+        inverse.diagonal(dim1=-2, dim2=-1).sub_(1 - ctx.ridge * trace / n)
+        inverse.mul_(grad[..., None, None] * (-2 / n) / mean_square)
+        return _as_dtype(inverse @ matrix.to(inverse.dtype), matrix.dtype), None
 
 
 def condition_number_constraint(matrix: Tensor, ridge: float = 1e-3) -> Tensor:
@@ -155,7 +155,8 @@ def condition_number_constraint(matrix: Tensor, ridge: float = 1e-3) -> Tensor:
     Edelman and Johnson 1995, for rho = 0).
 
     Args:
-        matrix (`Tensor`): (..., r, c), floating; half precision is computed in float32.
+        matrix (`Tensor`): (..., r, c), floating; half precision is computed in float32. Entries up to 1e15 in size; a
+            matrix whose root mean square singular value is below 1e-15 counts as zero.
         ridge (`float`, *optional*, defaults to 1e-3): rho > 0, relative to the mean squared singular value.
 
     Returns:
@@ -250,7 +251,7 @@ def condition_number_penalty(
     constraint = partial(condition_number_constraint, ridge=ridge)
     if form == "reference":
         constraint = reference_condition_number_constraint
-    terms = [constraint(torch.cat(group)).sum() for group in groups.values()]
+    terms = [constraint(torch.cat(group) if len(group) > 1 else group[0]).sum() for group in groups.values()]
     return torch.stack(terms).sum() if terms else torch.zeros((), device=device)
 
 
