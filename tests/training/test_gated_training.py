@@ -1,8 +1,10 @@
 """Gates and the interval of CNC in training, and what is published of a gated model."""
 
 import json
+import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -11,7 +13,7 @@ from transformers import AutoModelForImageClassification
 
 from tscnc_hf import load_sparse
 from tscnc_hf.method.constraints import condition_number_penalty
-from tscnc_hf.method.gates import LIMIT, gate_parameters, gate_report, gated_layers
+from tscnc_hf.method.gates import LIMIT, folded_gates, gate_parameters, gate_report, gated_layers
 from tscnc_hf.method.matrices import weight_matrices
 from tscnc_hf.training import trainer as trainer_module
 
@@ -150,3 +152,41 @@ def test_wrong_options_are_refused(make_config, build, make_trainer):
             make_config(**options)
     with pytest.raises(ValueError, match="gate layer 'fc9' is not in ViTForImageClassification"):
         make_trainer(build("vit"), tsc_on="gates", gate_layers=["fc9"])
+
+
+def test_every_evaluation_reports_the_spectrum_of_the_folded_weights(build, make_trainer):
+    """Against numpy, on a model whose gates are partly closed: what would be published, not the weights as trained."""
+    model, processor = build("vit")
+    trainer = make_trainer((model, processor), **GATES)
+    for gate in gate_parameters(model):
+        gate.data[max(1, len(gate) // 4) :] = -LIMIT
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    metrics = trainer.evaluate()
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+    kappas, deficient = [], 0
+    with folded_gates(model):
+        for record in weight_matrices(model):
+            for matrix in record.matrices.detach().double().numpy():
+                sigma = np.linalg.svd(matrix, compute_uv=False)
+                kept = sigma[sigma > 1e-6 * sigma[0]]
+                kappas.append(sigma[0] / kept[-1])
+                deficient += len(kept) < len(sigma)
+    assert metrics["eval_rank_deficient"] == deficient > 0
+    assert metrics["eval_median_effective_condition_number"] == pytest.approx(np.median(kappas), rel=1e-5)
+    assert metrics["eval_max_effective_condition_number"] == pytest.approx(max(kappas), rel=1e-3)
+    assert "eval_rank_deficient" in trainer.state.log_history[-1]
+
+
+def test_results_and_card_tell_of_gates_and_lipschitz(build, make_trainer, digits, tmp_path):
+    model, processor = build("vit")
+    options = GATES | {"output_dir": str(tmp_path / "out"), "max_steps": 2}
+    trainer = make_trainer((model, processor), **options)
+    trainer.train()
+    gate_parameters(model)[0].data[:2] = -LIMIT
+    results = trainer.test(digits.test, ("clean", "pgd-2"), n=16)
+    trainer.create_model_card()
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert results["lipschitz"]["n"] == 16 and 0 < results["lipschitz"]["local_median"] < math.inf
+    assert f"at least {results['lipschitz']['local_median']:.4g}" in card
+    assert f"{results['gates']['closed']} of {results['gates']['gates']} ended closed" in card
+    assert results["gates"]["closed"] >= 2

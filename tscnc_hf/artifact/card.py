@@ -47,6 +47,8 @@ def write_card(
     tags: Iterable[str] = (),
     command: str | None = None,
     log_history: Iterable[Mapping[str, Any]] | None = None,
+    lipschitz: Mapping[str, Any] | None = None,
+    gates: Mapping[str, Any] | None = None,
     dense: Mapping[str, Any] | None = None,
     sizes: Mapping[str, int] | None = None,
     versions: Mapping[str, str] | None = None,
@@ -64,7 +66,9 @@ def write_card(
         base_model: the model that training started from, if any; only a Hub id reaches the metadata.
         command: the command line that trained the model.
         log_history: `trainer.state.log_history`.
-        dense: the `{"robustness", "sparsity", "spectrum"}` of a dense twin.
+        lipschitz: `LipschitzReport.to_dict()`, if it was measured.
+        gates: `GateReport.to_dict()` of the gates that were folded into the weights, if there were any.
+        dense: the `{"robustness", "sparsity", "spectrum", "lipschitz"}` of a dense twin.
         sizes: `{"dense_bytes", "sparse_bytes"}` of the two weight files.
         versions: library -> version; those of `robustness` when left out.
         notes: further sentences for the limits.
@@ -82,7 +86,11 @@ def write_card(
     _check("spectrum", spectrum, ("rows", *KAPPAS.values()))
     if robustness is not None:
         _check("robustness", robustness, ("threat_model", "attacks"))
-    dense = {key: (dense or {}).get(key) for key in ("robustness", "sparsity", "spectrum")}
+    if lipschitz is not None:
+        _check("lipschitz", lipschitz, ("product_log10", "local_median", "local_max", "n", "epsilon", "steps"))
+    if gates is not None:
+        _check("gates", gates, ("gates", "closed", "rows"))
+    dense = {key: (dense or {}).get(key) for key in ("robustness", "sparsity", "spectrum", "lipschitz")}
     config = {key: plain(value) for key, value in config.items() if _is_worth_keeping(key, value)}
     dataset_hub, dataset = is_hub_id(dataset_name), without_paths(str(dataset_name))
 
@@ -109,10 +117,12 @@ def write_card(
         template_path=str(TEMPLATE),
         model_name=model_name,
         robustness=robustness,
-        results=results_table(robustness, sparsity, spectrum, dense),
+        results=results_table(robustness, sparsity, spectrum, dense, lipschitz),
         twin=any(dense.values()),
         sparsity=sparsity,
         spectrum=spectrum,
+        lipschitz=lipschitz,
+        gates=gates,
         layers=layer_table(sparsity, spectrum),
         config=config,
         config_yaml=yaml_dump(config, sort_keys=False).strip(),
@@ -177,12 +187,16 @@ def evaluation_results(
 
 
 def results_table(
-    robustness: Mapping[str, Any] | None, sparsity: Mapping, spectrum: Mapping, dense: Mapping[str, Any]
+    robustness: Mapping[str, Any] | None,
+    sparsity: Mapping,
+    spectrum: Mapping,
+    dense: Mapping[str, Any],
+    lipschitz: Mapping | None = None,
 ) -> list[tuple[str, list[str]]]:
     """Rows of the results table: what is measured, then this model and, if it is there, the dense twin before it."""
-    columns = [(robustness, sparsity, spectrum)]
+    columns = [(robustness, sparsity, spectrum, lipschitz)]
     if any(dense.values()):
-        columns.insert(0, (dense["robustness"], dense["sparsity"], dense["spectrum"]))
+        columns.insert(0, (dense["robustness"], dense["sparsity"], dense["spectrum"], dense.get("lipschitz")))
     by_name = [{attack["name"]: attack for attack in (column[0] or {}).get("attacks", ())} for column in columns]
     names = list(dict.fromkeys(name for attacks in reversed(by_name) for name in attacks)) or ["clean"]
     rows = []
@@ -198,6 +212,9 @@ def results_table(
     for label, key in KAPPAS.items():
         line(label, 2, lambda report, key=key: format_kappa(report.get(key)))
     line("Rank-deficient matrices", 2, lambda report: f"{report.get('rank_deficient', 0)} of {len(report['rows'])}")
+    if lipschitz is not None:
+        line("Local Lipschitz constant, median", 3, lambda report: f"at least {report['local_median']:.4g}")
+        line("Product of layer norms, log10", 3, lambda report: f"{number(report['product_log10']):.2f}")
     return rows
 
 

@@ -87,7 +87,8 @@ class PublishingTrainer(Trainer):
         `results.json` in the output folder and shown on the card.
 
         Returns:
-            `dict`: {"robustness", "sparsity", "spectrum", ...}, each the `to_dict()` of its report.
+            `dict`: {"robustness", "sparsity", "spectrum", "lipschitz", "gates"}, each the `to_dict()` of its report
+            (the last two where there is an epsilon, and where there are gates).
         """
         args, model = self.args, self.accelerator.unwrap_model(self.model)
         gates = gate_report(model)

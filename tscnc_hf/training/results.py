@@ -7,9 +7,13 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
+from tscnc_hf.evaluation.lipschitz import evaluate_lipschitz
 from tscnc_hf.evaluation.robustness import evaluate_robustness
 from tscnc_hf.method.pruning import sparsity_report
 from tscnc_hf.method.spectrum import spectral_report
+
+
+LIPSCHITZ_IMAGES = 256
 
 
 def measure(
@@ -26,7 +30,8 @@ def measure(
     progress: bool = True,
 ) -> dict:
     """
-    Robustness, sparsity and spectrum of a model as plain JSON types: {"robustness", "sparsity", "spectrum"}.
+    The figures of a model as plain JSON types: {"robustness", "sparsity", "spectrum"} and, for epsilon > 0,
+    {"lipschitz"} on at most 256 of the images.
 
     Arguments as in `evaluate_robustness`; `exclude` as in `weight_matrices`.
     """
@@ -41,11 +46,17 @@ def measure(
         processing_class=processing_class,
         progress=progress,
     )
-    return {
+    figures = {
         "robustness": robustness.to_dict(),
         "sparsity": sparsity_report(model, exclude).to_dict(),
         "spectrum": spectral_report(model).to_dict(),
     }
+    if epsilon > 0:
+        options = {"seed": seed, "batch_size": batch_size, "processing_class": processing_class}
+        figures["lipschitz"] = evaluate_lipschitz(
+            model, dataset, epsilon=epsilon, n=min(n or LIPSCHITZ_IMAGES, LIPSCHITZ_IMAGES), **options
+        ).to_dict()
+    return figures
 
 
 def comparison_table(results: Mapping[str, Mapping]) -> str:
@@ -63,6 +74,8 @@ def comparison_table(results: Mapping[str, Mapping]) -> str:
         ("rank_deficient", "rank-deficient matrices"),
     ):
         rows.append([label, *(_number(results[name]["spectrum"][key]) for name in names)])
+    if all("lipschitz" in results[name] for name in names):
+        rows.append(["local Lipschitz, median", *(_number(results[n]["lipschitz"]["local_median"]) for n in names)])
     widths = [max(len(row[column]) for row in rows) for column in range(len(names) + 1)]
     lines = [
         "  ".join(

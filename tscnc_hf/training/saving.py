@@ -94,7 +94,7 @@ def write_training_card(
     args: TSCNCConfig, model: nn.Module, results: Mapping | None, log_history: Sequence[Mapping], options: Mapping
 ) -> Path:
     """The card of a run, with what is known at the time; `options` are further arguments of `write_card`."""
-    known = {key: value for key, value in (results or {}).items() if key != "gates"} or {
+    known = results or {
         "robustness": None,
         "sparsity": sparsity_report(model, args.pruning_exclude).to_dict(),
         "spectrum": spectral_report(model).to_dict(),

@@ -13,6 +13,7 @@ from tscnc_hf.method.batches import collate
 from tscnc_hf.method.constraints import constraint_terms, weight_scales
 from tscnc_hf.method.gates import (
     attach_gates,
+    folded_gates,
     gate_parameters,
     gate_report,
     gate_sparse_constraint,
@@ -23,6 +24,7 @@ from tscnc_hf.method.matrices import weight_matrices
 from tscnc_hf.method.objectives import objective_terms
 from tscnc_hf.method.pixels import LogitsFn, attack_mode, normalisation, pixel_logits
 from tscnc_hf.method.pruning import Pruner
+from tscnc_hf.method.spectrum import spectral_report
 from tscnc_hf.training.callbacks import MethodCallback
 from tscnc_hf.training.checks import check_datasets, check_terms
 from tscnc_hf.training.config import TSCNCConfig
@@ -30,13 +32,16 @@ from tscnc_hf.training.metrics import robust_accuracy_metrics
 from tscnc_hf.training.publishing import PublishingTrainer
 
 
+SPECTRAL_METRICS = ("median_effective_condition_number", "max_effective_condition_number", "rank_deficient")
+
+
 class TSCNCTrainer(PublishingTrainer):
     """
     Adversarial training with the TSCNC constraints and gradual pruning.
 
     The loss of a step is the sum of named terms (`natural_loss`, `robust_loss`, `tsc_loss`, `cnc_loss`), each in the
-    log. Masks are applied right after every optimizer step. `evaluate` reports `eval_accuracy` and
-    `eval_robust_accuracy` together; the best model is chosen only among checkpoints that have reached the target.
+    log. Masks are applied right after every optimizer step. `evaluate` reports `eval_accuracy`, `eval_robust_accuracy`
+    and the condition numbers together; the best model is chosen only among checkpoints that have reached the target.
 
     Args:
         model (`nn.Module` or `str`): a classifier of normalised images, or the name of one (folder or Hub id).
@@ -257,7 +262,17 @@ class TSCNCTrainer(PublishingTrainer):
         # A data loader draws its seed from torch's global generator: evaluating must not change what follows.
         devices = [self.args.device] if self.args.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
-            return super().evaluation_loop(*args, **kwargs)
+            output = super().evaluation_loop(*args, **kwargs)
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        output.metrics.update({f"{prefix}_{name}": value for name, value in self.spectral_metrics().items()})
+        return output
+
+    def spectral_metrics(self) -> dict[str, float]:
+        """Condition numbers and lost ranks of the weights as they would be published now, in every evaluation."""
+        model = self.accelerator.unwrap_model(self.model)
+        with folded_gates(model):
+            summary = spectral_report(model, method="gram").summary()
+        return {name: summary[name] for name in SPECTRAL_METRICS}
 
     def _save_checkpoint(self, model, trial):
         self.check_terms()
