@@ -4,13 +4,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint bench-constraints clean
 
 demo: $(STAMP)
 	$(BIN)/python recipes/vit_cifar10.py --config recipes/configs/vit_digits_demo.yaml
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+bench-constraints: $(STAMP)
+	$(BIN)/python tests/benchmarks/constraints.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

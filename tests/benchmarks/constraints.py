@@ -29,6 +29,7 @@ from tscnc_hf.method.pruning import Pruner
 
 PRUNING_INTERVAL = 10  # the default of TSCNCConfig
 RIDGE = 1e-3
+TINY = 1e-30  # magnitude pruning at initialisation empties whole layers of the widest model
 
 
 def resnet18() -> nn.Module:
@@ -87,7 +88,7 @@ def cholesky_loop(model: nn.Module) -> None:
     total = torch.zeros(())
     for matrix in _matrices(model):
         gram = matrix @ matrix.T
-        scaled = gram / gram.diagonal().mean() + RIDGE * torch.eye(len(gram))
+        scaled = gram / gram.diagonal().mean().clamp(min=TINY) + RIDGE * torch.eye(len(gram))
         total = total - 2 * torch.linalg.cholesky(scaled).diagonal().log().mean()
     total.backward()
 
@@ -97,7 +98,7 @@ def full_svd(model: nn.Module) -> None:
     total = torch.zeros(())
     for matrix in _matrices(model):
         squares = torch.linalg.svdvals(matrix).square()
-        total = total - (squares / squares.mean() + RIDGE).log().mean()
+        total = total - (squares / squares.mean().clamp(min=TINY) + RIDGE).log().mean()
     total.backward()
 
 

@@ -19,6 +19,7 @@ from tscnc_hf.method.matrices import WeightMatrix, full_tensor
 # Entries of a matrix up to which stacking pays on a CPU: 1.5 to 3 times for the small ViTs of the recipes.
 STACK_LIMIT = 2**17
 CNC_FORMS = ("scale-invariant", "reference")
+BLOCK_ROWS = 128  # of a Gram matrix on a CPU: smaller blocks make slower products
 FLOAT32_RIDGE = 1e-5  # the least for which float32 is exact enough
 SMALLEST = 1e-15  # root mean square singular value; below it float32 cannot hold the Gram matrix: taken for zero
 REFERENCE_RIDGE = 1e-12
@@ -108,6 +109,21 @@ def _as_dtype(gradient: Tensor, dtype: torch.dtype) -> Tensor:
     return gradient.clamp_(-largest, largest).to(dtype)
 
 
+def _lower_gram(matrix: Tensor) -> Tensor:
+    """
+    M M^T of (..., n, m) with anything above the diagonal: Cholesky reads the lower triangle only. In blocks of
+    rows on a CPU, which saves up to 3/8 of the arithmetic; one call elsewhere.
+    """
+    n = matrix.shape[-2]
+    blocks = min(4, n // BLOCK_ROWS) if matrix.device.type == "cpu" else 1
+    if blocks < 2:
+        return matrix @ matrix.mT
+    gram, edges = matrix.new_zeros(*matrix.shape[:-1], n), [n * index // blocks for index in range(blocks + 1)]
+    for start, end in zip(edges, edges[1:], strict=False):
+        gram[..., start:end, :end] = matrix[..., start:end, :] @ matrix[..., :end, :].mT
+    return gram
+
+
 class _LogMeanRatio(torch.autograd.Function):
     """
     cnc(M) with its gradient in closed form: with A = G/t + rho I, S = A^-1 and t = tr(G)/n,
@@ -120,7 +136,7 @@ class _LogMeanRatio(torch.autograd.Function):
         # below this ridge float32's Cholesky of a rank-deficient Gram matrix may fail
         exact = matrix.double() if ridge < FLOAT32_RIDGE else _at_least_float32(matrix)
         n = matrix.shape[-2]
-        gram = exact @ exact.mT
+        gram = _lower_gram(exact)
         mean_square = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
         mean_square = torch.where(mean_square > SMALLEST**2, mean_square, torch.ones_like(mean_square))
         eye = torch.eye(n, dtype=exact.dtype, device=exact.device)
