@@ -142,7 +142,7 @@ def test_printing_shows_what_takes_part_and_why_the_rest_does_not(monkeypatch):
     text = str(found)
     assert "  0.weight: (4, 4) as 1 x (4, 4)\nnot:" in text
     for line in (
-        "0.bias: (4,), bias, scale or token",
+        "0.bias: (4,), bias, scale, position or token",
         "1.weight: (4,), norm or embedding",
         "2.weight: (3, 4), norm or embedding",
         "3.weight: (2, 2, 2), no matrix view for Bilinear",

@@ -143,8 +143,9 @@ def _why_not(name: str, module: nn.Module, weight: Tensor, exclude: tuple[str, .
         return "excluded"
     if isinstance(module, _LEFT_OUT):
         return "norm or embedding"
-    if weight.ndim < 2:
-        return "bias, scale or token"
+    parameter = name.rsplit(".", 1)[-1]
+    if weight.ndim < 2 or any(word in parameter for word in ("bias", "token", "pos", "embed", "scale")):
+        return "bias, scale, position or token"
     return "tied to another weight" if _views(module) else f"no matrix view for {type(module).__name__}"
 
 
