@@ -5,8 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tscnc_hf.method.adversary import craft, fgsm_rs, kl_pgd, pgd, seeded_generator
+from tscnc_hf.method.adversary import ADVERSARIES, craft, fgsm_rs, kl_pgd, n_fgsm, pgd, seeded_generator
+from tscnc_hf.method.margins import cw_margin, dlr
 from tscnc_hf.method.pixels import attack_mode, pixel_logits, pixel_quantity
+from tscnc_hf.method.threat import project, random_start, steepest
 
 
 EPSILON = 8 / 255
@@ -14,6 +16,8 @@ ATTACKS = {
     "fgsm-rs": lambda f, x, y, g: fgsm_rs(f, x, y, epsilon=EPSILON, generator=g),
     "pgd": lambda f, x, y, g: pgd(f, x, y, epsilon=EPSILON, steps=5, generator=g),
     "pgd restarts": lambda f, x, y, g: pgd(f, x, y, epsilon=EPSILON, steps=3, restarts=3, generator=g),
+    "cw": lambda f, x, y, g: pgd(f, x, y, epsilon=EPSILON, steps=5, loss="cw", generator=g),
+    "stop": lambda f, x, y, g: pgd(f, x, y, epsilon=EPSILON, steps=5, restarts=2, early_stop=True, generator=g),
     "kl-pgd": lambda f, x, y, g: kl_pgd(f, x, y, epsilon=EPSILON, steps=5, generator=g),
 }
 
@@ -154,3 +158,140 @@ def test_pixel_logits_can_be_differentiated_after_use_in_inference_mode():
     x.requires_grad_()
     forward(x).sum().backward()
     torch.testing.assert_close(x.grad[0, :, 0, 0], 1 / torch.tensor([0.5, 0.25, 2.0]))
+
+
+def test_l2_attacks_stay_in_the_ball_and_hurt(batch):
+    x, y = batch
+    model = network()
+    forward = pixel_logits(model, [0.5], [0.25])
+    options = {"epsilon": 0.5, "norm": "l2", "generator": seeded_generator("cpu", 1)}
+    with attack_mode(model):
+        for x_adv in (
+            pgd(forward, x, y, steps=5, **options),
+            pgd(forward, x, y, steps=5, early_stop=True, loss="dlr", **options),
+            fgsm_rs(forward, x, y, **options),
+            kl_pgd(forward, x, y, steps=5, **options),
+        ):
+            assert (x_adv - x).flatten(1).norm(dim=1).max() <= 0.5 + 1e-6
+            assert (x_adv - x).flatten(1).norm(dim=1).max() > 0.4
+            assert x_adv.min() >= 0 and x_adv.max() <= 1
+
+
+def test_l2_pgd_finds_the_worst_case_of_a_linear_classifier():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 2)).double()
+    x, y = 0.5 + 0.1 * torch.rand(5, 3, 2, 2, dtype=torch.float64), torch.tensor([0, 1, 0, 1, 1])
+    x_adv = pgd(model, x, y, epsilon=0.1, steps=3, step_size=0.1, random_start=False, norm="l2")
+    direction = F.normalize(model[1].weight[1 - y] - model[1].weight[y]).view_as(x)
+    torch.testing.assert_close(x_adv, x + 0.1 * direction)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_projection_start_and_direction(norm):
+    x, wild = torch.rand(7, 3, 4, 4, dtype=torch.float64), 3 * torch.randn(7, 3, 4, 4, dtype=torch.float64)
+    size = (lambda d: d.flatten(1).norm(dim=1)) if norm == "l2" else (lambda d: d.flatten(1).abs().amax(1))
+    for near in (project(wild, x, 0.3, norm), random_start(x, 0.3, norm, seeded_generator("cpu", 0))):
+        assert (size(near - x) <= 0.3 + 1e-12).all() and near.min() >= 0 and near.max() <= 1
+        torch.testing.assert_close(project(near, x, 0.3, norm), near)
+    inside = (x + 0.01 * wild.clamp(-1, 1)).clamp(0, 1)
+    torch.testing.assert_close(project(inside, x, 0.3, norm), inside)
+    assert steepest(torch.zeros(2, 3, 2, 2), norm).abs().max() == 0
+    tiny = steepest(torch.full((1, 1, 2, 2), 1e-30), norm)  # its square is zero in float32
+    torch.testing.assert_close(size(tiny), torch.ones(1))
+
+
+def test_n_fgsm_takes_one_step_from_strong_noise(batch):
+    """de Jorge et al.: x + noise + epsilon * sign(gradient at x + noise), cut to [0, 1] only."""
+    x, y = batch
+    forward = pixel_logits(network().eval(), [0.5], [0.25])
+    x_adv = n_fgsm(forward, x, y, epsilon=EPSILON, generator=seeded_generator("cpu", 3))
+    noise = (2 * torch.rand(x.shape, generator=seeded_generator("cpu", 3)) - 1) * 2 * EPSILON
+    start = (x + noise).clamp(0, 1).requires_grad_()
+    (gradient,) = torch.autograd.grad(F.cross_entropy(forward(start), y, reduction="sum"), start)
+    torch.testing.assert_close(x_adv, (start.detach() + EPSILON * gradient.sign()).clamp(0, 1))
+    assert EPSILON < (x_adv - x).abs().max() <= 3 * EPSILON + 1e-6
+
+
+@pytest.fixture
+def certain(batch):
+    """Images with the labels that a model gives them, some of them near its border."""
+    model = network().eval()
+    forward = pixel_logits(model, [0.5], [0.25])
+    return forward, batch[0], forward(batch[0]).argmax(-1)
+
+
+def test_early_stop_breaks_the_same_images_and_forwards_fewer(certain):
+    forward, x, y = certain
+    seen = []
+    counted = lambda z: seen.append(len(z)) or forward(z)  # noqa: E731
+    options = {"epsilon": 0.01, "steps": 8, "step_size": 0.0025}
+    full = pgd(counted, x, y, generator=seeded_generator("cpu", 5), **options)
+    whole = sum(seen)
+    seen.clear()
+    stopped = pgd(counted, x, y, early_stop=True, generator=seeded_generator("cpu", 5), **options)
+    survived = forward(stopped).argmax(-1) == y
+    assert 0 < survived.sum() < len(y) and sum(seen) < whole
+    torch.testing.assert_close(stopped[survived], full[survived])  # never wrong on the way: the same steps
+    assert not ((forward(full).argmax(-1) != y) & survived).any()
+
+
+def test_a_broken_image_stays_broken_whatever_later_restarts_do(certain):
+    """With cross-entropy a larger loss is not always a wrong answer."""
+    forward, x, y = certain
+    wrong_after = []
+    for restarts in (1, 2, 4, 8):
+        x_adv = pgd(forward, x, y, epsilon=0.01, steps=2, restarts=restarts, generator=seeded_generator("cpu", 2))
+        wrong_after.append(forward(x_adv).argmax(-1) != y)
+    assert 0 < wrong_after[-1].sum()
+    for fewer, more in zip(wrong_after, wrong_after[1:], strict=False):
+        assert (more | ~fewer).all()
+
+
+def test_start_is_where_the_first_run_begins(batch):
+    x, y = batch
+    start = project(x + 0.01, x, EPSILON)
+    assert torch.equal(pgd(network().eval(), x, y, epsilon=EPSILON, steps=0, start=start), start)
+
+
+def test_margins_by_hand():
+    logits, y = torch.tensor([[3.0, 1.0, 0.5], [0.0, 2.0, 5.0]]), torch.tensor([0, 1])
+    assert cw_margin(logits, y).tolist() == [-2, 3]
+    assert dlr(logits, y).tolist() == pytest.approx([-2 / 2.5, 3 / 5])
+    torch.testing.assert_close(dlr(100 * logits, y), dlr(logits, y))
+    with pytest.raises(ValueError, match="at least 3 classes"):
+        dlr(torch.zeros(2, 2), y)
+
+
+@pytest.mark.parametrize("adversary", [name for name in ADVERSARIES if name != "none"])
+def test_half_precision_and_global_generator(adversary, batch):
+    """Under bf16 autocast the pixels still move: the sign is taken of a float32 gradient."""
+    x, y = batch
+    model = network().eval()
+    forward = pixel_logits(model, [0.5], [0.25])
+    state = torch.get_rng_state()
+    options = {"epsilon": EPSILON, "steps": 2, "step_size": None, "generator": seeded_generator("cpu", 4)}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        x_adv = craft(adversary, forward, x, y, **options)
+    assert x_adv.dtype == torch.float32 and torch.equal(state, torch.get_rng_state())
+    assert ((x_adv - x).abs() > 0).double().mean() > 0.9
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [({"norm": "l1"}, "norm='l1' is unknown; use one of linf, l2"), ({"loss": "mse"}, "cross-entropy, cw, dlr")],
+)
+def test_unknown_norm_and_loss(options, words, batch):
+    with pytest.raises(ValueError, match=words):
+        pgd(network(), *batch, epsilon=0.1, steps=1, **options)
+
+
+def test_n_fgsm_has_no_l2_form(batch):
+    options = {"epsilon": 0.1, "steps": 1, "step_size": None, "generator": torch.Generator(), "norm": "l2"}
+    with pytest.raises(ValueError, match="defined for norm='linf'"):
+        craft("n-fgsm", network(), *batch, **options)
+
+
+def test_an_l2_radius_may_exceed_one():
+    assert pixel_quantity("epsilon", 3.0, "l2") == 3.0
+    with pytest.raises(ValueError, match="outside"):
+        pixel_quantity("epsilon", -0.5, "l2")

@@ -41,7 +41,32 @@ def test_trades_runs_one_forward(setting):
     assert batches == [12]
 
 
+def test_mart_follows_its_formula(setting):
+    """Equation 8 and the weighted divergence, written with probabilities."""
+    model, x, x_adv, y = setting
+    terms = objective_terms("mart", model, x, x_adv, y, beta=5.0)
+    clean, adversarial = model(x).softmax(-1), model(x_adv).softmax(-1)
+    rows = torch.arange(len(y))
+    others = adversarial.clone()
+    others[rows, y] = 0
+    boosted = -adversarial[rows, y].log() - (1 - others.amax(-1)).log()
+    divergence = (clean * (clean.log() - adversarial.log())).sum(-1)
+    torch.testing.assert_close(terms["robust_loss"], boosted.mean())
+    torch.testing.assert_close(terms["consistency_loss"], 5 * (divergence * (1 - clean[rows, y])).mean())
+
+
+@pytest.mark.parametrize("label", [0, 1])
+def test_mart_is_finite_with_a_gradient_where_probabilities_round(label):
+    logits = torch.tensor([[60.0, -60.0, 0.0]], requires_grad=True)
+    pixels, y = torch.zeros(1, 1), torch.tensor([label])
+    terms = objective_terms("mart", lambda x: logits.repeat(2, 1), pixels, pixels, y)
+    sum(terms.values()).backward()
+    assert all(torch.isfinite(value) for value in terms.values()) and torch.isfinite(logits.grad).all()
+    if label == 1:  # pushes down the wrong class that is taken for certain
+        assert logits.grad[0, 0] > 1.5
+
+
 def test_unknown_objective(setting):
     model, x, x_adv, y = setting
-    with pytest.raises(ValueError, match="'mart' is unknown; use one of natural, pgd-at, trades"):
-        objective_terms("mart", model, x, x_adv, y)
+    with pytest.raises(ValueError, match="'gairat' is unknown; use one of natural, pgd-at, trades, mart"):
+        objective_terms("gairat", model, x, x_adv, y)

@@ -1,24 +1,27 @@
 """
-Adversaries in pixel space [0, 1], L-infinity: pure functions `(logits_fn, x, y) -> x_adv`.
+Adversaries in pixel space [0, 1]: pure functions `(logits_fn, x, y) -> x_adv`.
 
-`logits_fn` maps pixels (b, c, h, w) to logits (b, k) with the normalisation inside and the model in evaluation mode
-(`tscnc_hf.method.pixels.attack_mode`). Gradients are taken with respect to the pixels only; parameters collect none.
-Randomness comes from the generator given, never from torch's global one.
+`logits_fn` maps pixels (b, c, h, w) to float32 logits (b, k) with the normalisation inside and the model in evaluation
+mode (`tscnc_hf.method.pixels.attack_mode`). Gradients are taken with respect to the pixels only; parameters collect
+none. Randomness comes from the generator given, never from torch's global one. APGD is in `tscnc_hf.method.apgd`.
 """
 
 from __future__ import annotations
 
 import hashlib
-from functools import partial
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tscnc_hf.method.margins import margin
 from tscnc_hf.method.pixels import LogitsFn
+from tscnc_hf.method.threat import check_norm, per_image, project, steepest
+from tscnc_hf.method.threat import random_start as uniform_start
 
 
-ADVERSARIES = ("none", "fgsm-rs", "pgd", "kl-pgd")
+ADVERSARIES = ("none", "fgsm-rs", "n-fgsm", "pgd", "cw-pgd", "kl-pgd")
 
 
 def seeded_generator(device: torch.device | str, *key: int | str) -> torch.Generator:
@@ -27,24 +30,63 @@ def seeded_generator(device: torch.device | str, *key: int | str) -> torch.Gener
     return torch.Generator(device=device).manual_seed(int.from_bytes(digest, "big") >> 1)
 
 
-def _uniform_start(x: Tensor, epsilon: float, generator: torch.Generator | None) -> Tensor:
-    noise = torch.rand(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-    return (x + (2 * noise - 1) * epsilon).clamp_(0, 1)
+def _gradient(logits_fn: LogitsFn, loss: Callable[[Tensor], Tensor], x_adv: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradient of the summed loss with respect to the pixels, and the logits."""
+    x_adv = x_adv.detach().requires_grad_(True)
+    with torch.enable_grad():
+        logits = logits_fn(x_adv)
+        (gradient,) = torch.autograd.grad(loss(logits).sum(), x_adv)
+    return gradient, logits.detach()
 
 
 def _ascend(
-    logits_fn: LogitsFn, loss, start: Tensor, x: Tensor, epsilon: float, step_size: float, steps: int
+    logits_fn: LogitsFn,
+    loss: Callable[[Tensor], Tensor],
+    start: Tensor,
+    x: Tensor,
+    epsilon: float,
+    step_size: float,
+    steps: int,
+    norm: str = "linf",
 ) -> Tensor:
-    """Signed gradient ascent on `loss(logits)` inside the epsilon ball around x and inside [0, 1]."""
-    lower, upper = (x - epsilon).clamp_(min=0), (x + epsilon).clamp_(max=1)
+    """Steepest ascent on `loss(logits)` (b,) inside the epsilon ball around x and inside [0, 1]."""
     x_adv = start.detach()
+    if norm == "linf":  # in place: this loop is most of the time that training takes
+        lower, upper = (x - epsilon).clamp_(min=0), (x + epsilon).clamp_(max=1)
+        for _ in range(steps):
+            gradient, _ = _gradient(logits_fn, loss, x_adv)
+            x_adv = torch.add(x_adv, gradient.sign_(), alpha=step_size)
+            torch.minimum(torch.maximum(x_adv, lower, out=x_adv), upper, out=x_adv)
+        return x_adv
     for _ in range(steps):
-        x_adv.requires_grad_(True)
-        with torch.enable_grad():
-            (gradient,) = torch.autograd.grad(loss(logits_fn(x_adv)), x_adv)
-        x_adv = x_adv.detach().add_(gradient.sign_(), alpha=step_size)
-        x_adv = torch.minimum(torch.maximum(x_adv, lower, out=x_adv), upper, out=x_adv)
-    return x_adv.detach()
+        gradient, _ = _gradient(logits_fn, loss, x_adv)
+        x_adv = project(x_adv + step_size * steepest(gradient, norm), x, epsilon, norm)
+    return x_adv
+
+
+def _ascend_until_wrong(
+    logits_fn: LogitsFn,
+    loss: Callable[[Tensor, Tensor], Tensor],
+    start: Tensor,
+    x: Tensor,
+    y: Tensor,
+    epsilon: float,
+    step_size: float,
+    steps: int,
+    norm: str,
+) -> Tensor:
+    """As `_ascend`, but an image stays as it is from its first misclassified iterate on: the rest gets cheaper."""
+    x_adv, left = start.detach().clone(), torch.arange(len(x), device=x.device)
+    for _ in range(steps):
+        labels = y[left]
+        gradient, logits = _gradient(logits_fn, lambda z, labels=labels: loss(z, labels), x_adv[left])
+        right = logits.argmax(-1) == labels
+        left, gradient = left[right], gradient[right]
+        if len(left) == 0:
+            break
+        moved = x_adv[left] + step_size * steepest(gradient, norm)
+        x_adv[left] = project(moved, x[left], epsilon, norm)
+    return x_adv
 
 
 def fgsm_rs(
@@ -54,6 +96,7 @@ def fgsm_rs(
     *,
     epsilon: float,
     step_size: float | None = None,
+    norm: str = "linf",
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """
@@ -64,13 +107,40 @@ def fgsm_rs(
         y (`Tensor`): labels (b,), int64.
         epsilon (`float`): radius in pixel units.
         step_size (`float`, *optional*): defaults to 1.25 epsilon, as in the paper.
+        norm (`str`): "linf", as in the paper, or "l2".
 
     Returns:
         `Tensor`: pixels within epsilon of x and within [0, 1].
     """
-    start = _uniform_start(x, epsilon, generator)
-    loss = partial(F.cross_entropy, target=y, reduction="sum")
-    return _ascend(logits_fn, loss, start, x, epsilon, 1.25 * epsilon if step_size is None else step_size, 1)
+    step_size = 1.25 * epsilon if step_size is None else step_size
+    return pgd(logits_fn, x, y, epsilon=epsilon, steps=1, step_size=step_size, norm=norm, generator=generator)
+
+
+def n_fgsm(
+    logits_fn: LogitsFn,
+    x: Tensor,
+    y: Tensor,
+    *,
+    epsilon: float,
+    step_size: float | None = None,
+    noise: float = 2.0,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """
+    N-FGSM (de Jorge et al. 2022), L-infinity: one step from stronger noise, without the projection on the epsilon ball
+    that makes one-step training collapse. For training only: the result may be (1 + noise) epsilon away from x.
+
+    Args:
+        step_size (`float`, *optional*): in pixel units, defaults to epsilon.
+        noise (`float`): radius of the uniform noise in units of epsilon.
+
+    Returns:
+        `Tensor`: pixels within (1 + noise) epsilon of x (noise epsilon + step_size, to be exact) and within [0, 1].
+    """
+    step_size = epsilon if step_size is None else step_size
+    start = uniform_start(x, noise * epsilon, generator=generator)
+    gradient, _ = _gradient(logits_fn, lambda logits: F.cross_entropy(logits, y, reduction="none"), start)
+    return start.add_(gradient.sign_(), alpha=step_size).clamp_(0, 1)
 
 
 def pgd(
@@ -83,10 +153,14 @@ def pgd(
     step_size: float | None = None,
     random_start: bool = True,
     restarts: int = 1,
+    norm: str = "linf",
+    loss: str = "cross-entropy",
+    early_stop: bool = False,
+    start: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """
-    Projected gradient descent on the cross-entropy (Madry et al. 2018), L-infinity.
+    Projected gradient descent (Madry et al. 2018).
 
     Args:
         x (`Tensor`): pixels (b, c, h, w) in [0, 1], float.
@@ -96,27 +170,44 @@ def pgd(
         step_size (`float`, *optional*): in pixel units, defaults to epsilon / 4.
         random_start (`bool`): start uniformly in the ball instead of at x.
         restarts (`int`): independent runs; per image the one with the largest loss is kept.
+        norm (`str`): "linf" (steps along the sign) or "l2" (steps along the normalised gradient).
+        loss (`str`): "cross-entropy", "cw" (the margin of Carlini and Wagner) or "dlr".
+        early_stop (`bool`): leave an image alone once it is misclassified. For evaluation: the count of successes is
+            the same or larger, the perturbations of broken images are weaker than they could be.
+        start (`Tensor`, *optional*): pixels to start the first run from, in place of the random start.
 
     Returns:
         `Tensor`: pixels within epsilon of x and within [0, 1].
+
+    Raises:
+        ValueError: unknown norm or loss.
     """
-    step_size = epsilon / 4 if step_size is None else step_size
-    loss = partial(F.cross_entropy, target=y, reduction="sum")
-    best, best_loss = None, None
-    for _ in range(restarts):
-        start = _uniform_start(x, epsilon, generator) if random_start else x.clone()
-        x_adv = _ascend(logits_fn, loss, start, x, epsilon, step_size, steps)
+    check_norm(norm)
+    step_size, value_of = epsilon / 4 if step_size is None else step_size, margin(loss)
+    best, best_value, broken = None, None, None
+    for run in range(restarts):
+        begin = start if run == 0 and start is not None else _start(x, epsilon, norm, random_start, generator)
+        if early_stop:
+            x_adv = _ascend_until_wrong(logits_fn, value_of, begin, x, y, epsilon, step_size, steps, norm)
+        else:
+            x_adv = _ascend(logits_fn, lambda z: value_of(z, y), begin, x, epsilon, step_size, steps, norm)
         if restarts == 1:
             return x_adv
         with torch.no_grad():
-            value = F.cross_entropy(logits_fn(x_adv), y, reduction="none")
+            logits = logits_fn(x_adv)
+            value, wrong = value_of(logits, y), logits.argmax(-1) != y
         if best is None:
-            best, best_loss = x_adv, value
+            best, best_value, broken = x_adv, value, wrong
         else:
-            better = value > best_loss
-            best = torch.where(better[:, None, None, None], x_adv, best)
-            best_loss = torch.where(better, value, best_loss)
+            # a run that breaks an image beats any that does not, whatever the loss
+            better = torch.where(wrong == broken, value > best_value, wrong)
+            best = torch.where(per_image(better, x), x_adv, best)
+            best_value, broken = torch.where(better, value, best_value), broken | wrong
     return best
+
+
+def _start(x: Tensor, epsilon: float, norm: str, is_random: bool, generator: torch.Generator | None) -> Tensor:
+    return uniform_start(x, epsilon, norm, generator) if is_random else x.clone()
 
 
 def kl_pgd(
@@ -127,6 +218,7 @@ def kl_pgd(
     epsilon: float,
     steps: int,
     step_size: float | None = None,
+    norm: str = "linf",
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """
@@ -134,15 +226,16 @@ def kl_pgd(
 
     The clean prediction is computed once per call. Labels are not used. Arguments and result as in `pgd`.
     """
+    check_norm(norm)
     step_size = epsilon / 4 if step_size is None else step_size
     with torch.no_grad():
         target = F.log_softmax(logits_fn(x), dim=-1)
 
-    def loss(logits: Tensor) -> Tensor:
-        return F.kl_div(F.log_softmax(logits, dim=-1), target, reduction="sum", log_target=True)
+    def divergence(logits: Tensor) -> Tensor:
+        return F.kl_div(F.log_softmax(logits, dim=-1), target, reduction="none", log_target=True).sum(-1)
 
     noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-    return _ascend(logits_fn, loss, (x + 0.001 * noise).clamp_(0, 1), x, epsilon, step_size, steps)
+    return _ascend(logits_fn, divergence, (x + 0.001 * noise).clamp_(0, 1), x, epsilon, step_size, steps, norm)
 
 
 def craft(
@@ -155,13 +248,26 @@ def craft(
     steps: int,
     step_size: float | None,
     generator: torch.Generator,
+    norm: str = "linf",
 ) -> Tensor | None:
-    """The adversarial images of a named adversary (`ADVERSARIES`), or None for "none" and for epsilon = 0."""
+    """
+    The adversarial images of a named adversary (`ADVERSARIES`), or None for "none" and for epsilon = 0.
+
+    Raises:
+        ValueError: unknown adversary or norm; "n-fgsm" with a norm other than L-infinity.
+    """
     if adversary == "none" or epsilon == 0:
         return None
+    options = {"epsilon": epsilon, "step_size": step_size, "generator": generator}
+    if adversary == "n-fgsm":
+        if norm != "linf":
+            raise ValueError(f"adversary='n-fgsm' is defined for norm='linf', not {norm!r}; use 'fgsm-rs' or 'pgd'")
+        return n_fgsm(logits_fn, x, y, **options)
     if adversary == "fgsm-rs":
-        return fgsm_rs(logits_fn, x, y, epsilon=epsilon, step_size=step_size, generator=generator)
-    attacks = {"pgd": pgd, "kl-pgd": kl_pgd}
-    if adversary not in attacks:
+        return fgsm_rs(logits_fn, x, y, norm=norm, **options)
+    if adversary == "kl-pgd":
+        return kl_pgd(logits_fn, x, y, steps=steps, norm=norm, **options)
+    losses = {"pgd": "cross-entropy", "cw-pgd": "cw"}
+    if adversary not in losses:
         raise ValueError(f"adversary={adversary!r} is unknown; use one of {', '.join(ADVERSARIES)}")
-    return attacks[adversary](logits_fn, x, y, epsilon=epsilon, steps=steps, step_size=step_size, generator=generator)
+    return pgd(logits_fn, x, y, steps=steps, norm=norm, loss=losses[adversary], **options)

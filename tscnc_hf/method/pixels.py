@@ -13,13 +13,13 @@ from torch import Tensor, nn
 LogitsFn = Callable[[Tensor], Tensor]
 
 
-def pixel_quantity(name: str, value: float | str) -> float:
+def pixel_quantity(name: str, value: float | str, norm: str = "linf") -> float:
     """
     A number in pixel units, given as a float or as a fraction such as "8/255".
 
     Args:
         name (`str`): the option's name, for the error message.
-        value (`float` or `str`): in [0, 1].
+        value (`float` or `str`): in [0, 1]; any length for `norm="l2"`, where an image may move by more than 1.
 
     Raises:
         ValueError: not a number, or outside [0, 1] (usually a value in 0-255 units).
@@ -32,6 +32,8 @@ def pixel_quantity(name: str, value: float | str) -> float:
             number = float(value)
     except (TypeError, ValueError, ZeroDivisionError) as error:
         raise ValueError(f'{name}={value!r} is not a number; give a fraction such as "8/255" or a float') from error
+    if norm == "l2" and 0.0 <= number < float("inf"):
+        return number
     if not 0.0 <= number <= 1.0:
         hint = f'; for 0-255 units write {name}="{value}/255"' if 1.0 < number <= 255.0 else ""
         raise ValueError(f"{name}={value} is outside [0, 1]: pixels are in [0, 1]{hint}")

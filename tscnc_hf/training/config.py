@@ -12,6 +12,7 @@ from tscnc_hf.method.constraints import CNC_FORMS
 from tscnc_hf.method.objectives import OBJECTIVES
 from tscnc_hf.method.pixels import pixel_quantity
 from tscnc_hf.method.pruning import CRITERIA, SCOPES
+from tscnc_hf.method.threat import NORMS
 
 
 def _knob(default, help: str, **kwargs):
@@ -26,13 +27,16 @@ class TSCNCConfig(TrainingArguments):
     `TrainingArguments` plus the options of TSCNC. Wrong values raise `ValueError` here, before any training.
 
     Parameters that control the adversary (pixel quantities are in [0, 1] and may be written "8/255"):
-        objective (`str`, *optional*, defaults to `"trades"`): "natural", "pgd-at" or "trades".
-        adversary (`str`, *optional*, defaults to `"kl-pgd"`): "none", "fgsm-rs", "pgd" or "kl-pgd" (TRADES' own).
-        epsilon (`float` or `str`, *optional*, defaults to `"8/255"`): L-infinity radius, in training and evaluation.
+        objective (`str`, *optional*, defaults to `"trades"`): "natural", "pgd-at", "trades" or "mart".
+        adversary (`str`, *optional*, defaults to `"kl-pgd"`): "none", "fgsm-rs", "n-fgsm", "pgd", "cw-pgd" or
+            "kl-pgd" (TRADES' own).
+        epsilon (`float` or `str`, *optional*, defaults to `"8/255"`): radius, in training and evaluation.
+        norm (`str`, *optional*, defaults to `"linf"`): of the perturbation, "linf" or "l2".
         attack_steps (`int`, *optional*, defaults to 10): gradient steps of "pgd" and "kl-pgd".
-        attack_step_size (`float` or `str`, *optional*): defaults to epsilon / 4, for "fgsm-rs" to 1.25 epsilon.
+        attack_step_size (`float` or `str`, *optional*): defaults to epsilon / 4; for "fgsm-rs" to 1.25
+            epsilon, for "n-fgsm" to epsilon.
         epsilon_warmup (`float`, *optional*, defaults to 0): fraction of training in which epsilon grows from 0.
-        trades_beta (`float`, *optional*, defaults to 6): weight of the robust term of TRADES.
+        trades_beta (`float`, *optional*, defaults to 6): weight of the divergence in TRADES and MART.
         eval_attack_steps (`int`, *optional*, defaults to 10): PGD steps of `eval_robust_accuracy`; 0 leaves it out.
 
     Parameters that control the constraints:
@@ -67,13 +71,14 @@ class TSCNCConfig(TrainingArguments):
 
     objective: str = _knob("trades", "Training objective.", choices=OBJECTIVES)
     adversary: str = _knob("kl-pgd", "How adversarial images are made in training.", choices=ADVERSARIES)
-    epsilon: str = _knob("8/255", 'L-infinity radius in pixel units, [0, 1], e.g. "8/255".')
+    epsilon: str = _knob("8/255", 'Radius in pixel units, [0, 1] for linf, e.g. "8/255".')
+    norm: str = _knob("linf", "Norm of the perturbation.", choices=NORMS)
     attack_steps: int = _knob(10, "Gradient steps of pgd and kl-pgd in training.")
     attack_step_size: str | None = _knob(
-        None, "Step size in pixel units. Default: epsilon / 4, 1.25 epsilon for fgsm-rs."
+        None, "Step size in pixel units. Default: epsilon / 4, 1.25 epsilon for fgsm-rs, epsilon for n-fgsm."
     )
     epsilon_warmup: float = _knob(0.0, "Fraction of training in which epsilon grows linearly from 0.")
-    trades_beta: float = _knob(6.0, "Weight of the robust term of TRADES.")
+    trades_beta: float = _knob(6.0, "Weight of the divergence in TRADES and MART.")
     eval_attack_steps: int = _knob(10, "PGD steps behind eval_robust_accuracy; 0 leaves it out.")
 
     tsc_weight: float = _knob(0.0, "Coefficient of the Transformed Sparse Constraint (a sum over weights).")
@@ -110,11 +115,13 @@ class TSCNCConfig(TrainingArguments):
         super().__post_init__()
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # torch would only warn
-        self.epsilon = pixel_quantity("epsilon", self.epsilon)
+        self.epsilon = pixel_quantity("epsilon", self.epsilon, self.norm)
         if self.attack_step_size is not None:
-            self.attack_step_size = pixel_quantity("attack_step_size", self.attack_step_size)
-        for name in ("objective", "adversary", "tsc_on", "cnc_form", "pruning_scope", "pruning_criterion"):
+            self.attack_step_size = pixel_quantity("attack_step_size", self.attack_step_size, self.norm)
+        for name in ("objective", "adversary", "norm", "tsc_on", "cnc_form", "pruning_scope", "pruning_criterion"):
             _check_choice(name, getattr(self, name), type(self).__dataclass_fields__[name].metadata["choices"])
+        if self.adversary == "n-fgsm" and self.norm != "linf":
+            raise ValueError("adversary='n-fgsm' is defined for norm='linf' only; use 'fgsm-rs' or 'pgd'")
         if self.objective != "natural" and self.adversary == "none":
             raise ValueError(f"objective={self.objective!r} needs an adversary; use adversary='pgd' or 'kl-pgd'")
         for name in ("pruning_exclude", "gate_layers"):

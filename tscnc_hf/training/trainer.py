@@ -137,6 +137,7 @@ class TSCNCTrainer(PublishingTrainer):
                 steps=args.attack_steps,
                 step_size=step_size if step_size is None else float(step_size),
                 generator=generator,
+                norm=args.norm,
             )
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -250,7 +251,8 @@ class TSCNCTrainer(PublishingTrainer):
             predictions = clean
             if args.eval_attack_steps > 0 and args.epsilon > 0:
                 generator = seeded_generator(x.device, args.seed, "eval", args.process_index, self._eval_batches)
-                x_adv = pgd(forward, x, y, epsilon=args.epsilon, steps=args.eval_attack_steps, generator=generator)
+                options = {"epsilon": args.epsilon, "steps": args.eval_attack_steps, "norm": args.norm}
+                x_adv = pgd(forward, x, y, generator=generator, **options)
                 with torch.no_grad():
                     predictions = (clean, forward(x_adv))
         self._eval_batches += 1

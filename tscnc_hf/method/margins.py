@@ -1,0 +1,38 @@
+"""What an untargeted attack raises: per image, larger is more wrong. Logits (b, k), labels (b,) int64 -> (b,)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(logits, y, reduction="none")
+
+
+def cw_margin(logits: Tensor, y: Tensor) -> Tensor:
+    """The best wrong logit minus the right one (Carlini and Wagner 2017, f_6 without its floor): > 0 iff wrong."""
+    true = F.one_hot(y, logits.shape[-1]).bool()
+    return logits.masked_fill(true, -torch.inf).amax(-1) - logits.gather(-1, y[:, None]).squeeze(-1)
+
+
+def dlr(logits: Tensor, y: Tensor) -> Tensor:
+    """
+    Difference of logits ratio (Croce and Hein 2020, equation 6): the margin over the gap between the largest and the
+    third largest logit, unchanged when logits are scaled. Needs three classes.
+    """
+    if logits.shape[-1] < 3:
+        raise ValueError(f"loss='dlr' needs at least 3 classes, the model has {logits.shape[-1]}; use 'cw'")
+    top = logits.topk(3, dim=-1).values
+    return cw_margin(logits, y) / (top[:, 0] - top[:, 2] + 1e-12)
+
+
+MARGINS = {"cross-entropy": cross_entropy, "cw": cw_margin, "dlr": dlr}
+
+
+def margin(name: str):
+    """The function of that name; ValueError lists those that exist."""
+    if name not in MARGINS:
+        raise ValueError(f"loss={name!r} is unknown; use one of {', '.join(MARGINS)}")
+    return MARGINS[name]
