@@ -114,6 +114,23 @@ def test_a_linear_classifier_loses_exactly_the_images_within_reach(epsilon, atta
     assert robust < clean or radius == 0
 
 
+def test_in_l2_a_linear_classifier_loses_exactly_the_images_within_reach():
+    """Within epsilon the score moves by epsilon |w|_2; pixels are far enough from 0 and 1 not to be cut."""
+    generator = torch.Generator().manual_seed(5)
+    w = torch.randn(48, generator=generator)
+    data = items(200, labels=torch.randint(2, (200,), generator=generator))
+    pixels = torch.stack([item["pixel_values"] for item in data])
+    model = Linear(w, float(0.0123 - (pixels.flatten(1) @ w).median()))
+    margin = torch.tensor([item["labels"] * 2 - 1 for item in data]) * (pixels.flatten(1) @ w + model.b.detach())
+    reach = 0.15 * w.norm()
+    assert not ((margin - reach).abs() < 1e-4).any()
+    report = evaluate_robustness(
+        model, data, ("clean", "fgsm", "pgd-10"), epsilon=0.15, norm="l2", processing_class=Pixels, progress=False
+    )
+    assert report["fgsm"].correct == report["pgd-10"].correct == int((margin > reach).sum())
+    assert 0 < report["fgsm"].correct < report["clean"].correct and report.threat_model["norm"] == "l2"
+
+
 def test_pixels_stay_in_the_ball_and_in_range():
     """At 0 and 1 there is nowhere to go but inwards."""
     seen = []
@@ -242,7 +259,7 @@ def test_n_takes_the_first_images():
         ({"attacks": ("pgd-0",)}, "'pgd-0' does not exist"),
         ({"attacks": ("pgd",)}, "'pgd' does not exist"),
         ({"attacks": ()}, "no attack was named; known are"),
-        ({"norm": "l2"}, "norm='l2' is not supported; use 'linf'"),
+        ({"norm": "l1"}, "norm='l1' is unknown; use one of linf, l2"),
         ({"epsilon": 8}, "epsilon=8 is outside .0, 1."),
         ({"processing_class": None}, "cannot tell how Batched normalises"),
     ],

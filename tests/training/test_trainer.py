@@ -560,3 +560,17 @@ def test_a_model_given_as_a_folder_comes_with_its_processor(kind, build, make_co
     assert trainer.processing_class is not None
     trainer.train()
     assert zeros(trainer.model) == round(0.9 * size(trainer.model))
+
+
+def test_an_l2_run_with_mart_attacks_and_tests_in_l2(build, make_trainer, digits):
+    """An L2 radius above 1 trains, evaluates and ends in figures that say so."""
+    options = {"objective": "mart", "adversary": "cw-pgd", "norm": "l2", "epsilon": 1.5, "max_steps": 2}
+    trainer = make_trainer(build("resnet"), logging_steps=1, **options)
+    trainer.train()
+    assert {"robust_loss", "consistency_loss"} <= trainer.state.log_history[0].keys()
+    x = torch.stack([digits.test[index]["pixel_values"] for index in range(8)])
+    y = torch.tensor([int(digits.test[index]["labels"]) for index in range(8)])
+    moved = (trainer.attack(trainer.model, x, y) - x).flatten(1).norm(dim=1)
+    assert 1 < moved.max() <= 1.5 + 1e-5
+    results = trainer.test(digits.test, ("clean", "pgd-2"), n=8)
+    assert results["robustness"]["threat_model"]["norm"] == "l2" and "lipschitz" not in results

@@ -18,6 +18,7 @@ from tscnc_hf import __version__
 from tscnc_hf.method.adversary import pgd, seeded_generator
 from tscnc_hf.method.batches import collate
 from tscnc_hf.method.pixels import LogitsFn, attack_mode, normalisation, pixel_logits, pixel_quantity
+from tscnc_hf.method.threat import check_norm
 
 
 KNOWN_ATTACKS = "clean, fgsm, pgd-K (K gradient steps, e.g. pgd-20)"
@@ -76,7 +77,7 @@ class RobustnessReport:
         return "\n".join(lines)
 
 
-def make_attack(name: str, epsilon: float) -> tuple[Callable | None, dict]:
+def make_attack(name: str, epsilon: float, norm: str = "linf") -> tuple[Callable | None, dict]:
     """
     A named attack `(logits_fn, x, y, generator=) -> x_adv` (None for "clean"), and its full parameters.
 
@@ -92,7 +93,7 @@ def make_attack(name: str, epsilon: float) -> tuple[Callable | None, dict]:
         options = {"steps": steps, "step_size": pgd_step_size(epsilon, steps), "restarts": 1, "random_start": True}
     else:
         raise ValueError(f"attack {name!r} does not exist; known are {KNOWN_ATTACKS}")
-    return partial(pgd, epsilon=epsilon, **options), options | {"loss": "cross-entropy"}
+    return partial(pgd, epsilon=epsilon, norm=norm, **options), options | {"loss": "cross-entropy"}
 
 
 def pgd_step_size(epsilon: float, steps: int) -> float:
@@ -122,7 +123,7 @@ def evaluate_robustness(
         dataset: gives {"pixel_values": (c, h, w) in [0, 1], "labels": int} items.
         attacks (`Sequence[str]`): among "clean", "fgsm" and "pgd-K".
         epsilon (`float` or `str`): radius in pixel units.
-        norm (`str`): "linf".
+        norm (`str`): "linf" or "l2".
         n (`int`, *optional*): the first n images; all by default.
         seed (`int`): of the attacks' random starts; torch's global generator is neither used nor changed.
         processing_class (*optional*): image processor that says how inputs are normalised, unless the config does.
@@ -132,12 +133,11 @@ def evaluate_robustness(
     Raises:
         ValueError: unknown attack or norm, epsilon outside [0, 1], no images, n too large.
     """
-    epsilon = pixel_quantity("epsilon", epsilon)
-    if norm != "linf":
-        raise ValueError(f"norm={norm!r} is not supported; use 'linf'")
+    check_norm(norm)
+    epsilon = pixel_quantity("epsilon", epsilon, norm)
     if not attacks:
         raise ValueError(f"no attack was named; known are {KNOWN_ATTACKS}")
-    made = {name: make_attack(name, epsilon) for name in attacks}
+    made = {name: make_attack(name, epsilon, norm) for name in attacks}
     size = len(dataset)
     if size == 0 or (n is not None and not 0 < n <= size):
         raise ValueError(f"n={n} of a data set of {size} images: give n between 1 and {size} (or leave it out)")

@@ -88,7 +88,7 @@ class PublishingTrainer(Trainer):
 
         Returns:
             `dict`: {"robustness", "sparsity", "spectrum", "lipschitz", "gates"}, each the `to_dict()` of its report
-            (the last two where there is an epsilon, and where there are gates).
+            (the last two where there is an L-infinity radius, and where there are gates).
         """
         args, model = self.args, self.accelerator.unwrap_model(self.model)
         gates = gate_report(model)
@@ -99,6 +99,7 @@ class PublishingTrainer(Trainer):
                 processing_class=self.processing_class,
                 attacks=attacks,
                 epsilon=args.epsilon,
+                norm=args.norm,
                 n=n,
                 seed=args.seed,
                 exclude=args.pruning_exclude,

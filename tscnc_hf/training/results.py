@@ -21,6 +21,7 @@ def measure(
     dataset,
     *,
     epsilon: float,
+    norm: str = "linf",
     attacks: Sequence[str] = ("clean", "pgd-20"),
     n: int | None = None,
     seed: int = 0,
@@ -30,8 +31,8 @@ def measure(
     progress: bool = True,
 ) -> dict:
     """
-    The figures of a model as plain JSON types: {"robustness", "sparsity", "spectrum"} and, for epsilon > 0,
-    {"lipschitz"} on at most 256 of the images.
+    The figures of a model as plain JSON types: {"robustness", "sparsity", "spectrum"} and, for L-infinity
+    and epsilon > 0, {"lipschitz"} on at most 256 of the images.
 
     Arguments as in `evaluate_robustness`; `exclude` as in `weight_matrices`.
     """
@@ -40,6 +41,7 @@ def measure(
         dataset,
         attacks,
         epsilon=epsilon,
+        norm=norm,
         n=n,
         seed=seed,
         batch_size=batch_size,
@@ -51,7 +53,7 @@ def measure(
         "sparsity": sparsity_report(model, exclude).to_dict(),
         "spectrum": spectral_report(model).to_dict(),
     }
-    if epsilon > 0:
+    if epsilon > 0 and norm == "linf":
         options = {"seed": seed, "batch_size": batch_size, "processing_class": processing_class}
         figures["lipschitz"] = evaluate_lipschitz(
             model, dataset, epsilon=epsilon, n=min(n or LIPSCHITZ_IMAGES, LIPSCHITZ_IMAGES), **options
@@ -85,7 +87,8 @@ def comparison_table(results: Mapping[str, Mapping]) -> str:
     ]
     first = results[names[0]]["robustness"]
     epsilon = first["threat_model"]["epsilon"]
-    note = f"{first['n']} test images, L-infinity epsilon {epsilon:.4g} ({epsilon * 255:.3g}/255), 95 % intervals"
+    norm = {"linf": "L-infinity", "l2": "L2"}[first["threat_model"]["norm"]]
+    note = f"{first['n']} test images, {norm} epsilon {epsilon:.4g} ({epsilon * 255:.3g}/255), 95 % intervals"
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], note])
 
 
