@@ -166,12 +166,18 @@ def test_l2_attacks_stay_in_the_ball_and_hurt(batch):
     forward = pixel_logits(model, [0.5], [0.25])
     options = {"epsilon": 0.5, "norm": "l2", "generator": seeded_generator("cpu", 1)}
     with attack_mode(model):
-        for x_adv in (
-            pgd(forward, x, y, steps=5, **options),
-            pgd(forward, x, y, steps=5, early_stop=True, loss="dlr", **options),
-            fgsm_rs(forward, x, y, **options),
-            kl_pgd(forward, x, y, steps=5, **options),
-        ):
+        noise = random_start(x, 0.5, "l2", seeded_generator("cpu", 2))
+        clean = F.log_softmax(forward(x), -1)
+        raised = {  # attack -> what it raises
+            pgd(forward, x, y, steps=5, **options): lambda z: F.cross_entropy(forward(z), y),
+            pgd(forward, x, y, steps=5, loss="cw", **options): lambda z: cw_margin(forward(z), y).mean(),
+            fgsm_rs(forward, x, y, **options): lambda z: F.cross_entropy(forward(z), y),
+            kl_pgd(forward, x, y, steps=5, **options): lambda z: F.kl_div(
+                F.log_softmax(forward(z), -1), clean, reduction="batchmean", log_target=True
+            ),
+        }
+        for x_adv, value in raised.items():
+            assert value(x_adv) > value(noise)
             assert (x_adv - x).flatten(1).norm(dim=1).max() <= 0.5 + 1e-6
             assert (x_adv - x).flatten(1).norm(dim=1).max() > 0.4
             assert x_adv.min() >= 0 and x_adv.max() <= 1

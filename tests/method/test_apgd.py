@@ -89,3 +89,15 @@ def test_the_start_given_is_used_and_projected(trained):
 def test_wrong_options(options, trained):
     with pytest.raises(ValueError, match="use one of|at least one"):
         apgd(*trained, epsilon=0.1, **options)
+
+
+@pytest.mark.parametrize("norm, epsilon", [("linf", 0.02), ("l2", 0.12)])
+def test_breaks_as_many_images_as_the_published_implementation(norm, epsilon, trained):
+    autopgd = pytest.importorskip("pyautoattack.autopgd_base", reason="pyautoattack is not installed")
+    model, x, y = trained
+    names = {"linf": "Linf", "l2": "L2"}
+    options = {"n_iter": 100, "n_restarts": 1, "eps": epsilon, "norm": names[norm], "seed": 0, "device": "cpu"}
+    theirs = autopgd.APGDAttack(model, loss="ce", rho=0.75, eot_iter=1, verbose=False, **options).perturb(x, y)
+    ours = apgd(model, x, y, epsilon=epsilon, norm=norm, generator=seeded_generator("cpu", 0))
+    robust = [int((model(x_adv).argmax(-1) == y).sum()) for x_adv in (theirs, ours)]
+    assert 10 < robust[0] < 190 and abs(robust[0] - robust[1]) <= 1  # 0.5 points of 200 images

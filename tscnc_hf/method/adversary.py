@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tscnc_hf.method.margins import margin
+from tscnc_hf.method.margins import cross_entropy, margin, pixel_gradient
 from tscnc_hf.method.pixels import LogitsFn
 from tscnc_hf.method.threat import check_norm, per_image, project, steepest
 from tscnc_hf.method.threat import random_start as uniform_start
@@ -28,15 +28,6 @@ def seeded_generator(device: torch.device | str, *key: int | str) -> torch.Gener
     """A generator on `device` seeded from the whole key, e.g. (seed, rank, step): no state to save or restore."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return torch.Generator(device=device).manual_seed(int.from_bytes(digest, "big") >> 1)
-
-
-def _gradient(logits_fn: LogitsFn, loss: Callable[[Tensor], Tensor], x_adv: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradient of the summed loss with respect to the pixels, and the logits."""
-    x_adv = x_adv.detach().requires_grad_(True)
-    with torch.enable_grad():
-        logits = logits_fn(x_adv)
-        (gradient,) = torch.autograd.grad(loss(logits).sum(), x_adv)
-    return gradient, logits.detach()
 
 
 def _ascend(
@@ -54,12 +45,12 @@ def _ascend(
     if norm == "linf":  # in place: this loop is most of the time that training takes
         lower, upper = (x - epsilon).clamp_(min=0), (x + epsilon).clamp_(max=1)
         for _ in range(steps):
-            gradient, _ = _gradient(logits_fn, loss, x_adv)
+            gradient, _, _ = pixel_gradient(logits_fn, loss, x_adv)
             x_adv = torch.add(x_adv, gradient.sign_(), alpha=step_size)
             torch.minimum(torch.maximum(x_adv, lower, out=x_adv), upper, out=x_adv)
         return x_adv
     for _ in range(steps):
-        gradient, _ = _gradient(logits_fn, loss, x_adv)
+        gradient, _, _ = pixel_gradient(logits_fn, loss, x_adv)
         x_adv = project(x_adv + step_size * steepest(gradient, norm), x, epsilon, norm)
     return x_adv
 
@@ -79,7 +70,7 @@ def _ascend_until_wrong(
     x_adv, left = start.detach().clone(), torch.arange(len(x), device=x.device)
     for _ in range(steps):
         labels = y[left]
-        gradient, logits = _gradient(logits_fn, lambda z, labels=labels: loss(z, labels), x_adv[left])
+        gradient, _, logits = pixel_gradient(logits_fn, lambda z, labels=labels: loss(z, labels), x_adv[left])
         right = logits.argmax(-1) == labels
         left, gradient = left[right], gradient[right]
         if len(left) == 0:
@@ -139,7 +130,7 @@ def n_fgsm(
     """
     step_size = epsilon if step_size is None else step_size
     start = uniform_start(x, noise * epsilon, generator=generator)
-    gradient, _ = _gradient(logits_fn, lambda logits: F.cross_entropy(logits, y, reduction="none"), start)
+    gradient, _, _ = pixel_gradient(logits_fn, lambda logits: cross_entropy(logits, y), start)
     return start.add_(gradient.sign_(), alpha=step_size).clamp_(0, 1)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tscnc_hf.method.margins import margin
+from tscnc_hf.method.margins import margin, pixel_gradient
 from tscnc_hf.method.pixels import LogitsFn
 from tscnc_hf.method.threat import check_norm, l2_norm, per_image, project, steepest
 
@@ -89,7 +89,8 @@ def _surface(x: Tensor, epsilon: float, norm: str, generator: torch.Generator | 
 def _run(logits_fn, value_of, begin, x, y, epsilon, steps, norm, early_stop) -> tuple[Tensor, Tensor]:
     """One run: (x_adv, whether misclassified). `state` holds what belongs to the images that are still attacked."""
     result, broken = begin.clone(), torch.zeros(len(x), dtype=torch.bool, device=x.device)
-    gradient, value, wrong = _look(logits_fn, value_of, begin, y)
+    gradient, value, logits = pixel_gradient(logits_fn, lambda z: value_of(z, y), begin)
+    wrong = logits.argmax(-1) != y
     state = {
         "index": torch.arange(len(x), device=x.device), "x": x, "y": y, "now": begin, "before": begin,
         "gradient": gradient, "value": value, "best": begin, "best_gradient": gradient, "best_value": value,
@@ -108,7 +109,9 @@ def _run(logits_fn, value_of, begin, x, y, epsilon, steps, norm, early_stop) -> 
         if step > 1:
             moved = s["now"] + MOMENTUM * (moved - s["now"]) + (1 - MOMENTUM) * (s["now"] - s["before"])
             moved = project(moved, s["x"], epsilon, norm)
-        gradient, value, wrong = _look(logits_fn, value_of, moved, s["y"])
+        labels = s["y"]
+        gradient, value, logits = pixel_gradient(logits_fn, lambda z, labels=labels: value_of(z, labels), moved)
+        wrong = logits.argmax(-1) != labels
         s["rises"] = s["rises"] + (value > s["value"])
         s |= {"before": s["now"], "now": moved, "gradient": gradient, "value": value}
         better = value > s["best_value"]
@@ -123,15 +126,6 @@ def _run(logits_fn, value_of, begin, x, y, epsilon, steps, norm, early_stop) -> 
             last_mark = step
         state = _without(s, wrong) if early_stop else s
     return result, broken
-
-
-def _look(logits_fn, value_of, x_adv: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    x_adv = x_adv.detach().requires_grad_(True)
-    with torch.enable_grad():
-        logits = logits_fn(x_adv)
-        value = value_of(logits, y)
-        (gradient,) = torch.autograd.grad(value.sum(), x_adv)
-    return gradient, value.detach(), logits.detach().argmax(-1) != y
 
 
 def _halve(state: dict[str, Tensor], interval: int) -> None:

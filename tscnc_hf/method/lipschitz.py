@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
+from tscnc_hf.method.margins import pixel_gradient
 from tscnc_hf.method.matrices import full_tensor, weight_matrices
 from tscnc_hf.method.pixels import LogitsFn
 from tscnc_hf.method.spectrum import singular_values
@@ -119,14 +120,16 @@ def local_lipschitz(
     noise = torch.rand(x.shape, generator=generator, device=x.device, dtype=x.dtype)
     moved = torch.clamp(x + (2 * noise - 1) * epsilon, lower, upper)
     best = torch.zeros(len(x), dtype=clean.dtype, device=x.device)
-    for step in range(steps + 1):
-        moved.requires_grad_(step < steps)
-        with torch.enable_grad():
-            change = (logits_fn(moved) - clean).abs().sum(-1)
-            gradient = torch.autograd.grad(change.sum(), moved)[0] if step < steps else None
-        moved = moved.detach()
-        distance = (moved - x).abs().flatten(1).amax(-1)
-        best = torch.maximum(best, change.detach() / distance.clamp(min=torch.finfo(x.dtype).tiny))
-        if gradient is not None:
-            moved = torch.clamp(moved + step_size * gradient.sign(), lower, upper)
-    return best
+
+    def change(logits: Tensor) -> Tensor:
+        return (logits - clean).abs().sum(-1)
+
+    def ratio(value: Tensor) -> Tensor:
+        return value / (moved - x).abs().flatten(1).amax(-1).clamp(min=torch.finfo(x.dtype).tiny)
+
+    for _ in range(steps):
+        gradient, value, _ = pixel_gradient(logits_fn, change, moved)
+        best = torch.maximum(best, ratio(value))
+        moved = torch.clamp(moved + step_size * gradient.sign(), lower, upper)
+    with torch.no_grad():
+        return torch.maximum(best, ratio(change(logits_fn(moved))))

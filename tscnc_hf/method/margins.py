@@ -1,10 +1,34 @@
-"""What an untargeted attack raises: per image, larger is more wrong. Logits (b, k), labels (b,) int64 -> (b,)."""
+"""
+What an untargeted attack raises, and its gradient. Margins are per image, larger is more wrong: logits (b, k), labels
+(b,) int64 -> (b,).
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from tscnc_hf.method.pixels import LogitsFn
+
+
+def pixel_gradient(
+    logits_fn: LogitsFn, value_of: Callable[[Tensor], Tensor], x: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """
+    The gradient of `value_of(logits)`, per image (b,), with respect to the pixels x (b, c, h, w).
+
+    Returns:
+        gradient like x, values (b,) and logits (b, k), all detached; parameters collect no gradient.
+    """
+    x = x.detach().requires_grad_(True)
+    with torch.enable_grad():
+        logits = logits_fn(x)
+        value = value_of(logits)
+        (gradient,) = torch.autograd.grad(value.sum(), x)
+    return gradient, value.detach(), logits.detach()
 
 
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:

@@ -128,7 +128,7 @@ def singular_values(matrix: Tensor, method: str = "svd") -> Tensor:
     The min(r, c) singular values of a matrix (r, c), largest first, in float64 on the matrix's device.
 
     `method="gram"` takes square roots of the eigenvalues of the smaller Gram matrix: about ten times faster for
-    convolutions, exact to 1e-4 down to 1e-6 of the largest singular value and to 1e-9 down to 1e-3 of it.
+    convolutions, exact to 1e-3 down to 1e-6 of the largest singular value and to 1e-9 down to 1e-3 of it.
     """
     if method not in ("svd", "gram"):
         raise ValueError(f"method={method!r}: use 'svd' or 'gram'")

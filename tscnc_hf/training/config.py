@@ -32,7 +32,7 @@ class TSCNCConfig(TrainingArguments):
             "kl-pgd" (TRADES' own).
         epsilon (`float` or `str`, *optional*, defaults to `"8/255"`): radius, in training and evaluation.
         norm (`str`, *optional*, defaults to `"linf"`): of the perturbation, "linf" or "l2".
-        attack_steps (`int`, *optional*, defaults to 10): gradient steps of "pgd" and "kl-pgd".
+        attack_steps (`int`, *optional*, defaults to 10): gradient steps of "pgd", "cw-pgd" and "kl-pgd".
         attack_step_size (`float` or `str`, *optional*): defaults to epsilon / 4; for "fgsm-rs" to 1.25
             epsilon, for "n-fgsm" to epsilon.
         epsilon_warmup (`float`, *optional*, defaults to 0): fraction of training in which epsilon grows from 0.
