@@ -7,7 +7,10 @@ import torch
 from scipy.stats import binomtest
 from torch import nn
 
-from tscnc_hf.evaluation.robustness import evaluate_robustness, make_attack, pgd_step_size, wilson_interval
+import tscnc_hf
+from tscnc_hf.evaluation.attacks import make_attack, pgd_step_size
+from tscnc_hf.evaluation.report import wilson_interval
+from tscnc_hf.evaluation.robustness import evaluate_robustness
 from tscnc_hf.training.image_datasets import ImageTensorDataset
 
 
@@ -144,7 +147,7 @@ def test_pixels_stay_in_the_ball_and_in_range():
 
     data = [{"pixel_values": torch.full((3, 4, 4), float(i % 2)), "labels": i % 2} for i in range(8)]
     model = Watched(torch.ones(48), -24.0)
-    options = {"epsilon": 0.3, "processing_class": Pixels, "progress": False}
+    options = {"epsilon": 0.3, "processing_class": Pixels, "progress": False, "masking": False}
     report = evaluate_robustness(model, data, ("clean", "pgd-5"), **options)
     assert accuracies(report) == {"clean": 8, "pgd-5": 8}
     attacked = torch.cat(seen[1:])
@@ -156,11 +159,16 @@ def test_pixels_stay_in_the_ball_and_in_range():
 def test_step_sizes_as_documented():
     assert pgd_step_size(0.1, 20) == pytest.approx(0.0125)
     assert pgd_step_size(0.1, 1) == 0.1
-    assert make_attack("clean", 0.1) == (None, {})
-    assert make_attack("pgd-20", 0.1)[1] == {
+    clean = make_attack("clean", 0.1)
+    assert clean.run is None and clean.parameters == {}
+    assert make_attack("pgd-20", 0.1).parameters == {
         "steps": 20, "step_size": pytest.approx(0.0125), "restarts": 1, "random_start": True, "loss": "cross-entropy",
+        "early_stop": True, "implementation": "tscnc_hf", "version": tscnc_hf.__version__,
     }  # fmt: skip
-    assert make_attack("fgsm", 0.1)[1]["random_start"] is False
+    assert make_attack("fgsm", 0.1).parameters["random_start"] is False
+    assert make_attack("cw-7x3", 0.1).parameters["loss"] == "cw"
+    assert make_attack("cw-7x3", 0.1).parameters["restarts"] == 3
+    assert make_attack("apgd-dlr", 0.1).parameters["loss"] == "dlr"
 
 
 # ---- what it must not depend on, and not change ----
@@ -232,7 +240,7 @@ def test_the_seed_draws_other_starts():
     model, data = Recording(), digits_like(8)
     model.load_state_dict(batched().state_dict())
     for seed in (0, 0, 1):
-        evaluate(model, data, seed=seed)
+        evaluate(model, data, seed=seed, masking=False)
     third = len(starts) // 3
     runs = [starts[index * third : (index + 1) * third] for index in range(3)]
     assert torch.equal(runs[0][0], runs[2][0])  # clean images
@@ -257,7 +265,7 @@ def test_n_takes_the_first_images():
         ({"n": 0}, "n=0 of a data set of 12 images: give n between 1 and 12"),
         ({"n": 13}, "n=13 of a data set of 12"),
         ({"n": -1}, "n=-1"),
-        ({"attacks": ("clean", "cw")}, "'cw' does not exist; known are clean, fgsm, pgd-K"),
+        ({"attacks": ("clean", "cw")}, "'cw' does not exist; known are clean, fgsm, pgd-K and cw-K"),
         ({"attacks": ("pgd-0",)}, "'pgd-0' does not exist"),
         ({"attacks": ("pgd",)}, "'pgd' does not exist"),
         ({"attacks": ()}, "no attack was named; known are"),

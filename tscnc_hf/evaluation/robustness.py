@@ -2,103 +2,26 @@
 
 from __future__ import annotations
 
-import math
-import re
+import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
-from functools import partial
 from importlib.metadata import version
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from tscnc_hf import __version__
-from tscnc_hf.method.adversary import pgd, seeded_generator
+from tscnc_hf.evaluation.attacks import KNOWN_ATTACKS, Attack, make_attack
+from tscnc_hf.evaluation.masking import masking_report
+from tscnc_hf.evaluation.report import AttackResult, RobustnessReport
+from tscnc_hf.evaluation.state import EvaluationState, model_digest
 from tscnc_hf.method.batches import collate
 from tscnc_hf.method.pixels import LogitsFn, attack_mode, normalisation, pixel_logits, pixel_quantity
 from tscnc_hf.method.threat import check_norm
-
-
-KNOWN_ATTACKS = "clean, fgsm, pgd-K (K gradient steps, e.g. pgd-20)"
-
-
-def wilson_interval(correct: int, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """95 % interval of a proportion (Wilson 1927): fractions in [0, 1]."""
-    p, zz = correct / n, z * z
-    centre = (p + zz / (2 * n)) / (1 + zz / n)
-    half = z / (1 + zz / n) * math.sqrt(p * (1 - p) / n + zz / (4 * n * n))
-    return max(0.0, centre - half), min(1.0, centre + half)
-
-
-@dataclass(frozen=True)
-class AttackResult:
-    """Accuracy under one attack: correct of n, and its 95 % Wilson interval [low, high] (fractions)."""
-
-    name: str
-    accuracy: float
-    low: float
-    high: float
-    correct: int
-    n: int
-    parameters: dict = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class RobustnessReport:
-    """
-    Accuracies of one model on one data set.
-
-    Attributes:
-        threat_model: {"norm", "epsilon" (pixel units), "seed"}.
-        n: number of images.
-        attacks: in the order asked for. An image counts under an attack only if it is also classified correctly clean.
-        versions: of the libraries that computed it.
-    """
-
-    threat_model: dict
-    n: int
-    attacks: tuple[AttackResult, ...]
-    versions: dict
-
-    def __getitem__(self, name: str) -> AttackResult:
-        return next(attack for attack in self.attacks if attack.name == name)
-
-    def to_dict(self) -> dict:
-        return asdict(self) | {"attacks": [asdict(attack) for attack in self.attacks]}
-
-    def to_markdown(self) -> str:
-        lines = ["| attack | accuracy | 95 % interval | correct |", "| --- | ---: | ---: | ---: |"]
-        lines += [
-            f"| {a.name} | {a.accuracy:.1%} | {a.low:.1%} to {a.high:.1%} | {a.correct} of {a.n} |"
-            for a in self.attacks
-        ]
-        return "\n".join(lines)
-
-
-def make_attack(name: str, epsilon: float, norm: str = "linf") -> tuple[Callable | None, dict]:
-    """
-    A named attack `(logits_fn, x, y, generator=) -> x_adv` (None for "clean"), and its full parameters.
-
-    Raises:
-        ValueError: no attack has this name (those that exist are listed).
-    """
-    if name == "clean":
-        return None, {}
-    if name == "fgsm":
-        options = {"steps": 1, "step_size": epsilon, "restarts": 1, "random_start": False}
-    elif match := re.fullmatch(r"pgd-([1-9]\d*)", name):
-        steps = int(match[1])
-        options = {"steps": steps, "step_size": pgd_step_size(epsilon, steps), "restarts": 1, "random_start": True}
-    else:
-        raise ValueError(f"attack {name!r} does not exist; known are {KNOWN_ATTACKS}")
-    return partial(pgd, epsilon=epsilon, norm=norm, **options), options | {"loss": "cross-entropy"}
-
-
-def pgd_step_size(epsilon: float, steps: int) -> float:
-    """2.5 epsilon / steps (Madry et al. 2018), at most epsilon: enough to cross the ball, small enough to settle."""
-    return min(epsilon, 2.5 * epsilon / steps)
 
 
 def evaluate_robustness(
@@ -114,69 +37,182 @@ def evaluate_robustness(
     processing_class: object | None = None,
     device: torch.device | str | None = None,
     progress: bool = True,
+    state_folder: str | os.PathLike | None = None,
+    masking: bool = True,
+    dense_model: nn.Module | None = None,
+    distributed: bool = False,
 ) -> RobustnessReport:
     """
-    Clean accuracy and accuracy under white-box attacks.
+    Clean accuracy, accuracy under attack, and checks for gradients that mislead attacks.
 
     Args:
         model (`nn.Module`): a classifier of normalised images; left as it was (modes, statistics, gradients).
         dataset: gives {"pixel_values": (c, h, w) in [0, 1], "labels": int} items.
-        attacks (`Sequence[str]`): among "clean", "fgsm" and "pgd-K".
+        attacks (`Sequence[str]`): see `make_attack`. The default is what a plain install computes in a minute; for
+            figures to publish add "apgd" and "autoattack".
         epsilon (`float` or `str`): radius in pixel units.
         norm (`str`): "linf" or "l2".
         n (`int`, *optional*): the first n images; all by default.
         seed (`int`): of the attacks' random starts; torch's global generator is neither used nor changed.
+        batch_size (`int`): images attacked together; halved by itself where memory runs out. Changes no count of the
+            attacks that are ours (those of pyautoattack draw for a whole batch).
         processing_class (*optional*): image processor that says how inputs are normalised, unless the config does.
         device (*optional*): defaults to where the model is.
-        progress (`bool`): show a progress bar.
+        progress (`bool`): show a progress bar with the time left.
+        state_folder (*optional*): finished batches are kept there, and an evaluation that was cut off goes on.
+        masking (`bool`): run the gradient-masking checks (`tscnc_hf.evaluation.masking`) on up to 64 images.
+        dense_model (`nn.Module`, *optional*): the model before pruning, whose adversarial images must not be stronger.
+        distributed (`bool`): share the batches among the processes of `accelerate launch`; all of them must call this
+            and all get the whole report.
 
     Raises:
-        ValueError: unknown attack or norm, epsilon outside [0, 1], no images, n too large.
+        ValueError: unknown attack or norm, epsilon outside its range, no images, n too large, labels that the model
+            has no output for, a model that returns probabilities, a state folder of another evaluation.
+        ImportError: an attack needs a package that is not installed.
     """
     check_norm(norm)
     epsilon = pixel_quantity("epsilon", epsilon, norm)
     if not attacks:
         raise ValueError(f"no attack was named; known are {KNOWN_ATTACKS}")
-    made = {name: make_attack(name, epsilon, norm) for name in attacks}
+    made = [make_attack(name, epsilon, norm) for name in dict.fromkeys(attacks)]
     size = len(dataset)
     if size == 0 or (n is not None and not 0 < n <= size):
         raise ValueError(f"n={n} of a data set of {size} images: give n between 1 and {size} (or leave it out)")
     n = size if n is None else n
     device = next(model.parameters()).device if device is None else torch.device(device)
     model.to(device)
-    forward = pixel_logits(model, *normalisation(model, processing_class))
-    loader = DataLoader(
-        Subset(dataset, range(n)), batch_size, collate_fn=collate, generator=torch.Generator().manual_seed(seed)
-    )
-    correct, done = dict.fromkeys(attacks, 0), 0
-    with attack_mode(model), tqdm(total=n, desc="Robust evaluation", unit="img", disable=not progress) as bar:
-        for index, batch in enumerate(loader):
-            x, y = batch["pixel_values"].to(device), batch["labels"].to(device)
-            right = _is_right(forward, x, y)
-            for name, (attack, _) in made.items():
-                survived = right if attack is None else _survivors(forward, attack, x, y, right, (seed, name, index))
-                correct[name] += int(survived.sum())
-            done += len(y)
-            bar.update(len(y))
-            bar.set_postfix({name: f"{count / done:.1%}" for name, count in correct.items()})
-    results = tuple(
-        AttackResult(name, correct[name] / n, *wilson_interval(correct[name], n), correct[name], n, made[name][1])
-        for name in attacks
-    )
-    threat_model = {"norm": norm, "epsilon": epsilon, "seed": seed}
+    mean_std = normalisation(model, processing_class)
+    forward = pixel_logits(model, *mean_std)
     versions = {"tscnc_hf": __version__, "torch": torch.__version__, "transformers": version("transformers")}
-    return RobustnessReport(threat_model, n, results, versions)
+    threat_model = {"norm": norm, "epsilon": epsilon, "seed": seed}
+    attack_parameters = {attack.name: attack.parameters for attack in made}
+    settings = threat_model | {"n": n, "images": size, "batch_size": batch_size, "attacks": attack_parameters}
+    if state_folder is not None:
+        settings |= {"model": model_digest(model), "mean_std": mean_std, "versions": versions}
+    state = EvaluationState(state_folder, settings)
+    batches = [list(range(first, min(first + batch_size, n))) for first in range(0, n, batch_size)]
+    processes = PartialState() if distributed else None
+    rank, world = (processes.process_index, processes.num_processes) if distributed else (0, 1)
+    found = {index: state.read(index) for index in range(rank, len(batches), world)}
+    todo = [index for index, result in found.items() if result is None]
+    # a loader draws a seed from torch's global generator unless it has one of its own
+    loader = DataLoader(
+        dataset, batch_sampler=[batches[i] for i in todo], collate_fn=collate, generator=torch.Generator()
+    )
+    bar = tqdm(total=n, initial=sum(len(batches[i]) for i in found if i not in todo) * world, unit="img",
+               desc="Robust evaluation", disable=not progress or rank > 0)  # fmt: skip
+    in_parts = _InParts()
+    with attack_mode(model), bar:
+        for index, batch in zip(todo, loader, strict=True):
+            x, y = batch["pixel_values"].to(device), batch["labels"].to(device)
+            found[index] = _attack_batch(forward, made, x, y, torch.tensor(batches[index]), seed, in_parts)
+            state.write(index, found[index])
+            bar.update(min(len(y) * world, n - bar.n))
+            done = [result for result in found.values() if result is not None]
+            bar.set_postfix({attack.name: f"{_share(done, attack.name):.1%}" for attack in made})
+    if world > 1:
+        found = dict(gather_object(list(found.items())))
+    results = [found[index] for index in range(len(batches))]
+    checks = None
+    if masking and epsilon > 0 and len(made) > (made[0].name == "clean"):
+        checks = _masking(forward, dataset, epsilon, norm, n, seed, device, model, dense_model, mean_std).to_dict()
+    return _report(results, made, threat_model, versions, checks)
 
 
-@torch.no_grad()
-def _is_right(forward: LogitsFn, x: Tensor, y: Tensor) -> Tensor:
-    return forward(x).argmax(-1) == y
+def _attack_batch(forward, attacks: Sequence[Attack], x, y, index, seed, in_parts) -> dict[str, list[int]]:
+    """Per image: its label, and for each attack whether it is right after it (1) or not (0)."""
+    with torch.no_grad():
+        logits = in_parts(lambda part: forward(x[part]), len(x))
+    check_logits(logits, y)
+    right = logits.argmax(-1) == y
+    flags = {"labels": y.tolist()}
+    for attack in attacks:
+        survived = right.clone()
+        if attack.run is not None and right.any():
+            images, labels, places = x[right], y[right], index[right.cpu()]
+
+            def survives(part, attack=attack, images=images, labels=labels, places=places):
+                x_adv = attack.run(forward, images[part], labels[part], places[part], seed)
+                with torch.no_grad():
+                    return forward(x_adv).argmax(-1) == labels[part]
+
+            survived[right] = in_parts(survives, len(labels))
+        flags[attack.name] = survived.int().tolist()
+    return flags
 
 
-def _survivors(forward: LogitsFn, attack: Callable, x: Tensor, y: Tensor, right: Tensor, key: tuple) -> Tensor:
-    """Which images are still classified correctly; only those that are right when clean are attacked."""
-    survived = right.clone()
-    if right.any():
-        x, y = x[right], y[right]
-        survived[right] = _is_right(forward, attack(forward, x, y, generator=seeded_generator(x.device, *key)), y)
-    return survived
+class _InParts:
+    """Calls a function on slices of a batch, halved for good whenever memory runs out."""
+
+    def __init__(self) -> None:
+        self.limit: int | None = None
+
+    def __call__(self, function: Callable[[slice], Tensor], count: int) -> Tensor:
+        while True:
+            limit = min(count, self.limit or count)
+            try:
+                return torch.cat([function(slice(first, first + limit)) for first in range(0, count, limit)])
+            except RuntimeError as error:
+                if limit == 1 or not should_reduce_batch_size(error):
+                    raise
+                self.limit = limit // 2
+            clear_device_cache(garbage_collection=True)  # outside the handler, which keeps the failed tensors alive
+
+
+def check_logits(logits: Tensor, y: Tensor) -> None:
+    """ValueError when `logits` (b, k) cannot be logits for these labels: wrong shape, not finite, probabilities."""
+    if logits.ndim != 2:
+        raise ValueError(
+            f"the model returns a tensor of shape {tuple(logits.shape)}; logits (batch, classes) are needed"
+        )
+    low, high, classes = int(y.min()), int(y.max()), logits.shape[1]
+    if low < 0 or high >= classes:
+        raise ValueError(
+            f"the labels lie between {low} and {high}, the model has {classes} outputs (0 to {classes - 1}): is this "
+            "the data set that it was trained for, with its classes in the same order?"
+        )
+    if not torch.isfinite(logits).all():
+        raise ValueError("the model returns logits that are not finite for clean images")
+    if (
+        classes > 1
+        and (logits >= 0).all()
+        and torch.allclose(logits.sum(-1), torch.ones_like(logits[:, 0]), atol=1e-3)
+    ):
+        raise ValueError(
+            "the model returns probabilities (each row is >= 0 and sums to 1); attacks need logits: leave out its "
+            "softmax, or wrap it to return log(p)"
+        )
+
+
+def _share(results: list[dict], name: str) -> float:
+    flags = [flag for result in results for flag in result[name]]
+    return sum(flags) / len(flags)
+
+
+def _masking(forward: LogitsFn, dataset, epsilon, norm, n, seed, device, model, dense_model, mean_std):
+    batch = collate([dataset[index] for index in range(min(n, 64))])
+    x, y = batch["pixel_values"].to(device), batch["labels"].to(device)
+    if dense_model is None:
+        with attack_mode(model):
+            return masking_report(forward, x, y, epsilon=epsilon, norm=norm, seed=seed)
+    dense_model.to(device)
+    with attack_mode(model), attack_mode(dense_model):
+        dense = pixel_logits(dense_model, *mean_std)
+        return masking_report(forward, x, y, epsilon=epsilon, norm=norm, seed=seed, dense_fn=dense)
+
+
+def _report(results, attacks, threat_model, versions, checks) -> RobustnessReport:
+    names = [attack.name for attack in attacks]
+    labels = [label for result in results for label in result["labels"]]
+    flags = {name: [flag for result in results for flag in result[name]] for name in names}
+    n = len(labels)
+    rows = tuple(AttackResult.count(attack.name, sum(flags[attack.name]), n, attack.parameters) for attack in attacks)
+    hostile, worst = [name for name in names if name != "clean"], None
+    if len(hostile) > 1:
+        survivors = sum(all(flags[name][i] for name in hostile) for i in range(n))
+        worst = AttackResult.count("worst case", survivors, n, {"attacks": hostile})
+    per_class = {}
+    for label in sorted(set(labels)):
+        mine = [i for i in range(n) if labels[i] == label]
+        per_class[label] = {"n": len(mine)} | {name: sum(flags[name][i] for i in mine) for name in names}
+    return RobustnessReport(threat_model, n, rows, versions, worst, per_class, checks)

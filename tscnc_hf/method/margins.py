@@ -22,11 +22,20 @@ def pixel_gradient(
 
     Returns:
         gradient like x, values (b,) and logits (b, k), all detached; parameters collect no gradient.
+
+    Raises:
+        ValueError: the logits are not computed from the pixels by differentiable operations.
     """
     x = x.detach().requires_grad_(True)
     with torch.enable_grad():
         logits = logits_fn(x)
         value = value_of(logits)
+        if not value.requires_grad:
+            raise ValueError(
+                "the logits have no gradient with respect to the pixels (a step that is not differentiable, or "
+                "torch.no_grad inside the model): attacks that follow gradients say nothing of this model; what is "
+                "left are 'clean' and 'square', with masking=False"
+            )
         (gradient,) = torch.autograd.grad(value.sum(), x)
     return gradient, value.detach(), logits.detach()
 

@@ -81,7 +81,7 @@ def set_cpu_threads(config: TSCNCConfig, threads: int | None) -> None:
 
 def load_data(arguments: DataArguments, seed: int):
     """`ImageData` as the options say. An attack that does not exist ends here, before any training."""
-    from tscnc_hf.evaluation.robustness import make_attack
+    from tscnc_hf.evaluation.attacks import make_attack
     from tscnc_hf.training.data import load_image_data
 
     try:

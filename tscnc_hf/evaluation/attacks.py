@@ -1,0 +1,161 @@
+"""
+The attacks of an evaluation by name, with their full parameters.
+
+Random starts are drawn image by image from (seed, attack, restart, index of the image), so that neither the batch
+size nor the number of processes nor an interruption changes what an image meets.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.metadata import version
+
+import torch
+from torch import Tensor, nn
+
+from tscnc_hf import __version__
+from tscnc_hf.method.adversary import pgd, seeded_generator
+from tscnc_hf.method.apgd import apgd
+from tscnc_hf.method.pixels import LogitsFn
+from tscnc_hf.method.threat import check_norm, random_start
+
+
+KNOWN_ATTACKS = (
+    "clean, fgsm, pgd-K and cw-K (K gradient steps, e.g. pgd-20), pgd-KxR (R restarts, e.g. pgd-20x5), apgd, "
+    "apgd-dlr, square, autoattack"
+)
+OURS = {"implementation": "tscnc_hf", "version": __version__}
+APGD_STEPS = 100
+INSTALL = 'pip install "tscnc-hf[eval]"'
+
+
+@dataclass(frozen=True)
+class Attack:
+    """
+    Attributes:
+        name: as asked for.
+        parameters: everything that decides its strength, plain JSON types.
+        run: (logits_fn, x, y, index, seed) -> x_adv; x (b, c, h, w) in [0, 1], y and index (b,), int64: labels, and
+            places of the images in the data set. None for "clean".
+    """
+
+    name: str
+    parameters: dict = field(default_factory=dict)
+    run: Callable[[LogitsFn, Tensor, Tensor, Tensor, int], Tensor] | None = None
+
+
+def make_attack(name: str, epsilon: float, norm: str = "linf") -> Attack:
+    """
+    A named attack.
+
+    Args:
+        name (`str`): "clean"; "fgsm" (one step of size epsilon from the image); "pgd-K", "pgd-KxR"; "cw-K" (PGD on the
+            margin); "apgd" and "apgd-dlr" (100 steps); "square" (5,000 queries) and "autoattack" (standard), both
+            from pyautoattack.
+        epsilon (`float`): radius in pixel units.
+        norm (`str`): "linf" or "l2".
+
+    Raises:
+        ValueError: no attack has this name (those that exist are listed), or unknown norm.
+        ImportError: the attack needs pyautoattack, which is not installed.
+    """
+    check_norm(norm)
+    if name == "clean":
+        return Attack(name)
+    if name in ("square", "autoattack"):
+        return _from_pyautoattack(name, epsilon, norm)
+    if name in ("apgd", "apgd-dlr"):
+        options = {"steps": APGD_STEPS, "restarts": 1, "loss": "dlr" if name == "apgd-dlr" else "cross-entropy"}
+        return Attack(name, options | OURS, partial(_apgd, name=name, epsilon=epsilon, norm=norm, **options))
+    options = {"restarts": 1, "random_start": True, "loss": "cross-entropy"}
+    if name == "fgsm":
+        options |= {"steps": 1, "step_size": epsilon, "random_start": False}
+    elif match := re.fullmatch(r"(pgd|cw)-([1-9]\d*)(?:x([1-9]\d*))?", name):
+        steps = int(match[2])
+        options |= {"steps": steps, "step_size": pgd_step_size(epsilon, steps), "restarts": int(match[3] or 1)}
+        options["loss"] = "cw" if match[1] == "cw" else "cross-entropy"
+    else:
+        raise ValueError(f"attack {name!r} does not exist; known are {KNOWN_ATTACKS}")
+    run = partial(_pgd, name=name, epsilon=epsilon, norm=norm, **options)
+    return Attack(name, options | {"early_stop": True} | OURS, run)
+
+
+def pgd_step_size(epsilon: float, steps: int) -> float:
+    """2.5 epsilon / steps (Madry et al. 2018), at most epsilon: enough to cross the ball, small enough to settle."""
+    return min(epsilon, 2.5 * epsilon / steps)
+
+
+def starts(x: Tensor, index: Tensor, epsilon: float, norm: str, *key: int | str) -> Tensor:
+    """A random start for each image, from a CPU generator of its own: the same on every device."""
+    drawn = [
+        random_start(image[None], epsilon, norm, seeded_generator("cpu", *key, place))
+        for image, place in zip(x.cpu(), index.tolist(), strict=True)
+    ]
+    return torch.cat(drawn).to(x.device)
+
+
+def _pgd(forward, x, y, index, seed, *, name, epsilon, norm, restarts, random_start, **options) -> Tensor:
+    result, left = x.clone(), torch.arange(len(x), device=x.device)
+    for run in range(restarts):
+        start = starts(x[left], index[left.cpu()], epsilon, norm, seed, name, run) if random_start else None
+        found = pgd(
+            forward, x[left], y[left], epsilon=epsilon, norm=norm, early_stop=True, start=start,
+            random_start=random_start, **options,
+        )  # fmt: skip
+        result[left] = found
+        if run + 1 < restarts:
+            with torch.no_grad():
+                left = left[forward(found).argmax(-1) == y[left]]
+            if len(left) == 0:
+                break
+    return result
+
+
+def _apgd(forward, x, y, index, seed, *, name, epsilon, norm, **options) -> Tensor:
+    start = starts(x, index, epsilon, norm, seed, name, 0)
+    return apgd(forward, x, y, epsilon=epsilon, norm=norm, start=start, **options)
+
+
+class _Logits(nn.Module):
+    """A module, which is what pyautoattack takes, around a function of pixels."""
+
+    def __init__(self, forward: LogitsFn):
+        super().__init__()
+        self.logits = forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.logits(x)
+
+
+def _from_pyautoattack(name: str, epsilon: float, norm: str) -> Attack:
+    try:
+        from pyautoattack import AutoAttack
+    except ImportError as error:
+        raise ImportError(f"attack {name!r} needs the package pyautoattack: {INSTALL}") from error
+    parameters = {"implementation": "pyautoattack", "version": version("pyautoattack")}
+    if name == "square":
+        kind = {"version": "custom", "attacks": ["square"]}
+        parameters |= {"queries": 5000, "restarts": 1}
+    else:
+        kind = {"version": "standard"}
+        parameters |= {"attacks": ["apgd-ce", "apgd-t", "fab-t", "square"], "steps": 100, "queries": 5000}
+    return Attack(name, parameters, partial(_autoattack, AutoAttack, kind=kind, name=name, epsilon=epsilon, norm=norm))
+
+
+def _autoattack(autoattack, forward, x, y, index, seed, *, kind, name, epsilon, norm) -> Tensor:
+    with torch.no_grad():
+        classes = forward(x[:1]).shape[-1]
+    if classes < 4 and name == "autoattack":
+        raise ValueError(f"autoattack needs at least 4 classes (its targeted losses), the model has {classes}")
+    key = seeded_generator("cpu", seed, name, *index.tolist()).initial_seed() % 2**31
+    attack = autoattack(
+        _Logits(forward), norm={"linf": "Linf", "l2": "L2"}[norm], eps=epsilon, seed=key, device=x.device, **kind
+    )
+    for part in (attack.apgd_targeted, attack.fab):  # nine wrong classes by default, an index error with fewer
+        part.n_target_classes = min(part.n_target_classes, classes - 1)
+    devices = [x.device] if x.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):  # it seeds torch's global generator
+        return attack.run_standard_evaluation(x, y, batch_size=len(x))[0]

@@ -1,0 +1,99 @@
+"""What an evaluation found: accuracies with intervals, per class, the worst case, and what it was measured with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+
+
+MASKED = "The model may only hide its gradients: do not trust its accuracy under attack."
+
+
+def wilson_interval(correct: int, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """95 % interval of a proportion (Wilson 1927): fractions in [0, 1]."""
+    p, zz = correct / n, z * z
+    centre = (p + zz / (2 * n)) / (1 + zz / n)
+    half = z / (1 + zz / n) * math.sqrt(p * (1 - p) / n + zz / (4 * n * n))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+@dataclass(frozen=True)
+class AttackResult:
+    """Accuracy under one attack: correct of n, and its 95 % Wilson interval [low, high] (fractions)."""
+
+    name: str
+    accuracy: float
+    low: float
+    high: float
+    correct: int
+    n: int
+    parameters: dict = field(default_factory=dict)
+
+    @classmethod
+    def count(cls, name: str, correct: int, n: int, parameters: Mapping | None = None) -> AttackResult:
+        return cls(name, correct / n, *wilson_interval(correct, n), correct, n, dict(parameters or {}))
+
+
+@dataclass(frozen=True)
+class RobustnessReport:
+    """
+    Accuracies of one model on one data set.
+
+    Attributes:
+        threat_model: {"norm", "epsilon" (pixel units), "seed"}.
+        n: number of images.
+        attacks: in the order asked for. An image counts under an attack only if it is also classified correctly clean.
+        versions: of the libraries that computed it.
+        worst_case: images that survive every attack of the list; None with fewer than two attacks.
+        per_class: label -> {"n", attack: correct, ...}.
+        masking: `MaskingReport.to_dict()` of the gradient-masking checks; None where they were switched off.
+    """
+
+    threat_model: dict
+    n: int
+    attacks: tuple[AttackResult, ...]
+    versions: dict
+    worst_case: AttackResult | None = None
+    per_class: dict[int, dict] = field(default_factory=dict)
+    masking: dict | None = None
+
+    def __getitem__(self, name: str) -> AttackResult:
+        if self.worst_case is not None and name == self.worst_case.name:
+            return self.worst_case
+        return next(attack for attack in self.attacks if attack.name == name)
+
+    def to_dict(self) -> dict:
+        """Plain JSON types; the labels of `per_class` are strings, as JSON has them."""
+        plain = asdict(self) | {"attacks": [asdict(attack) for attack in self.attacks]}
+        return plain | {"per_class": {str(label): row for label, row in self.per_class.items()}}
+
+    def to_markdown(self) -> str:
+        lines = ["| attack | accuracy | 95 % interval | correct |", "| --- | ---: | ---: | ---: |"]
+        rows = [*self.attacks, *([self.worst_case] if self.worst_case else [])]
+        lines += [
+            f"| {a.name} | {a.accuracy:.1%} | {a.low:.1%} to {a.high:.1%} | {a.correct} of {a.n} |" for a in rows
+        ]
+        if self.masking is not None and self.masking["suspicious"]:
+            odd = [check["name"] for check in self.masking["checks"] if not check["passed"]]
+            lines += ["", f"**Suspicious:** gradient-masking checks failed: {', '.join(odd)}. {MASKED}"]
+        return "\n".join(lines)
+
+    def masking_markdown(self) -> str:
+        """The gradient-masking checks with their figures; empty where they were not run."""
+        checks = (self.masking or {}).get("checks", ())
+        if not checks:
+            return ""
+        lines = ["| gradient-masking check | figures | |", "| --- | --- | --- |"]
+        for check in checks:
+            figures = ", ".join(f"{name} {value:.1%}" for name, value in check["figures"].items())
+            lines.append(f"| {check['question']} | {figures} | {'passed' if check['passed'] else '**failed**'} |")
+        return "\n".join(lines)
+
+    def per_class_markdown(self) -> str:
+        names = [attack.name for attack in self.attacks]
+        lines = ["| label | images | " + " | ".join(names) + " |", "| --- |" + " ---: |" * (len(names) + 1)]
+        for label, row in self.per_class.items():
+            cells = [f"{row[name] / row['n']:.1%}" for name in names]
+            lines.append(f"| {label} | {row['n']} | " + " | ".join(cells) + " |")
+        return "\n".join(lines)
