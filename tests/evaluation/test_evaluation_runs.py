@@ -149,12 +149,12 @@ def test_two_processes_give_the_same_report(tmp_path):
         main(*sys.argv[1:])
         """)
     )
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     one = [sys.executable, str(script), str(tmp_path / "one"), ""]
     two = [*launch, str(script), str(tmp_path / "two"), str(tmp_path / "state")]
     for command in (one, two):
         environment = os.environ | {"ACCELERATE_USE_CPU": "1"}
-        subprocess.run(command, check=True, timeout=240, capture_output=True, env=environment)
+        subprocess.run(command, check=True, timeout=120, capture_output=True, env=environment)
     alone = json.loads((tmp_path / "one.0").read_text())
     assert 0 < alone["attacks"][2]["correct"] < 75
     assert [json.loads((tmp_path / f"two.{rank}").read_text()) for rank in (0, 1)] == [alone, alone]
@@ -187,18 +187,18 @@ def test_more_restarts_break_no_less(evaluate):
 # ---- autoattack, by another library ----
 
 
-@pytest.mark.parametrize("norm, epsilon", [("linf", 0.15), ("l2", 1.0)])
+@pytest.mark.parametrize("norm, epsilon", [("linf", 0.1), ("l2", 0.6)])
 def test_autoattack(norm, epsilon, evaluate):
     pyautoattack = pytest.importorskip("pyautoattack", reason="pyautoattack is not installed (tscnc-hf[eval])")
     random = torch.random.get_rng_state()
     attacks = ("clean", "pgd-20", "apgd", "autoattack", "square")
-    report = evaluate(attacks=attacks, norm=norm, epsilon=epsilon, n=12)
+    report = evaluate(attacks=attacks, norm=norm, epsilon=epsilon, n=16)
     assert torch.equal(torch.random.get_rng_state(), random)
     assert report["autoattack"].correct <= min(report["pgd-20"].correct, report["apgd"].correct)
     assert 0 < report["autoattack"].correct <= report["square"].correct <= report["clean"].correct
     assert report["autoattack"].parameters["implementation"] == "pyautoattack"
     assert report["autoattack"].parameters["version"] and pyautoattack
-    assert evaluate(attacks=attacks[-1:], norm=norm, epsilon=epsilon, n=12)["square"] == report["square"]
+    assert evaluate(attacks=attacks[-1:], norm=norm, epsilon=epsilon, n=16)["square"] == report["square"]
 
 
 def test_autoattack_without_its_package(monkeypatch):

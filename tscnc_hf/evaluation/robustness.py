@@ -80,6 +80,8 @@ def evaluate_robustness(
         raise ValueError(f"n={n} of a data set of {size} images: give n between 1 and {size} (or leave it out)")
     n = size if n is None else n
     device = next(model.parameters()).device if device is None else torch.device(device)
+    rank, world = _processes(device) if distributed else (0, 1)
+    device = PartialState().device if world > 1 else device
     model.to(device)
     mean_std = normalisation(model, processing_class)
     forward = pixel_logits(model, *mean_std)
@@ -91,8 +93,6 @@ def evaluate_robustness(
         settings |= {"model": model_digest(model), "mean_std": mean_std, "versions": versions}
     state = EvaluationState(state_folder, settings)
     batches = [list(range(first, min(first + batch_size, n))) for first in range(0, n, batch_size)]
-    processes = PartialState() if distributed else None
-    rank, world = (processes.process_index, processes.num_processes) if distributed else (0, 1)
     found = {index: state.read(index) for index in range(rank, len(batches), world)}
     todo = [index for index, result in found.items() if result is None]
     # a loader draws a seed from torch's global generator unless it has one of its own
@@ -117,6 +117,17 @@ def evaluate_robustness(
     if masking and epsilon > 0 and len(made) > (made[0].name == "clean"):
         checks = _masking(forward, dataset, epsilon, norm, n, seed, device, model, dense_model, mean_std).to_dict()
     return _report(results, made, threat_model, versions, checks)
+
+
+def _processes(device: torch.device) -> tuple[int, int]:
+    """Rank and number of the processes that `accelerate launch` or torchrun has started."""
+    state = PartialState(cpu=device.type == "cpu" and not torch.cuda.is_available())
+    if state.num_processes != int(os.environ.get("WORLD_SIZE", 1)):
+        raise RuntimeError(
+            f"{os.environ['WORLD_SIZE']} processes were started, but accelerate runs {state.num_processes}: it was set "
+            "up before, without them. Make an Accelerator (or TSCNCConfig) first, on a CPU with ACCELERATE_USE_CPU=1"
+        )
+    return state.process_index, state.num_processes
 
 
 def _attack_batch(forward, attacks: Sequence[Attack], x, y, index, seed, in_parts) -> dict[str, list[int]]:
