@@ -8,7 +8,8 @@ from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 from test_figures import report_dicts, vit_names
 
-from tscnc_hf.artifact.card import is_hub_id, without_paths, write_card
+from tscnc_hf.artifact.card import write_card
+from tscnc_hf.artifact.words import is_hub_id, without_paths
 
 
 def attack(name, correct, n=360, **parameters):

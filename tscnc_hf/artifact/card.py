@@ -10,12 +10,20 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id, yaml_dump
+from huggingface_hub.utils import yaml_dump
 
-from tscnc_hf.artifact import figures
+from tscnc_hf.artifact import figures, robustness_figures
 from tscnc_hf.artifact.atomic import atomic_file
 from tscnc_hf.artifact.figures import by_layer, format_kappa, format_percent, number
+from tscnc_hf.artifact.words import (
+    attack_label,
+    format_bytes,
+    format_pixels,
+    is_hub_id,
+    plain,
+    settings_text,
+    without_paths,
+)
 
 
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
@@ -27,8 +35,6 @@ KAPPAS = {
     "Largest condition number": "max_condition_number",
 }
 NOT_YET = "not evaluated yet"
-# an absolute path, POSIX or Windows; not the slash of 8/255, of a URL, of a relative path or of a closing tag
-ABSOLUTE_PATH = re.compile(r"(?<![\w.<:/\\])(?:file://|~|[A-Za-z]:)?[/\\](?:[^\s\"'/\\]+[/\\]+)*([^\s\"'/\\]+)")
 
 
 def write_card(
@@ -49,12 +55,14 @@ def write_card(
     log_history: Iterable[Mapping[str, Any]] | None = None,
     lipschitz: Mapping[str, Any] | None = None,
     gates: Mapping[str, Any] | None = None,
+    curve: Mapping[str, Any] | None = None,
+    examples: Mapping[str, Any] | None = None,
     dense: Mapping[str, Any] | None = None,
     sizes: Mapping[str, int] | None = None,
     versions: Mapping[str, str] | None = None,
     notes: Sequence[str] = (),
 ) -> Path:
-    """Write README.md, figures/layers.png and, if there is something to draw, figures/training.png into `folder`.
+    """Write README.md, figures/layers.png and, if there is something to draw, further figures into `folder`.
 
     Args:
         model_name: what the reader loads: a Hub id ("user/name"), or the name of the folder.
@@ -68,7 +76,9 @@ def write_card(
         log_history: `trainer.state.log_history`.
         lipschitz: `LipschitzReport.to_dict()`, if it was measured.
         gates: `GateReport.to_dict()` of the gates that were folded into the weights, if there were any.
-        dense: the `{"robustness", "sparsity", "spectrum", "lipschitz"}` of a dense twin.
+        curve: `SecurityCurve.to_dict()`, drawn as figures/security_curve.png.
+        examples: keyword arguments of `examples_figure`, drawn as figures/adversarial_examples.png.
+        dense: the `{"robustness", "sparsity", "spectrum", "lipschitz", "curve"}` of a dense twin.
         sizes: `{"dense_bytes", "sparse_bytes"}` of the two weight files.
         versions: library -> version; those of `robustness` when left out.
         notes: further sentences for the limits.
@@ -90,7 +100,7 @@ def write_card(
         _check("lipschitz", lipschitz, ("product_log10", "local_median", "local_max", "n", "epsilon", "steps"))
     if gates is not None:
         _check("gates", gates, ("gates", "closed", "rows"))
-    dense = {key: (dense or {}).get(key) for key in ("robustness", "sparsity", "spectrum", "lipschitz")}
+    dense = {key: (dense or {}).get(key) for key in ("robustness", "sparsity", "spectrum", "lipschitz", "curve")}
     config = {key: plain(value) for key, value in config.items() if _is_worth_keeping(key, value)}
     dataset_hub, dataset = is_hub_id(dataset_name), without_paths(str(dataset_name))
 
@@ -100,6 +110,12 @@ def write_card(
     training = figures.training_figure(log_history) if log_history else None
     if training is not None:
         figures.save_figure(training, folder / "figures" / "training.png")
+    if curve is not None:
+        drawn = robustness_figures.curve_figure(curve, dense["curve"])
+        figures.save_figure(drawn, folder / "figures" / "security_curve.png")
+    if examples is not None:
+        drawn = robustness_figures.examples_figure(**examples)
+        figures.save_figure(drawn, folder / "figures" / "adversarial_examples.png")
 
     card_data = ModelCardData(
         library_name="transformers",
@@ -123,6 +139,8 @@ def write_card(
         spectrum=spectrum,
         lipschitz=lipschitz,
         gates=gates,
+        curve=curve,
+        examples=examples is not None,
         layers=layer_table(sparsity, spectrum),
         config=config,
         config_yaml=yaml_dump(config, sort_keys=False).strip(),
@@ -203,6 +221,9 @@ def results_table(
     for name in names:
         label = "Clean accuracy" if name == "clean" else f"Accuracy under {attack_label(name)}"
         rows.append((label, [_accuracy(attacks.get(name)) for attacks in by_name]))
+    worst = [(column[0] or {}).get("worst_case") for column in columns]
+    if any(worst):
+        rows.append(("Worst case of these attacks", [_accuracy(attack) for attack in worst]))
 
     def line(label: str, index: int, text: Any) -> None:
         rows.append((label, [NOT_YET if column[index] is None else text(column[index]) for column in columns]))
@@ -236,59 +257,6 @@ def layer_table(sparsity: Mapping[str, Any], spectrum: Mapping[str, Any]) -> lis
             cells += [f"{worst['rank']} of {worst['full_rank']}", str(sum(view["dead_rows"] for view in views))]
         table.append(cells + [""] * (9 - len(cells)))
     return table
-
-
-def is_hub_id(name: str | None) -> bool:
-    """Whether `name` can be "user/name" on the Hub, and is no folder here."""
-    try:
-        validate_repo_id(name)
-    except (HFValidationError, TypeError):
-        return False
-    return "/" in str(name) and not Path(str(name)).exists()
-
-
-def without_paths(text: str) -> str:
-    """`text` with every absolute path cut down to its last part: a card says nothing of the machine that wrote it."""
-    return ABSOLUTE_PATH.sub(r"\1", text)
-
-
-def plain(value: Any) -> Any:
-    """YAML's own types, without absolute paths."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items() if item is not None}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    return value if isinstance(value, bool | int | float) else without_paths(str(getattr(value, "value", value)))
-
-
-def attack_label(name: str) -> str:
-    """ "pgd-20" -> "PGD-20"; a name of words stays as it is."""
-    return {"autoattack": "AutoAttack"}.get(name, name.upper() if re.match(r"a?pgd|fgsm|cw\b|fab", name) else name)
-
-
-def settings_text(parameters: Mapping[str, Any]) -> str:
-    """The parameters of an attack as words: "steps 20, step size 0.0125 (3.19/255), random start yes"."""
-    words = []
-    for key, value in parameters.items():
-        if isinstance(value, bool):
-            value = "yes" if value else "no"
-        elif key in ("step_size", "epsilon"):
-            value = format_pixels(value)
-        words.append(f"{key.replace('_', ' ')} {value}")
-    return ", ".join(words)
-
-
-def format_pixels(value: float | str) -> str:
-    """A pixel quantity in [0, 1] units and in steps of 1/255."""
-    return f"{value:.4g} ({255 * value:.3g}/255)" if isinstance(value, int | float) else str(value)
-
-
-def format_bytes(count: int) -> str:
-    """Bytes for people, in powers of 1000, as the Hub shows them."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= scale:
-            return f"{count / scale:.3g} {unit}"
-    return f"{count} bytes"
 
 
 def _accuracy(attack: Mapping[str, Any] | None) -> str:

@@ -47,6 +47,7 @@ class RobustnessReport:
         versions: of the libraries that computed it.
         worst_case: images that survive every attack of the list; None with fewer than two attacks.
         per_class: label -> {"n", attack: correct, ...}.
+        survived: attack -> 1 or 0 for each image, in order; left out of `to_dict`.
         masking: `MaskingReport.to_dict()` of the gradient-masking checks; None where they were switched off.
     """
 
@@ -57,6 +58,7 @@ class RobustnessReport:
     worst_case: AttackResult | None = None
     per_class: dict[int, dict] = field(default_factory=dict)
     masking: dict | None = None
+    survived: dict[str, tuple[int, ...]] = field(default_factory=dict, repr=False)
 
     def __getitem__(self, name: str) -> AttackResult:
         if self.worst_case is not None and name == self.worst_case.name:
@@ -66,6 +68,7 @@ class RobustnessReport:
     def to_dict(self) -> dict:
         """Plain JSON types; the labels of `per_class` are strings, as JSON has them."""
         plain = asdict(self) | {"attacks": [asdict(attack) for attack in self.attacks]}
+        del plain["survived"]
         return plain | {"per_class": {str(label): row for label, row in self.per_class.items()}}
 
     def to_markdown(self) -> str:

@@ -27,7 +27,7 @@ from tscnc_hf.method.threat import check_norm
 def evaluate_robustness(
     model: nn.Module,
     dataset: Iterable,
-    attacks: Sequence[str] = ("clean", "pgd-20"),
+    attacks: Sequence[str] = ("clean", "fgsm", "pgd-20", "apgd"),
     *,
     epsilon: float | str = "8/255",
     norm: str = "linf",
@@ -48,8 +48,8 @@ def evaluate_robustness(
     Args:
         model (`nn.Module`): a classifier of normalised images; left as it was (modes, statistics, gradients).
         dataset: gives {"pixel_values": (c, h, w) in [0, 1], "labels": int} items.
-        attacks (`Sequence[str]`): see `make_attack`. The default is what a plain install computes in a minute; for
-            figures to publish add "apgd" and "autoattack".
+        attacks (`Sequence[str]`): see `make_attack`. The default is what a plain install can run; for figures to
+            publish add "autoattack".
         epsilon (`float` or `str`): radius in pixel units.
         norm (`str`): "linf" or "l2".
         n (`int`, *optional*): the first n images; all by default.
@@ -226,4 +226,5 @@ def _report(results, attacks, threat_model, versions, checks) -> RobustnessRepor
     for label in sorted(set(labels)):
         mine = [i for i in range(n) if labels[i] == label]
         per_class[label] = {"n": len(mine)} | {name: sum(flags[name][i] for i in mine) for name in names}
-    return RobustnessReport(threat_model, n, rows, versions, worst, per_class, checks)
+    survived = {name: tuple(flags[name]) for name in names}
+    return RobustnessReport(threat_model, n, rows, versions, worst, per_class, checks, survived)

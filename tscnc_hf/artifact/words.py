@@ -1,0 +1,68 @@
+"""How a card names things: paths, attacks, pixel quantities, sizes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+
+# an absolute path, POSIX or Windows; not the slash of 8/255, of a URL, of a relative path or of a closing tag
+ABSOLUTE_PATH = re.compile(r"(?<![\w.<:/\\])(?:file://|~|[A-Za-z]:)?[/\\](?:[^\s\"'/\\]+[/\\]+)*([^\s\"'/\\]+)")
+
+
+def is_hub_id(name: str | None) -> bool:
+    """Whether `name` can be "user/name" on the Hub, and is no folder here."""
+    try:
+        validate_repo_id(name)
+    except (HFValidationError, TypeError):
+        return False
+    return "/" in str(name) and not Path(str(name)).exists()
+
+
+def without_paths(text: str) -> str:
+    """`text` with every absolute path cut down to its last part: a card says nothing of the machine that wrote it."""
+    return ABSOLUTE_PATH.sub(r"\1", text)
+
+
+def plain(value: Any) -> Any:
+    """YAML's own types, without absolute paths."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return value if isinstance(value, bool | int | float) else without_paths(str(getattr(value, "value", value)))
+
+
+def attack_label(name: str) -> str:
+    """ "pgd-20" -> "PGD-20"; a name of words stays as it is."""
+    return {"autoattack": "AutoAttack"}.get(name, name.upper() if re.match(r"a?pgd|fgsm|cw\b|fab", name) else name)
+
+
+def settings_text(parameters: Mapping[str, Any]) -> str:
+    """The parameters of an attack as words: "steps 20, step size 0.0125 (3.19/255), random start yes"."""
+    words = []
+    for key, value in parameters.items():
+        if isinstance(value, bool):
+            value = "yes" if value else "no"
+        elif key in ("step_size", "epsilon"):
+            value = format_pixels(value)
+        words.append(f"{key.replace('_', ' ')} {value}")
+    return ", ".join(words)
+
+
+def format_pixels(value: float | str) -> str:
+    """A pixel quantity in [0, 1] units and in steps of 1/255."""
+    return f"{value:.4g} ({255 * value:.3g}/255)" if isinstance(value, int | float) else str(value)
+
+
+def format_bytes(count: int) -> str:
+    """Bytes for people, in powers of 1000, as the Hub shows them."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.3g} {unit}"
+    return f"{count} bytes"
