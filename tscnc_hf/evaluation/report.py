@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
 
@@ -71,6 +71,20 @@ class RobustnessReport:
         del plain["survived"]
         return plain | {"per_class": {str(label): row for label, row in self.per_class.items()}}
 
+    @classmethod
+    def from_dict(cls, plain: Mapping) -> RobustnessReport:
+        """The report that `to_dict` made `plain` of, for instance read back from results.json."""
+        worst = plain.get("worst_case")
+        return cls(
+            threat_model=dict(plain["threat_model"]),
+            n=plain["n"],
+            attacks=tuple(AttackResult(**attack) for attack in plain["attacks"]),
+            versions=dict(plain["versions"]),
+            worst_case=AttackResult(**worst) if worst else None,
+            per_class={int(label): dict(row) for label, row in plain.get("per_class", {}).items()},
+            masking=plain.get("masking"),
+        )
+
     def to_markdown(self) -> str:
         lines = ["| attack | accuracy | 95 % interval | correct |", "| --- | ---: | ---: | ---: |"]
         rows = [*self.attacks, *([self.worst_case] if self.worst_case else [])]
@@ -93,10 +107,11 @@ class RobustnessReport:
             lines.append(f"| {check['question']} | {figures} | {'passed' if check['passed'] else '**failed**'} |")
         return "\n".join(lines)
 
-    def per_class_markdown(self) -> str:
+    def per_class_markdown(self, class_names: Sequence[str] | None = None) -> str:
         names = [attack.name for attack in self.attacks]
-        lines = ["| label | images | " + " | ".join(names) + " |", "| --- |" + " ---: |" * (len(names) + 1)]
+        lines = ["| class | images | " + " | ".join(names) + " |", "| --- |" + " ---: |" * (len(names) + 1)]
         for label, row in self.per_class.items():
             cells = [f"{row[name] / row['n']:.1%}" for name in names]
-            lines.append(f"| {label} | {row['n']} | " + " | ".join(cells) + " |")
+            shown = class_names[label] if class_names else label
+            lines.append(f"| {shown} | {row['n']} | " + " | ".join(cells) + " |")
         return "\n".join(lines)

@@ -124,8 +124,9 @@ def _processes(device: torch.device) -> tuple[int, int]:
     state = PartialState(cpu=device.type == "cpu" and not torch.cuda.is_available())
     if state.num_processes != int(os.environ.get("WORLD_SIZE", 1)):
         raise RuntimeError(
-            f"{os.environ['WORLD_SIZE']} processes were started, but accelerate runs {state.num_processes}: it was set "
-            "up before, without them. Make an Accelerator (or TSCNCConfig) first, on a CPU with ACCELERATE_USE_CPU=1"
+            f"{os.environ['WORLD_SIZE']} processes were started, but accelerate runs {state.num_processes}: it was "
+            "set up before, without them. Make an Accelerator (or TSCNCConfig) first, on a CPU with "
+            "ACCELERATE_USE_CPU=1"
         )
     return state.process_index, state.num_processes
 

@@ -20,6 +20,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
+from tscnc_hf.artifact.checkpoint import load_sparse
 from tscnc_hf.method.matrices import register_matrix_view
 from tscnc_hf.method.pixels import LogitsFn, normalisation, pixel_logits
 
@@ -134,17 +135,44 @@ def timm_model(
 
 def load_model(name_or_folder: str, class_names: Sequence[str] | None = None) -> tuple[PreTrainedModel, object]:
     """
-    A classifier from the Hub or a local folder, and its image processor.
+    A classifier from the Hub or a local folder, and its image processor. The packed file is read where there are no
+    dense weights beside it.
 
     Args:
         class_names (`Sequence[str]`, *optional*): of the data set; another number of classes gets a new head.
+
+    Raises:
+        OSError: there is no such model, or it has no weights.
     """
     config = AutoConfig.from_pretrained(name_or_folder)
     labels = {}
     if class_names is not None and len(class_names) != config.num_labels:
         labels = _labels(class_names) | {"ignore_mismatched_sizes": True}
-    model = AutoModelForImageClassification.from_pretrained(name_or_folder, **labels)
+    try:
+        model = AutoModelForImageClassification.from_pretrained(name_or_folder, **labels)
+    except OSError as no_dense_weights:
+        try:
+            model = load_sparse(name_or_folder)
+        except FileNotFoundError:
+            raise no_dense_weights from None
+        if labels:
+            raise ValueError(
+                f"{name_or_folder} is packed and has {config.num_labels} classes, the data {len(class_names)}: a new "
+                "head can be given to the dense weights only"
+            ) from None
     return model, AutoImageProcessor.from_pretrained(name_or_folder)
+
+
+def input_format(model: PreTrainedModel, processing_class: object | None = None) -> tuple[int | None, int | None]:
+    """Side in pixels and number of channels of the images that a model takes, each None where nothing says so."""
+    config = model.config
+    pretrained = getattr(config, "pretrained_cfg", None) or {}
+    if "input_size" in pretrained:
+        return pretrained["input_size"][-1], pretrained["input_size"][0]
+    size = getattr(processing_class, "crop_size", None) if getattr(processing_class, "do_center_crop", False) else None
+    size = dict(size or getattr(processing_class, "size", None) or {})
+    side = getattr(config, "image_size", None) or size.get("height") or size.get("shortest_edge")
+    return side if isinstance(side, int) else None, getattr(config, "num_channels", None)
 
 
 def _labels(class_names: Sequence[str]) -> dict:

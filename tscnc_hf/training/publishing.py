@@ -11,6 +11,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
 from tscnc_hf.artifact.atomic import write_json
 from tscnc_hf.artifact.checkpoint import load_weights
+from tscnc_hf.evaluation.examples import adversarial_examples
 from tscnc_hf.method.gates import detached_gates, folded_gates, gate_report
 from tscnc_hf.method.pruning import Pruner
 from tscnc_hf.training.checks import check_finite_weights
@@ -84,11 +85,11 @@ class PublishingTrainer(Trainer):
     def test(self, dataset, attacks: Sequence[str] = ("clean", "pgd-20"), n: int | None = None) -> dict:
         """
         The final figures, on data that training has not seen: robustness, sparsity and spectrum. Written to
-        `results.json` in the output folder and shown on the card.
+        `results.json` in the output folder and shown on the card. Several processes share the images.
 
         Returns:
-            `dict`: {"robustness", "sparsity", "spectrum", "lipschitz", "gates"}, each the `to_dict()` of its report
-            (the last two where there is an L-infinity radius, and where there are gates).
+            `dict`: {"robustness", "sparsity", "spectrum", "curve", "lipschitz", "gates"}, each the `to_dict()` of its
+            report (the last three where something was attacked, in L-infinity, and where there are gates).
         """
         args, model = self.args, self.accelerator.unwrap_model(self.model)
         gates = gate_report(model)
@@ -105,7 +106,15 @@ class PublishingTrainer(Trainer):
                 exclude=args.pruning_exclude,
                 batch_size=args.eval_batch_size,
                 progress=not args.disable_tqdm,
+                distributed=args.world_size > 1,
             )
+            if "curve" in self.test_results:
+                examples = adversarial_examples(
+                    model, dataset, epsilon=args.epsilon, norm=args.norm, seed=args.seed,
+                    processing_class=self.processing_class,
+                )  # fmt: skip
+                names = getattr(getattr(model, "config", None), "id2label", None)
+                self.card_options["examples"] = examples.for_figure(names) if examples else None
         if gates.rows:
             self.test_results["gates"] = gates.to_dict()
         if args.should_save:

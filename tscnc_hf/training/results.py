@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
+from tscnc_hf.evaluation.curve import default_epsilons, security_curve
 from tscnc_hf.evaluation.lipschitz import evaluate_lipschitz
 from tscnc_hf.evaluation.robustness import evaluate_robustness
 from tscnc_hf.method.pruning import sparsity_report
 from tscnc_hf.method.spectrum import spectral_report
 
 
-LIPSCHITZ_IMAGES = 256
+FEW_IMAGES = 256  # for what costs many steps an image
 
 
 def measure(
@@ -29,12 +30,14 @@ def measure(
     batch_size: int = 128,
     processing_class: object | None = None,
     progress: bool = True,
+    **options,
 ) -> dict:
     """
-    The figures of a model as plain JSON types: {"robustness", "sparsity", "spectrum"} and, for L-infinity
-    and epsilon > 0, {"lipschitz"} on at most 256 of the images.
+    The figures of a model as plain JSON types: {"robustness", "sparsity", "spectrum"}; where something was attacked,
+    {"curve"}, accuracy over the radius under PGD-20, on at most 256 of the images; and for L-infinity and epsilon > 0,
+    {"lipschitz"} on as many.
 
-    Arguments as in `evaluate_robustness`; `exclude` as in `weight_matrices`.
+    Arguments, also those in `options`, as in `evaluate_robustness`; `exclude` as in `weight_matrices`.
     """
     robustness = evaluate_robustness(
         model,
@@ -47,17 +50,20 @@ def measure(
         batch_size=batch_size,
         processing_class=processing_class,
         progress=progress,
+        **options,
     )
     figures = {
         "robustness": robustness.to_dict(),
         "sparsity": sparsity_report(model, exclude).to_dict(),
         "spectrum": spectral_report(model).to_dict(),
     }
+    few = {"seed": seed, "batch_size": batch_size, "processing_class": processing_class}
+    few["n"] = min(n or FEW_IMAGES, FEW_IMAGES)
+    if epsilon > 0 and set(attacks) - {"clean"}:
+        radii = default_epsilons(epsilon, norm)
+        figures["curve"] = security_curve(model, dataset, radii, norm=norm, **few).to_dict()
     if epsilon > 0 and norm == "linf":
-        options = {"seed": seed, "batch_size": batch_size, "processing_class": processing_class}
-        figures["lipschitz"] = evaluate_lipschitz(
-            model, dataset, epsilon=epsilon, n=min(n or LIPSCHITZ_IMAGES, LIPSCHITZ_IMAGES), **options
-        ).to_dict()
+        figures["lipschitz"] = evaluate_lipschitz(model, dataset, epsilon=epsilon, **few).to_dict()
     return figures
 
 
@@ -69,6 +75,9 @@ def comparison_table(results: Mapping[str, Mapping]) -> str:
     for index, attack in enumerate(attacks):
         label = "clean accuracy" if attack == "clean" else f"{attack} accuracy"
         rows.append([label, *(_accuracy(results[name]["robustness"]["attacks"][index]) for name in names)])
+    if all(results[name]["robustness"].get("worst_case") for name in names):
+        worst = (_accuracy(results[name]["robustness"]["worst_case"]) for name in names)
+        rows.append(["worst case accuracy", *worst])
     rows.append(["sparsity", *(f"{results[name]['sparsity']['sparsity']:.2%}" for name in names)])
     for key, label in (
         ("median_condition_number", "median condition number"),
@@ -89,7 +98,17 @@ def comparison_table(results: Mapping[str, Mapping]) -> str:
     epsilon = first["threat_model"]["epsilon"]
     norm = {"linf": "L-infinity", "l2": "L2"}[first["threat_model"]["norm"]]
     note = f"{first['n']} test images, {norm} epsilon {epsilon:.4g} ({epsilon * 255:.3g}/255), 95 % intervals"
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], note])
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], note, *_masking_notes(results)])
+
+
+def _masking_notes(results: Mapping[str, Mapping]) -> list[str]:
+    """One line for each model whose accuracy under attack is not to be trusted."""
+    notes = []
+    for name, figures in results.items():
+        checks = (figures["robustness"].get("masking") or {}).get("checks", ())
+        if failed := [check["name"] for check in checks if not check["passed"]]:
+            notes.append(f"SUSPICIOUS: {name} failed gradient-masking checks ({', '.join(failed)}); see the card")
+    return notes
 
 
 def _accuracy(attack: Mapping) -> str:

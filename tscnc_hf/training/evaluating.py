@@ -1,0 +1,191 @@
+"""The robustness of any image classifier, ours or not: from a name and a data set to a folder of figures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tscnc_hf.training.parser import ConfigParser
+
+
+@dataclass
+class EvaluationArguments:
+    """
+    What is evaluated, on what, against what.
+
+    Parameters:
+        model (`str`): Hub id or local folder of an image classifier, dense or packed.
+        dataset (`str`, *optional*, defaults to `"uoft-cs/cifar10"`): Hub id, local folder, or "digits"; its test part.
+        image_column, label_column (`str`, *optional*): found by type if not given.
+        image_size (`int`, *optional*): side in pixels; by default what the model takes.
+        attacks (`list[str]`, *optional*, defaults to clean, fgsm, pgd-20 and apgd): see `make_attack`.
+        epsilon (`str`, *optional*, defaults to `"8/255"`): radius in pixel units.
+        norm (`str`, *optional*, defaults to `"linf"`): or "l2".
+        n (`int`, *optional*): the first n test images.
+        seed (`int`, *optional*, defaults to 0): of the attacks.
+        batch_size (`int`, *optional*, defaults to 128): halved by itself where memory runs out.
+        dense_model (`str`, *optional*): the model before pruning, whose adversarial images must not be stronger.
+        output_dir (`str`, *optional*): defaults to outputs/<model>-robustness.
+        device (`str`, *optional*): defaults to a GPU where there is one.
+        cpu_threads (`int`, *optional*): threads on a CPU; all cores by default.
+    """
+
+    model: str = field(metadata={"help": "Hub id or folder of an image classifier, dense or packed."})
+    dataset: str = field(default="uoft-cs/cifar10", metadata={"help": 'Hub id, local folder, or "digits".'})
+    image_column: str | None = field(default=None, metadata={"help": "Name of the image column."})
+    label_column: str | None = field(default=None, metadata={"help": "Name of the label column."})
+    image_size: int | None = field(default=None, metadata={"help": "Side in pixels. Default: what the model takes."})
+    attacks: list[str] = field(
+        default_factory=lambda: ["clean", "fgsm", "pgd-20", "apgd"],
+        metadata={"help": "clean, fgsm, pgd-K, pgd-KxR, cw-K, apgd, apgd-dlr, square, autoattack."},
+    )
+    epsilon: str = field(default="8/255", metadata={"help": 'Radius in pixel units, e.g. "8/255".'})
+    norm: str = field(default="linf", metadata={"help": "Norm of the perturbation.", "choices": ("linf", "l2")})
+    n: int | None = field(default=None, metadata={"help": "The first n test images. Default: all."})
+    seed: int = field(default=0, metadata={"help": "Of the attacks."})
+    batch_size: int = field(default=128, metadata={"help": "Halved by itself where memory runs out."})
+    dense_model: str | None = field(default=None, metadata={"help": "The model before pruning, for a transfer check."})
+    output_dir: str | None = field(default=None, metadata={"help": "Default: outputs/<model>-robustness."})
+    device: str | None = field(default=None, metadata={"help": "Default: a GPU where there is one."})
+    cpu_threads: int | None = field(default=None, metadata={"help": "Threads on a CPU. Default: all cores."})
+
+    def __post_init__(self):
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size={self.batch_size}: at least 1 image is attacked at a time")
+        if self.output_dir is None:
+            self.output_dir = f"outputs/{Path(self.model).name}-robustness"
+
+
+def parse(args: Sequence[str] | None = None, prog: str | None = None) -> EvaluationArguments:
+    """The options, from `--config` and the command line; exit code 2 and a message where one is wrong."""
+    (arguments,) = ConfigParser([EvaluationArguments], prog=prog).parse(args)
+    return arguments
+
+
+def evaluate_model(arguments: EvaluationArguments) -> dict:
+    """
+    Evaluate and write `results.json`, `robustness.md` and figures into the output folder. An evaluation that was cut
+    off goes on when it is started again; the processes of `accelerate launch` share the images.
+
+    Returns:
+        `dict`: what `results.json` holds: "model", "dataset", and the figures as `measure` gives them.
+
+    Raises:
+        SystemExit: an option, the model or the data set cannot be used; the message says why.
+    """
+    import torch
+    from accelerate import PartialState
+
+    from tscnc_hf.artifact.atomic import write_json
+    from tscnc_hf.artifact.figures import save_figure
+    from tscnc_hf.artifact.robustness_figures import curve_figure, examples_figure
+    from tscnc_hf.artifact.words import without_paths
+    from tscnc_hf.evaluation.attacks import make_attack
+    from tscnc_hf.evaluation.examples import adversarial_examples
+    from tscnc_hf.method.pixels import pixel_quantity
+    from tscnc_hf.training.models import load_model
+    from tscnc_hf.training.results import comparison_table, measure
+
+    use_cpu = arguments.device == "cpu" or (arguments.device is None and not torch.cuda.is_available())
+    processes = PartialState(cpu=use_cpu)
+    device = torch.device(arguments.device) if arguments.device else processes.device
+    threads = arguments.cpu_threads or (torch.get_num_threads() if processes.num_processes > 1 else _cores())
+    if device.type == "cpu":
+        torch.set_num_threads(threads)
+    say = print if processes.is_main_process else lambda *args, **kwargs: None
+    try:
+        epsilon = pixel_quantity("epsilon", arguments.epsilon, arguments.norm)
+        for name in arguments.attacks:
+            make_attack(name, epsilon, arguments.norm)
+        model, processor = load_model(arguments.model)
+        dense = load_model(arguments.dense_model)[0] if arguments.dense_model else None
+        data = _load_data(arguments, model, processor)
+    except (ValueError, OSError, ImportError) as error:  # the message says what to do; a traceback would hide it
+        raise SystemExit(f"error: {error}") from None
+    n = len(data.test) if arguments.n is None else min(arguments.n, len(data.test))
+    folder, name = Path(arguments.output_dir), without_paths(arguments.model)
+    say(f"Model: {name}, {sum(p.numel() for p in model.parameters()):,} parameters, on {device}")
+    say(f"Data: {n} of {len(data.test)} test images of {data.name}, {data.image_size[0]}x{data.image_size[1]}")
+    options = {"epsilon": epsilon, "norm": arguments.norm, "seed": arguments.seed, "processing_class": processor}
+    try:
+        results = measure(
+            model.to(device),
+            data.test,
+            attacks=arguments.attacks,
+            n=n,
+            batch_size=arguments.batch_size,
+            state_folder=folder / "state",
+            dense_model=dense,
+            distributed=processes.num_processes > 1,
+            **options,
+        )
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from None
+    results = {"model": name, "dataset": data.name} | results
+    if not processes.is_main_process:
+        return results
+    write_json(results, folder / "results.json")
+    if "curve" in results:
+        save_figure(curve_figure(results["curve"]), folder / "figures" / "security_curve.png")
+        if examples := adversarial_examples(model, data.test, **options):
+            figure = examples_figure(**examples.for_figure(data.class_names))
+            save_figure(figure, folder / "figures" / "adversarial_examples.png")
+    (folder / "robustness.md").write_text(_page(results, data.class_names), encoding="utf-8")
+    say(f"\n{comparison_table({name: results})}\n\nFigures, tables and results.json: {folder.resolve()}")
+    return results
+
+
+def _load_data(arguments: EvaluationArguments, model, processor):
+    from tscnc_hf.training.data import load_image_data
+    from tscnc_hf.training.models import input_format
+
+    side, channels = input_format(model, processor)
+    data = load_image_data(
+        arguments.dataset,
+        image_column=arguments.image_column,
+        label_column=arguments.label_column,
+        image_size=arguments.image_size or side,
+        channels={1: "grey", 3: "rgb"}.get(channels, "auto"),
+        augmentation="none",
+        train_limit=1,
+        test_limit=arguments.n,
+    )
+    names = [str(model.config.id2label[index]) for index in range(model.config.num_labels)]
+    if sorted(names) == sorted(data.class_names) and names != list(data.class_names):
+        raise ValueError(
+            f"the model's classes are {', '.join(names)}; the data set has them in another order: "
+            f"{', '.join(data.class_names)}. Reorder the labels of the data set"
+        )
+    return data
+
+
+def _page(results: dict, class_names: Sequence[str]) -> str:
+    """The tables as Markdown, with the figures beside them."""
+    from tscnc_hf.artifact.words import attack_label, settings_text
+    from tscnc_hf.evaluation.report import RobustnessReport
+
+    report = RobustnessReport.from_dict(results["robustness"])
+    threat = report.threat_model
+    parts = [
+        f"# Robustness of {results['model']}",
+        f"{report.n} test images of {results['dataset']}; {threat['norm']} perturbations within "
+        f"{threat['epsilon']:.4g} ({255 * threat['epsilon']:.3g}/255), seed {threat['seed']}. White-box attacks, 95 % "
+        "Wilson intervals.",
+        report.to_markdown(),
+        "## Are gradients hidden?\n\n" + (report.masking_markdown() or "Not checked."),
+    ]
+    if "curve" in results:
+        figures = "![Accuracy over the radius](figures/security_curve.png)\n\n"
+        parts.append(f"## Over the radius\n\n{figures}![Examples](figures/adversarial_examples.png)")
+    parts += [f"## By class\n\n{report.per_class_markdown(class_names)}"]
+    attacks = [attack for attack in report.attacks if attack.parameters]
+    settings = "\n".join(f"* {attack_label(a.name)}: {settings_text(a.parameters)}" for a in attacks)
+    parts += [f"## Settings\n\n{settings}", ", ".join(f"{name} {value}" for name, value in report.versions.items())]
+    return "\n\n".join(parts) + "\n"
+
+
+def _cores() -> int:
+    import os
+
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
