@@ -98,8 +98,8 @@ def evaluate_model(arguments: EvaluationArguments) -> dict:
         epsilon = pixel_quantity("epsilon", arguments.epsilon, arguments.norm)
         for name in arguments.attacks:
             make_attack(name, epsilon, arguments.norm)
-        model, processor = load_model(arguments.model)
-        dense = load_model(arguments.dense_model)[0] if arguments.dense_model else None
+        model, processor = _load(load_model, arguments.model)
+        dense = _load(load_model, arguments.dense_model)[0] if arguments.dense_model else None
         data = _load_data(arguments, model, processor)
     except (ValueError, OSError, ImportError) as error:  # the message says what to do; a traceback would hide it
         raise SystemExit(f"error: {error}") from None
@@ -134,6 +134,13 @@ def evaluate_model(arguments: EvaluationArguments) -> dict:
     (folder / "robustness.md").write_text(_page(results, data.class_names), encoding="utf-8")
     say(f"\n{comparison_table({name: results})}\n\nFigures, tables and results.json: {folder.resolve()}")
     return results
+
+
+def _load(load_model, name: str):
+    try:
+        return load_model(name)
+    except (OSError, ValueError) as error:  # of transformers, which does not always say which model it was
+        raise ValueError(f"model {name!r} cannot be loaded: {error}") from error
 
 
 def _load_data(arguments: EvaluationArguments, model, processor):
