@@ -71,12 +71,13 @@ def normalisation(model: nn.Module, processing_class: object | None = None) -> t
     )
 
 
-def pixel_logits(model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> LogitsFn:
+def pixel_logits(model: Callable, mean: Sequence[float], std: Sequence[float]) -> LogitsFn:
     """
     Wrap a classifier as a function of pixels.
 
     Args:
-        model (`nn.Module`): takes normalised images (b, c, h, w); returns logits (b, k) or an output with `.logits`.
+        model (`nn.Module`, or a function like one): takes normalised images (b, c, h, w); returns logits (b, k) or an
+            output with `.logits`.
         mean, std (`Sequence[float]`): per channel (or one value for all), in pixel units.
 
     Returns:

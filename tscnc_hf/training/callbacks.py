@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from transformers import TrainerCallback
 
+from tscnc_hf.method.averaging import WeightAverage
 from tscnc_hf.method.gates import clamp_gates_
 from tscnc_hf.method.pruning import Pruner, sparsity_at
 from tscnc_hf.training.config import TSCNCConfig
@@ -47,9 +48,14 @@ class MethodCallback(TrainerCallback):
         if args.target_sparsity > 0:
             schedule_steps(args, state.max_steps)
         self.trainer.clear_terms()
+        if args.ema_decay > 0 and (state.global_step == 0 or self.trainer.average is None):
+            self.trainer.average = WeightAverage(self.trainer.model, args.ema_decay)
 
     def on_train_end(self, args, state, control, **kwargs):
         self.trainer.check_terms()  # the steps since the last log
+        if self.trainer.average is not None:  # the model that was evaluated is the one that the user gets
+            self.trainer.average.copy_to_(self.trainer.model)
+            self.trainer.average = None
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         dataset = self.trainer.train_dataset
@@ -63,3 +69,5 @@ class MethodCallback(TrainerCallback):
         # the trainer counts the step only after this event
         prune_after_step(self.trainer.pruner, args, state.global_step + 1, state.max_steps)
         clamp_gates_(self.trainer.model)
+        if self.trainer.average is not None:
+            self.trainer.average.update(self.trainer.model, state.global_step + 1, self.trainer.pruner.masks)

@@ -37,6 +37,11 @@ class TSCNCConfig(TrainingArguments):
             epsilon, for "n-fgsm" to epsilon.
         epsilon_warmup (`float`, *optional*, defaults to 0): fraction of training in which epsilon grows from 0.
         trades_beta (`float`, *optional*, defaults to 6): weight of the divergence in TRADES and MART.
+        ema_decay (`float`, *optional*, defaults to 0): of a moving average of the weights, in [0, 1), e.g. 0.995;
+            the average is what is evaluated and published. 0 has none.
+        awp_gamma (`float`, *optional*, defaults to 0): adversarial weight perturbation, in units of each weight's
+            norm, e.g. 0.005; costs a forward and a backward a step. 0 has none.
+        awp_start (`float`, *optional*, defaults to 0): fraction of training after which it begins.
         eval_attack_steps (`int`, *optional*, defaults to 10): PGD steps of `eval_robust_accuracy`; 0 leaves it out.
 
     Parameters that control the constraints:
@@ -79,6 +84,9 @@ class TSCNCConfig(TrainingArguments):
     )
     epsilon_warmup: float = _knob(0.0, "Fraction of training in which epsilon grows linearly from 0.")
     trades_beta: float = _knob(6.0, "Weight of the divergence in TRADES and MART.")
+    ema_decay: float = _knob(0.0, "Decay of an average of the weights, which is evaluated and published; 0: none.")
+    awp_gamma: float = _knob(0.0, "Adversarial weight perturbation, in units of each weight's norm; 0: none.")
+    awp_start: float = _knob(0.0, "Fraction of training after which weights are perturbed.")
     eval_attack_steps: int = _knob(10, "PGD steps behind eval_robust_accuracy; 0 leaves it out.")
 
     tsc_weight: float = _knob(0.0, "Coefficient of the Transformed Sparse Constraint (a sum over weights).")
@@ -132,10 +140,20 @@ class TSCNCConfig(TrainingArguments):
             _check_range(name, getattr(self, name), low=1)
         for name in ("tsc_a", "cnc_ridge", "gate_learning_rate"):
             _check_range(name, getattr(self, name), low=0, low_open=True)
-        for name in ("eval_attack_steps", "trades_beta", "tsc_weight", "cnc_weight", "gate_l0", "gate_l2"):
+        for name in (
+            "eval_attack_steps",
+            "trades_beta",
+            "tsc_weight",
+            "cnc_weight",
+            "gate_l0",
+            "gate_l2",
+            "awp_gamma",
+        ):
             _check_range(name, getattr(self, name), low=0)
         _check_range("gate_drop_rate", self.gate_drop_rate, low=0, high=1, low_open=True, high_open=True)
-        _check_range("epsilon_warmup", self.epsilon_warmup, low=0, high=1)
+        for name in ("epsilon_warmup", "awp_start"):
+            _check_range(name, getattr(self, name), low=0, high=1)
+        _check_range("ema_decay", self.ema_decay, low=0, high=1, high_open=True)
         _check_range("target_sparsity", self.target_sparsity, low=0, high=1, high_open=True)
         _check_range("pruning_start", self.pruning_start, low=0, high=1)
         _check_range("pruning_end", self.pruning_end, low=0, high=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from torch import Tensor
@@ -12,6 +13,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from tscnc_hf.artifact.atomic import write_json
 from tscnc_hf.artifact.checkpoint import load_weights
 from tscnc_hf.evaluation.examples import adversarial_examples
+from tscnc_hf.method.averaging import WeightAverage
 from tscnc_hf.method.gates import detached_gates, folded_gates, gate_report
 from tscnc_hf.method.pruning import Pruner
 from tscnc_hf.training.checks import check_finite_weights
@@ -42,6 +44,11 @@ class PublishingTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.test_results: dict | None = None
         self.card_options: dict = {}
+        self.average: WeightAverage | None = None  # while training with ema_decay
+
+    def averaged(self):
+        """Inside, the model is the average of its weights, where there is one: what is evaluated and published."""
+        return self.average.swapped(self.model) if self.average is not None else nullcontext()
 
     # ---- saving and loading ----
 
@@ -49,21 +56,22 @@ class PublishingTrainer(Trainer):
         published = Path(self.args.output_dir)
         folder = Path(output_dir if output_dir is not None else published)
         check_finite_weights(self.model, self.state.global_step, str(published))
-        with folded_gates(self.model):
-            super()._save(str(folder), state_dict)
+        is_checkpoint = folder.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-") and folder != published
+        with nullcontext() if is_checkpoint else self.averaged(), folded_gates(self.model):
+            super()._save(str(folder), None if self.average is not None else state_dict)
             if not self.args.should_save:
                 return
-            is_checkpoint = folder.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-") and folder != published
             if not is_checkpoint:
                 save_extras(folder, self.model, self.args)
         if is_checkpoint:
-            save_method_state(folder, self.model, self.pruner, self.tsc_scales)
+            save_method_state(folder, self.model, self.pruner, self.tsc_scales, self.average)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         # upstream loads by the names on disk, which are not those in memory for ViT and others, and only warns
         with detached_gates(self.model):
             load_weights(self.model, resume_from_checkpoint)
-        self.tsc_scales = load_method_state(resume_from_checkpoint, self.model, self.pruner)
+        self.average = WeightAverage(self.model, self.args.ema_decay) if self.args.ema_decay > 0 else None
+        self.tsc_scales = load_method_state(resume_from_checkpoint, self.model, self.pruner, self.average)
 
     def _load_best_model(self):
         self._load_from_checkpoint(self.state.best_model_checkpoint)
@@ -93,7 +101,7 @@ class PublishingTrainer(Trainer):
         """
         args, model = self.args, self.accelerator.unwrap_model(self.model)
         gates = gate_report(model)
-        with folded_gates(model):
+        with self.averaged(), folded_gates(model):
             self.test_results = measure(
                 model,
                 dataset,
@@ -131,5 +139,5 @@ class PublishingTrainer(Trainer):
             return
         options = {"model_name": model_name, "dataset_name": dataset_name, "tags": tags, **kwargs}
         self.card_options |= {key: value for key, value in options.items() if value}
-        with folded_gates(self.model):
+        with self.averaged(), folded_gates(self.model):
             write_training_card(self.args, self.model, self.test_results, self.state.log_history, self.card_options)

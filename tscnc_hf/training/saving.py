@@ -17,6 +17,7 @@ from tscnc_hf.artifact.atomic import write_json
 from tscnc_hf.artifact.card import write_card
 from tscnc_hf.artifact.checkpoint import save_sparse
 from tscnc_hf.artifact.state import STATE_FILE, load_state, save_state
+from tscnc_hf.method.averaging import WeightAverage
 from tscnc_hf.method.gates import gated_layers
 from tscnc_hf.method.pruning import Pruner, sparsity_report
 from tscnc_hf.method.spectrum import spectral_report
@@ -27,9 +28,15 @@ from tscnc_hf.training.results import file_sizes
 CONFIG_FILE = "tscnc_config.json"
 
 
-def save_method_state(folder: Path, model: nn.Module, pruner: Pruner, scales: Mapping[str, Tensor]) -> None:
+def save_method_state(
+    folder: Path,
+    model: nn.Module,
+    pruner: Pruner,
+    scales: Mapping[str, Tensor],
+    average: WeightAverage | None = None,
+) -> None:
     """
-    Masks, scales and gates: what a resumed run needs beside the weights. The schedule is a function of the step.
+    Masks, scales, gates and averages: what a resumed run needs beside the weights; schedules follow from the step.
 
     The checkpoint's own weights have the gates folded in, so that whoever loads it has the model that was evaluated;
     the unfolded weights of gated layers are kept here.
@@ -38,16 +45,20 @@ def save_method_state(folder: Path, model: nn.Module, pruner: Pruner, scales: Ma
     tensors |= {f"scale.{name}": scale for name, scale in scales.items()}
     for name, layer in gated_layers(model).items():
         tensors |= {f"gate.{name}": layer.gate.log_alpha.detach(), f"gated.{name}": layer.weight.detach()}
+    if average is not None:
+        tensors |= {f"average.{name}": tensor for name, tensor in average.tensors.items()}
     save_state(tensors, folder / STATE_FILE)
 
 
 @torch.no_grad()
-def load_method_state(folder: str | os.PathLike, model: nn.Module, pruner: Pruner) -> dict[str, Tensor]:
+def load_method_state(
+    folder: str | os.PathLike, model: nn.Module, pruner: Pruner, average: WeightAverage | None = None
+) -> dict[str, Tensor]:
     """
-    Give masks to the pruner, gates and unfolded weights to the model; return the scales.
+    Give masks to the pruner, gates and unfolded weights to the model, averages to `average`; return the scales.
 
     Raises:
-        ValueError: masks or gates are not those of this model.
+        ValueError: masks, gates or averages are not those of this model.
     """
     tensors, _ = load_state(Path(folder) / STATE_FILE)
     device = next(model.parameters()).device
@@ -61,6 +72,14 @@ def load_method_state(folder: str | os.PathLike, model: nn.Module, pruner: Prune
             f"{folder} has {len(gates)} gated layers and the model {len(layers)}: resume with the tsc_on and "
             "gate_layers that the run was started with"
         )
+    averages = part("average.")
+    if bool(averages) != (average is not None):
+        raise ValueError(
+            f"{folder} has {'an' if averages else 'no'} average of the weights, this run has "
+            f"{'none' if average is None else 'one'}: resume with the ema_decay that the run was started with"
+        )
+    if average is not None:
+        average.load(averages)
     pruner.masks_from(part("mask."))
     for name, layer in layers.items():
         layer.gate.log_alpha.copy_(gates[name])

@@ -22,6 +22,7 @@ from tscnc_hf.method.gates import (
 )
 from tscnc_hf.method.matrices import weight_matrices
 from tscnc_hf.method.objectives import objective_terms
+from tscnc_hf.method.perturbation import perturbed_model
 from tscnc_hf.method.pixels import LogitsFn, attack_mode, normalisation, pixel_logits
 from tscnc_hf.method.pruning import Pruner
 from tscnc_hf.method.spectrum import spectral_report
@@ -145,20 +146,31 @@ class TSCNCTrainer(PublishingTrainer):
         inner = self.accelerator.unwrap_model(model, keep_torch_compile=True)
         # The attack runs on the module, the forward that trains on the wrapper: that one averages gradients.
         x_adv = self.attack(inner, x, y) if self.args.objective != "natural" else None
-        terms = objective_terms(
-            self.args.objective,
-            self.pixel_logits(model),
-            x,
-            x_adv,
-            y,
-            beta=self.args.trades_beta,
-            label_smoothing=self.args.label_smoothing_factor,
-        )
+        terms = self.objective(self.perturbed(model, inner, x, x_adv, y), x, x_adv, y)
         if self._micro_batch == 0:  # the same in every micro-batch: paid for once a step
             terms |= self.constraints(inner)
         self._record(terms)
         loss = sum(terms.values())
         return (loss, {"loss": loss}) if return_outputs else loss
+
+    def objective(self, model: Callable, x: Tensor, x_adv: Tensor | None, y: Tensor) -> dict[str, Tensor]:
+        """The terms of the objective; `model` is the model, or a function like it."""
+        options = {"beta": self.args.trades_beta, "label_smoothing": self.args.label_smoothing_factor}
+        return objective_terms(self.args.objective, self.pixel_logits(model), x, x_adv, y, **options)
+
+    def perturbed(self, model: nn.Module, inner: nn.Module, x: Tensor, x_adv: Tensor | None, y: Tensor) -> Callable:
+        """The model, with its weights perturbed adversarially if `awp_gamma` says so and `awp_start` is reached."""
+        args = self.args
+        if args.awp_gamma == 0 or self.state.global_step < args.awp_start * self.state.max_steps:
+            return model
+        return perturbed_model(
+            model,
+            lambda function: sum(self.objective(function, x, x_adv, y).values()),
+            {record.name: record.weight for record in weight_matrices(inner)},
+            args.awp_gamma,
+            inner=inner,
+            average=lambda gradient: self.accelerator.reduce(gradient, "mean"),
+        )
 
     def constraints(self, model: nn.Module) -> dict[str, Tensor]:
         """The weighted constraints of this step, to be divided by the number of micro-batches as all terms are."""
@@ -263,10 +275,10 @@ class TSCNCTrainer(PublishingTrainer):
         self._eval_batches = 0
         # A data loader draws its seed from torch's global generator: evaluating must not change what follows.
         devices = [self.args.device] if self.args.device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
+        with self.averaged(), torch.random.fork_rng(devices):
             output = super().evaluation_loop(*args, **kwargs)
-        prefix = kwargs.get("metric_key_prefix", "eval")
-        output.metrics.update({f"{prefix}_{name}": value for name, value in self.spectral_metrics().items()})
+            prefix = kwargs.get("metric_key_prefix", "eval")
+            output.metrics.update({f"{prefix}_{name}": value for name, value in self.spectral_metrics().items()})
         return output
 
     def spectral_metrics(self) -> dict[str, float]:

@@ -1,0 +1,78 @@
+"""Exponential moving average of a model: weights, and the statistics of batch norm with them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+
+class WeightAverage:
+    """
+    The average of what a model has been: after each step, average = decay * average + (1 - decay) * now.
+
+    Parameters and floating-point buffers (batch-norm statistics) are averaged, integers are those of the last step.
+    The decay is min(decay, (1 + step) / (10 + step)), so that the first weights are soon forgotten (as TensorFlow does
+    it): a function of the step, no state.
+
+    Args:
+        model (`nn.Module`): averaged from its weights now on.
+        decay (`float`): in (0, 1).
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        if not 0 < decay < 1:
+            raise ValueError(f"decay={decay} is outside (0, 1)")
+        self.decay = decay
+        self.tensors = {name: tensor.detach().clone() for name, tensor in _tensors(model).items()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int, masks: Mapping[str, Tensor] | None = None) -> None:
+        """After optimizer step `step` (counted from 1). Where a mask (parameter name -> bool) is False, it is zero."""
+        decay, now = min(self.decay, (1 + step) / (10 + step)), _tensors(model)
+        floating = [name for name, tensor in now.items() if tensor.is_floating_point()]
+        get_ema_multi_avg_fn(decay)([self.tensors[name] for name in floating], [now[name] for name in floating], step)
+        for name in now.keys() - set(floating):
+            self.tensors[name].copy_(now[name])
+        for name, mask in (masks or {}).items():
+            self.tensors[name].mul_(mask.view_as(self.tensors[name]))
+
+    @torch.no_grad()
+    def copy_to_(self, model: nn.Module) -> None:
+        """Give the average to the model, for good."""
+        for name, tensor in _tensors(model).items():
+            tensor.copy_(self.tensors[name])
+
+    @contextmanager
+    def swapped(self, model: nn.Module) -> Iterator[None]:
+        """Inside, the model is its average; afterwards it is bit for bit what it was."""
+        now = {name: tensor.detach().clone() for name, tensor in _tensors(model).items()}
+        self.copy_to_(model)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, tensor in _tensors(model).items():
+                    tensor.copy_(now[name])
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """
+        Take back what `tensors` was when it was saved.
+
+        Raises:
+            ValueError: the names are not those of this model.
+        """
+        if tensors.keys() != self.tensors.keys():
+            odd = sorted(tensors.keys() ^ self.tensors.keys())
+            raise ValueError(f"these are not the averages of this model: {len(odd)} names differ, such as {odd[0]!r}")
+        for name, tensor in self.tensors.items():
+            tensor.copy_(tensors[name])
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and every persistent buffer once, by name."""
+    saved, seen = model.state_dict(keep_vars=True), {}
+    return {name: seen.setdefault(id(tensor), tensor) for name, tensor in saved.items() if id(tensor) not in seen}
