@@ -3,14 +3,24 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Other libraries to compare with. In a folder of their own, without what they pin: torchattacks wants requests of 2020.
+PEERS := .peers
+PEER_PACKAGES := torchattacks==3.5.1 foolbox==3.3.4 eagerpy==0.30.0 GitPython gitdb smmap \
+	adversarial-robustness-toolbox==1.20.1 six
 
-.PHONY: demo test lint bench-constraints clean
+.PHONY: demo test test-peers lint bench-constraints bench-adversary clean
 
 demo: $(STAMP)
 	$(BIN)/python recipes/vit_cifar10.py --config recipes/configs/vit_digits_demo.yaml
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+test-peers: $(STAMP) $(PEERS)/.installed
+	PYTHONPATH=$(PEERS) $(BIN)/python -m pytest tests/peers
+
+bench-adversary: $(STAMP) $(PEERS)/.installed
+	PYTHONPATH=$(PEERS) $(BIN)/python tests/benchmarks/adversary.py
 
 bench-constraints: $(STAMP)
 	$(BIN)/python tests/benchmarks/constraints.py
@@ -24,5 +34,9 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
 	touch $@
 
+$(PEERS)/.installed: Makefile | $(STAMP)
+	$(BIN)/python -m pip install --quiet --upgrade --no-deps --target $(PEERS) $(PEER_PACKAGES)
+	touch $@
+
 clean:
-	rm -rf $(VENV) outputs build *.egg-info
+	rm -rf $(VENV) $(PEERS) outputs build *.egg-info

@@ -40,13 +40,17 @@ def project(x_adv: Tensor, x: Tensor, epsilon: float, norm: str = "linf") -> Ten
 
 
 def random_start(x: Tensor, epsilon: float, norm: str = "linf", generator: torch.Generator | None = None) -> Tensor:
-    """Pixels drawn uniformly from the ball around x (L2: direction and radius, before the cut to [0, 1])."""
+    """
+    Pixels drawn from the ball around x: uniformly for L-infinity; for L2 with uniform direction and uniform radius,
+    before the cut to [0, 1]. (Uniform in volume is next to the surface where there are many pixels, and from there the
+    same steps break fewer images.)
+    """
     check_norm(norm)
     if norm == "linf":
         noise = torch.rand(x.shape, generator=generator, device=x.device, dtype=x.dtype)
         return (x + (2 * noise - 1) * epsilon).clamp_(0, 1)
     direction = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-    radius = torch.rand(len(x), generator=generator, device=x.device, dtype=x.dtype) ** (1 / x[0].numel())
+    radius = torch.rand(len(x), generator=generator, device=x.device, dtype=x.dtype)
     scale = epsilon * radius / l2_norm(direction).clamp_(min=torch.finfo(x.dtype).tiny)
     return (x + direction * per_image(scale, x)).clamp_(0, 1)
 
