@@ -338,6 +338,20 @@ def test_epsilon_grows_linearly_over_its_share_of_training(crafted, build, make_
     assert [largest for _, _, largest in crafted] == pytest.approx(radii, abs=1e-6)
 
 
+def test_a_step_size_grows_with_epsilon(build, make_trainer, monkeypatch):
+    sizes, craft = [], trainer_module.craft
+
+    def record(*args, epsilon, step_size, **options):
+        sizes.append((epsilon, step_size))
+        return craft(*args, epsilon=epsilon, step_size=step_size, **options)
+
+    monkeypatch.setattr(trainer_module, "craft", record)
+    options = {"adversary": "pgd", "objective": "pgd-at", "per_device_train_batch_size": 16, "epsilon": "8/255"}
+    make_trainer(build("vit"), **options, epsilon_warmup=0.5, attack_step_size="2/255").train()
+    assert [size / epsilon for epsilon, size in sizes] == pytest.approx([0.25] * 8)
+    assert sizes[0][1] == pytest.approx(0.5 / 255) and sizes[-1][1] == pytest.approx(2 / 255)
+
+
 # ---- evaluation ----
 
 
@@ -574,3 +588,20 @@ def test_an_l2_run_with_mart_attacks_and_tests_in_l2(build, make_trainer, digits
     assert 1 < moved.max() <= 1.5 + 1e-5
     results = trainer.test(digits.test, ("clean", "pgd-2"), n=8)
     assert results["robustness"]["threat_model"]["norm"] == "l2" and "lipschitz" not in results
+
+
+@pytest.mark.parametrize("adversary", ["pgd", "kl-pgd"])
+def test_folding_batch_norms_changes_no_adversarial_image(adversary, build, make_trainer, digits):
+    """Also after the weights and statistics have moved on, and under mixed precision."""
+    batch = digits.train.with_augmentation("none").__getitems__(range(16))
+    x, y = batch["pixel_values"].float(), batch["labels"]
+    images = {}
+    for fold in (True, False):
+        trainer = make_trainer(build("resnet"), adversary=adversary, attack_steps=2, fold_batch_norm=fold)
+        trainer.train()
+        images[fold] = trainer.attack(trainer.model, x, y)
+        assert bool(trainer._folded) is fold
+        with torch.autocast("cpu", torch.bfloat16):
+            assert (trainer.attack(trainer.model, x, y) - x).abs().max() <= 0.1 + 1e-6
+    # where a gradient is all rounding its sign may differ
+    assert ((images[True] - images[False]).abs() < 1e-5).double().mean() > 0.99

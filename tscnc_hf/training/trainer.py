@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from tscnc_hf.method.adversary import craft, pgd, seeded_generator
 from tscnc_hf.method.batches import collate
 from tscnc_hf.method.constraints import constraint_terms, weight_scales
+from tscnc_hf.method.folding import FoldedCopy, folded_copy
 from tscnc_hf.method.gates import (
     attach_gates,
     folded_gates,
@@ -109,6 +110,7 @@ class TSCNCTrainer(PublishingTrainer):
         self.callback_handler.callbacks.insert(0, MethodCallback(self))  # masks first: whatever follows sees them
         self.clear_terms()
         self._micro_batch = self._eval_batches = 0
+        self._folded: FoldedCopy | bool | None = None  # None: not tried yet, False: nothing to fold
         if isinstance(model, PreTrainedModel):
             model.add_model_tags(list(self._tag_names))
 
@@ -127,19 +129,31 @@ class TSCNCTrainer(PublishingTrainer):
         args = self.args
         key = (args.seed, "train", args.process_index, self.state.global_step, self._micro_batch)
         generator = seeded_generator(x.device, *key)
-        step_size = args.attack_step_size
+        epsilon, step_size = self.epsilon_now(), args.attack_step_size
+        if step_size is not None and args.epsilon > 0:  # given for the whole radius
+            step_size = float(step_size) * epsilon / args.epsilon
         with attack_mode(model):
             return craft(
                 args.adversary,
-                self.pixel_logits(model),
+                self.pixel_logits(self._to_attack(model, x)),
                 x,
                 y,
-                epsilon=self.epsilon_now(),
+                epsilon=epsilon,
                 steps=args.attack_steps,
-                step_size=step_size if step_size is None else float(step_size),
+                step_size=step_size,
                 generator=generator,
                 norm=args.norm,
             )
+
+    def _to_attack(self, model: nn.Module, x: Tensor) -> nn.Module:
+        """The model, or a copy as it is now with batch norms folded away, whose pixel gradients cost less."""
+        if not self.args.fold_batch_norm:
+            return model
+        if self._folded is None:
+            self._folded = folded_copy(model, x[:2]) or False
+        elif self._folded:
+            self._folded.refresh()
+        return self._folded.model if self._folded else model
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         x, y = inputs["pixel_values"], inputs["labels"]
