@@ -301,3 +301,16 @@ def test_an_l2_radius_may_exceed_one():
     assert pixel_quantity("epsilon", 3.0, "l2") == 3.0
     with pytest.raises(ValueError, match="outside"):
         pixel_quantity("epsilon", -0.5, "l2")
+
+
+@pytest.mark.parametrize("adversary", ["pgd", "kl-pgd"])
+def test_a_compiled_model_is_attacked_as_the_eager_one(adversary, batch):
+    (x, y), model, images = batch, network(), []
+    with attack_mode(model):
+        for form in (model, torch.compile(model, backend="aot_eager")):
+            forward, generator = pixel_logits(form, [0.5], [0.25]), seeded_generator("cpu", 1)
+            images.append(
+                craft(adversary, forward, x, y, epsilon=0.1, steps=2, step_size=None, generator=generator)
+            )
+    torch.testing.assert_close(images[1], images[0], rtol=0, atol=1e-5)
+    assert all(parameter.grad is None for parameter in model.parameters())

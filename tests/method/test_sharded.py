@@ -1,4 +1,4 @@
-"""The constraints on weights that FSDP2 has sharded over two processes."""
+"""Constraints and attacks on weights that FSDP2 has sharded over two processes, and attacks under DDP."""
 
 import torch
 import torch.distributed as dist
@@ -6,9 +6,12 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
+from tscnc_hf.method.adversary import craft, seeded_generator
 from tscnc_hf.method.constraints import CNC_FORMS, constraint_terms, weight_scales
 from tscnc_hf.method.matrices import weight_matrices
+from tscnc_hf.method.pixels import pixel_logits
 
 
 def build() -> nn.Module:
@@ -27,6 +30,24 @@ def terms_and_gradients(model: nn.Module, form: str) -> dict[str, torch.Tensor]:
     return {name: value.detach() for name, value in terms.items()} | whole
 
 
+def attacks_agree(single: nn.Module, wrapped: nn.Module) -> None:
+    """Every adversary finds the same images on both, and leaves no gradient behind."""
+    x, y = torch.rand(6, 3, 4, 4, generator=torch.Generator().manual_seed(3)), torch.arange(6) % 5
+    for model in (single, wrapped):
+        model.zero_grad(set_to_none=True)
+    for adversary in ("fgsm-rs", "n-fgsm", "pgd", "cw-pgd", "kl-pgd"):
+        found = [
+            craft(
+                adversary, pixel_logits(model, [0.5], [0.25]), x, y, epsilon=0.1, steps=3, step_size=None,
+                generator=seeded_generator("cpu", 0),
+            )
+            for model in (single, wrapped)
+        ]  # fmt: skip
+        torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-5, msg=adversary)
+        assert (found[0] != x).any()
+    assert all(parameter.grad is None for parameter in (*single.parameters(), *wrapped.parameters()))
+
+
 def compare(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     try:
@@ -43,6 +64,8 @@ def compare(rank: int, folder: str) -> None:
             assert expected.keys() == found.keys() and {"tsc_loss", "cnc_loss", "2.weight"} <= expected.keys()
             for name in expected:
                 torch.testing.assert_close(found[name], expected[name], rtol=1e-6, atol=1e-7, msg=f"{form} {name}")
+        for wrapped in (sharded, DistributedDataParallel(build())):
+            attacks_agree(single, wrapped)
     finally:
         dist.destroy_process_group()
 
