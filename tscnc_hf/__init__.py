@@ -10,7 +10,7 @@ _PUBLIC = {
     "TSCNCTrainer": "tscnc_hf.training.trainer",
     "evaluate_robustness": "tscnc_hf.evaluation.robustness",
     "spectral_report": "tscnc_hf.method.spectrum",
-    "sparsity_report": "tscnc_hf.method.pruning",
+    "sparsity_report": "tscnc_hf.method.sparsity",
     "load_sparse": "tscnc_hf.artifact.checkpoint",
     "save_sparse": "tscnc_hf.artifact.checkpoint",
 }

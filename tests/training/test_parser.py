@@ -139,7 +139,7 @@ def test_a_required_option_may_come_from_the_file(tmp_path):
         ("just words", [], ["option: value", "str"]),
         ("epsilon: [1", [], ["not valid YAML"]),
         ("objective: gairat", [], ["objective='gairat'", "natural, pgd-at, trades, mart"]),
-        ("pruning_scope: 3", [], ["pruning_scope=3", "global, layer"]),
+        ("pruning_scope: 3", [], ["pruning_scope=3", "global, uniform, erk, learned"]),
         (None, ["--objective", "gairat"], ["objective", "gairat", "natural"]),
         ("learning_rate: fast", [], ["learning_rate", "fast"]),
         ("attack_steps: 1.5", [], ["attack_steps", "1.5"]),

@@ -78,15 +78,15 @@ def test_any_model_trains_to_exactly_the_sparsity_asked_for(kind, build, make_tr
     assert 0 <= metrics["eval_robust_accuracy"] <= metrics["eval_accuracy"] <= 1
 
 
-@pytest.mark.parametrize("scope", ["global", "layer"])
-def test_excluded_weights_stay_dense_and_layers_are_alike_under_layer_scope(scope, build, make_trainer):
+@pytest.mark.parametrize("scope", ["global", "uniform"])
+def test_excluded_weights_stay_dense_and_layers_are_alike_under_uniform_scope(scope, build, make_trainer):
     model, processor = build("vit")
     make_trainer((model, processor), pruning_scope=scope, pruning_exclude=["classifier"]).train()
     others = {name: w for name, w in prunable(model).items() if name != "classifier.weight"}
     assert (model.classifier.weight != 0).all()
     assert sum(int((w == 0).sum()) for w in others.values()) == round(0.9 * sum(w.numel() for w in others.values()))
     shares = [float((w == 0).float().mean()) for w in others.values()]
-    assert (max(shares) - min(shares) < 0.01) == (scope == "layer")
+    assert (max(shares) - min(shares) < 0.01) == (scope == "uniform")
 
 
 # ---- the log ----

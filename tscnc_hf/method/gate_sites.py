@@ -53,7 +53,7 @@ def gate_sites(model: nn.Module) -> list[GateSite]:
             for maker, reader in zip(layers, layers[1:], strict=False):
                 if _feeds(children, maker, reader):
                     sites[prefix + reader] = make_site(prefix + reader, children[reader], (children[maker],))
-        site = _head_site(prefix, module, children)
+        site = head_site(prefix, module, children)
         if site is not None:
             sites[site.name] = site
     return list(sites.values())
@@ -81,7 +81,8 @@ def _keeps_apart(module: nn.Module) -> bool:
     return not isinstance(module, MIXING) and next(module.parameters(), None) is None
 
 
-def _head_site(prefix: str, module: nn.Module, children: dict[str, nn.Module]) -> GateSite | None:
+def head_site(prefix: str, module: nn.Module, children: dict[str, nn.Module]) -> GateSite | None:
+    """The heads of an attention, by the names of its projections; None where `module` is no such attention."""
     heads = next((getattr(module, key) for key in HEAD_COUNTS if isinstance(getattr(module, key, None), int)), 0)
     reader = next((key for key in HEAD_READERS if isinstance(children.get(key), nn.Linear)), None)
     makers = tuple(children[key] for key in HEAD_MAKERS if isinstance(children.get(key), nn.Linear))

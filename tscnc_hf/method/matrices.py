@@ -77,7 +77,7 @@ class WeightMatrices(Iterator[WeightMatrix]):
     """Iterator over `WeightMatrix`; printed, it lists what takes part, what is left out, and why."""
 
     def __init__(self, model: nn.Module, exclude: Sequence[str] = ()):
-        self._model, self._exclude = model, tuple(exclude)
+        self._model, self._exclude = model, _Exclude(model, exclude)
         self._records = _find(model, self._exclude)
 
     def __next__(self) -> WeightMatrix:
@@ -100,7 +100,8 @@ def weight_matrices(model: nn.Module, exclude: Sequence[str] = ()) -> WeightMatr
 
     Args:
         model (`nn.Module`): any model.
-        exclude (`Sequence[str]`, *optional*): a weight is left out when one of these is a part of its name.
+        exclude (`Sequence[str]`, *optional*): a weight is left out when one of these is a part of its name; one that
+            is the whole name of a weight leaves out that weight alone.
 
     Returns:
         An iterator over `WeightMatrix`. `print(weight_matrices(model))` shows what is left out as well, and why.
@@ -108,7 +109,18 @@ def weight_matrices(model: nn.Module, exclude: Sequence[str] = ()) -> WeightMatr
     return WeightMatrices(model, exclude)
 
 
-def _find(model: nn.Module, exclude: tuple[str, ...]) -> Iterator[WeightMatrix]:
+class _Exclude:
+    """Whether a name is left out."""
+
+    def __init__(self, model: nn.Module, parts: Sequence[str]):
+        names = {name for name, _ in model.named_parameters()} if parts else set()
+        self.whole, self.parts = set(parts) & names, [part for part in parts if part not in names]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.whole or any(part in name for part in self.parts)
+
+
+def _find(model: nn.Module, exclude: _Exclude) -> Iterator[WeightMatrix]:
     seen: set[int] = set()
     for module_name, module in model.named_modules():
         views = _views(module)
@@ -127,7 +139,7 @@ def _find(model: nn.Module, exclude: tuple[str, ...]) -> Iterator[WeightMatrix]:
             if weight is None or id(weight) in seen:
                 continue
             seen.add(id(weight))
-            if any(part in name for part in exclude):
+            if name in exclude:
                 continue
             if isinstance(module, nn.Linear) and _is_fused(module_name, weight):
                 view = _fused_view
@@ -138,8 +150,8 @@ def _views(module: nn.Module) -> dict[str, MatrixView]:
     return next((_VIEWS[cls] for cls in type(module).__mro__ if cls in _VIEWS), {})
 
 
-def _why_not(name: str, module: nn.Module, weight: Tensor, exclude: tuple[str, ...]) -> str:
-    if any(part in name for part in exclude):
+def _why_not(name: str, module: nn.Module, weight: Tensor, exclude: _Exclude) -> str:
+    if name in exclude:
         return "excluded"
     if isinstance(module, _LEFT_OUT):
         return "norm or embedding"

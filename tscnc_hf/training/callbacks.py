@@ -6,36 +6,7 @@ from transformers import TrainerCallback
 
 from tscnc_hf.method.averaging import WeightAverage
 from tscnc_hf.method.gates import clamp_gates_
-from tscnc_hf.method.pruning import Pruner, sparsity_at
-from tscnc_hf.training.config import TSCNCConfig
-
-
-def schedule_steps(args: TSCNCConfig, max_steps: int) -> tuple[int, int]:
-    """
-    First and last optimizer step (counted from 1) of the pruning schedule.
-
-    Raises:
-        ValueError: training is too short for a gradual schedule.
-    """
-    start, end = round(args.pruning_start * max_steps), max(1, round(args.pruning_end * max_steps))
-    one_shot = args.pruning_start == args.pruning_end
-    if not one_shot and end - start < args.pruning_interval:
-        raise ValueError(
-            f"training has {max_steps} optimizer steps, so pruning from {args.pruning_start} to {args.pruning_end} of "
-            f"it has {end - start}; it needs at least pruning_interval={args.pruning_interval}. Train longer, widen "
-            "the schedule, lower pruning_interval, or prune at once with pruning_start = pruning_end"
-        )
-    return start, end
-
-
-def prune_after_step(pruner: Pruner, args: TSCNCConfig, step: int, max_steps: int) -> None:
-    """Masks after optimizer step `step` (counted from 1): chosen anew while the schedule runs, then frozen."""
-    if args.target_sparsity == 0:
-        return
-    start, end = schedule_steps(args, max_steps)
-    if step == end or (start < step < end and (step - start) % args.pruning_interval == 0):
-        pruner.update(sparsity_at(step, start, end, args.target_sparsity))
-    pruner.apply_()
+from tscnc_hf.training.gradual import before_optimizer_step, prune_after_step, schedule_steps, start_pruning
 
 
 class MethodCallback(TrainerCallback):
@@ -62,12 +33,16 @@ class MethodCallback(TrainerCallback):
         if hasattr(dataset, "set_epoch"):  # augmentation is a function of (seed, epoch, index)
             dataset.set_epoch(int(state.epoch or 0))
 
-    def on_step_begin(self, args, state, control, **kwargs):
+    def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
+        start_pruning(self.trainer.pruner, args, state.global_step, state.max_steps, optimizer)
         self.trainer.start_step()
 
-    def on_optimizer_step(self, args, state, control, **kwargs):
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        before_optimizer_step(self.trainer.pruner, self.trainer.model, args, self.trainer.accelerator)
+
+    def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
         # the trainer counts the step only after this event
-        prune_after_step(self.trainer.pruner, args, state.global_step + 1, state.max_steps)
+        prune_after_step(self.trainer.pruner, args, state.global_step + 1, state.max_steps, optimizer)
         clamp_gates_(self.trainer.model)
         if self.trainer.average is not None:
             self.trainer.average.update(self.trainer.model, state.global_step + 1, self.trainer.pruner.masks)

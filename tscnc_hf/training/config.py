@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from dataclasses import dataclass, field, fields
 
 from transformers import TrainingArguments
 
 from tscnc_hf.method.adversary import ADVERSARIES
+from tscnc_hf.method.allocation import SCOPES
 from tscnc_hf.method.constraints import CNC_FORMS
+from tscnc_hf.method.criteria import criterion_names, find_criterion
 from tscnc_hf.method.objectives import OBJECTIVES
 from tscnc_hf.method.pixels import pixel_quantity
-from tscnc_hf.method.pruning import CRITERIA, SCOPES
+from tscnc_hf.method.schedule import SCHEDULES
+from tscnc_hf.method.structures import KINDS
 from tscnc_hf.method.threat import NORMS
+from tscnc_hf.method.unit_allocation import UNIT_SCOPES
+
+
+UNSTRUCTURED = "unstructured"
+UNITS = {"units": KINDS} | {kind: (kind,) for kind in KINDS}
 
 
 def _knob(default, help: str, **kwargs):
@@ -64,12 +74,32 @@ class TSCNCConfig(TrainingArguments):
 
     Parameters that control pruning (sparsity is the fraction of zeros among the prunable weights):
         target_sparsity (`float`, *optional*, defaults to 0): in [0, 1); 0 trains dense.
+        pruning_schedule (`str`, *optional*, defaults to `"cubic"`): how sparsity rises, "cubic", "linear" or
+            "one-shot" (all of it at pruning_start).
         pruning_start, pruning_end (`float`, *optional*, default to 0.25 and 0.75): fractions of training between which
-            sparsity rises; afterwards the masks are frozen and the rest of training fine-tunes.
+            sparsity rises and masks are chosen anew; afterwards the masks are frozen and the rest of training
+            fine-tunes.
         pruning_interval (`int`, *optional*, defaults to 10): steps between two choices of the masks.
-        pruning_scope (`str`, *optional*, defaults to `"global"`): rank weights over the whole model or per "layer".
-        pruning_criterion (`str`, *optional*, defaults to `"magnitude"`).
+        pruning_criterion (`str`, *optional*, defaults to `"magnitude"`): what makes a weight worth keeping,
+            "magnitude", "scaled-magnitude" (in units of its layer's scale), "taylor", "movement", "gates",
+            "learned" (scores that are trained between start and end, with the weights frozen), or one of your own
+            (`register_criterion`).
+        pruning_scope (`str`, *optional*, defaults to `"global"`): rank weights over the whole model; "uniform" (every
+            layer alike), "erk" (Erdos-Renyi-kernel), or "learned" (global, with a learned factor for each layer).
+        pruning_layer_sparsity (`dict`, *optional*): part of a name -> sparsity of those layers; the others share the
+            rest of the total.
+        pruning_layer_floor (`float`, *optional*, defaults to 0): fraction of its weights that every layer keeps.
+        pruning_row_floor (`int`, *optional*, defaults to 0): weights that every row of a matrix keeps at least.
+        pruning_structure (`str`, *optional*, defaults to `"unstructured"`): "N:M" such as "2:4" keeps at most N of M
+            consecutive input channels; "channels", "hidden" (units of an MLP), "heads" or "units" (all three) prunes
+            whole units, which `slim` can then cut out; their sparsity is the target's or up to a unit more.
+        pruning_latent (`bool`, *optional*, defaults to `False`): while the schedule runs, pruned weights go on being
+            trained behind their masks (straight-through) and can return in earnest.
+        pruning_rate_learning_rate (`float`, *optional*, defaults to 0.01): of the layers' factors of scope "learned".
         pruning_exclude (`list[str]`, *optional*): weights with one of these in their name stay dense.
+        pruning_dense_first, pruning_dense_last (`bool`, *optional*, default to `False`): leave the first, the last
+            prunable weight dense.
+        keep_masks (`bool`, *optional*, defaults to `False`): the model is sparse already: its zeros stay.
 
     Parameters that control the rest:
         channels_last (`bool`, *optional*, defaults to `False`): memory format for convolutional networks.
@@ -108,12 +138,28 @@ class TSCNCConfig(TrainingArguments):
     cnc_interval: int = _knob(1, "Steps between two evaluations of the Condition Number Constraint.")
 
     target_sparsity: float = _knob(0.0, "Final fraction of zeros among the prunable weights, in [0, 1).")
+    pruning_schedule: str = _knob("cubic", "How sparsity rises.", choices=tuple(SCHEDULES))
     pruning_start: float = _knob(0.25, "Fraction of training after which pruning begins.")
     pruning_end: float = _knob(0.75, "Fraction of training at which the target is reached and masks are frozen.")
     pruning_interval: int = _knob(10, "Optimizer steps between two choices of the masks.")
-    pruning_scope: str = _knob("global", "Rank weights over the whole model or per layer.", choices=SCOPES)
-    pruning_criterion: str = _knob("magnitude", "What makes a weight worth keeping.", choices=tuple(CRITERIA))
+    pruning_criterion: str = _knob(
+        "magnitude", f"What makes a weight worth keeping: {', '.join(criterion_names())}, or one that was registered."
+    )
+    pruning_scope: str = _knob("global", "How zeros are shared among the layers.", choices=SCOPES)
+    pruning_layer_sparsity: dict | str | None = _knob(
+        None, 'Sparsity of single layers, as JSON: {"part of a name": 0.5}; the others share the rest.'
+    )
+    pruning_layer_floor: float = _knob(0.0, "Fraction of its weights that every layer keeps.")
+    pruning_row_floor: int = _knob(0, "Weights that every row of a matrix keeps at least.")
+    pruning_structure: str = _knob(
+        UNSTRUCTURED, f'"{UNSTRUCTURED}", "N:M" such as "2:4", or whole units: {", ".join(UNITS)}.'
+    )
+    pruning_latent: bool = _knob(False, "Train pruned weights on behind their masks while the schedule runs.")
+    pruning_rate_learning_rate: float = _knob(0.01, 'Learning rate of the factors of pruning_scope "learned".')
     pruning_exclude: list[str] = _knob([], "Weights with one of these in their name stay dense.")
+    pruning_dense_first: bool = _knob(False, "Leave the first prunable weight dense.")
+    pruning_dense_last: bool = _knob(False, "Leave the last prunable weight dense.")
+    keep_masks: bool = _knob(False, "The model is sparse already: its zeros stay.")
 
     channels_last: bool = _knob(False, "Memory format for convolutional networks: 1.2 to 1.4 times faster.")
     fold_batch_norm: bool = _knob(True, "Attack a copy with batch norms folded into convolutions: cheaper, the same.")
@@ -130,8 +176,13 @@ class TSCNCConfig(TrainingArguments):
         self.epsilon = pixel_quantity("epsilon", self.epsilon, self.norm)
         if self.attack_step_size is not None:
             self.attack_step_size = pixel_quantity("attack_step_size", self.attack_step_size, self.norm)
-        for name in ("objective", "adversary", "norm", "tsc_on", "cnc_form", "pruning_scope", "pruning_criterion"):
+        for name in ("objective", "adversary", "norm", "tsc_on", "cnc_form", "pruning_scope", "pruning_schedule"):
             _check_choice(name, getattr(self, name), type(self).__dataclass_fields__[name].metadata["choices"])
+        find_criterion(self.pruning_criterion)
+        self.pruning_layer_sparsity = _layer_sparsity(self.pruning_layer_sparsity)
+        pattern(self.pruning_structure)
+        if self.pruning_structure in UNITS:
+            self._check_units()
         if self.adversary == "n-fgsm" and self.norm != "linf":
             raise ValueError("adversary='n-fgsm' is defined for norm='linf' only; use 'fgsm-rs' or 'pgd'")
         if self.objective != "natural" and self.adversary == "none":
@@ -142,7 +193,7 @@ class TSCNCConfig(TrainingArguments):
 
         for name in ("attack_steps", "pruning_interval", "cnc_interval"):
             _check_range(name, getattr(self, name), low=1)
-        for name in ("tsc_a", "cnc_ridge", "gate_learning_rate"):
+        for name in ("tsc_a", "cnc_ridge", "gate_learning_rate", "pruning_rate_learning_rate"):
             _check_range(name, getattr(self, name), low=0, low_open=True)
         for name in (
             "eval_attack_steps",
@@ -152,11 +203,13 @@ class TSCNCConfig(TrainingArguments):
             "gate_l0",
             "gate_l2",
             "awp_gamma",
+            "pruning_row_floor",
         ):
             _check_range(name, getattr(self, name), low=0)
         _check_range("gate_drop_rate", self.gate_drop_rate, low=0, high=1, low_open=True, high_open=True)
         for name in ("epsilon_warmup", "awp_start"):
             _check_range(name, getattr(self, name), low=0, high=1)
+        _check_range("pruning_layer_floor", self.pruning_layer_floor, low=0, high=1, high_open=True)
         _check_range("ema_decay", self.ema_decay, low=0, high=1, high_open=True)
         _check_range("target_sparsity", self.target_sparsity, low=0, high=1, high_open=True)
         _check_range("pruning_start", self.pruning_start, low=0, high=1)
@@ -166,10 +219,30 @@ class TSCNCConfig(TrainingArguments):
                 f"pruning_end={self.pruning_end} lies before pruning_start={self.pruning_start}; both are fractions "
                 "of training in [0, 1], start first"
             )
+        learns = find_criterion(self.pruning_criterion).learned or self.pruning_scope == "learned"
+        gathers = find_criterion(self.pruning_criterion).gathers
+        if self.target_sparsity > 0 and (learns or gathers) and self.pruning_end == self.pruning_start:
+            raise ValueError(
+                f"pruning_criterion={self.pruning_criterion!r} with pruning_scope={self.pruning_scope!r} learns from "
+                "the steps between pruning_start and pruning_end, which are the same here: let pruning_end be later"
+            )
         if self.deepspeed is not None:
             raise ValueError(
                 "deepspeed is not supported: the constraints need whole weights; use DDP (accelerate launch)"
             )
+
+    def _check_units(self) -> None:
+        if self.pruning_scope not in UNIT_SCOPES:
+            raise ValueError(
+                f"pruning_scope={self.pruning_scope!r} does not go with pruning_structure={self.pruning_structure!r}; "
+                f"use one of {', '.join(UNIT_SCOPES)}"
+            )
+        for name in ("pruning_layer_sparsity", "pruning_layer_floor", "pruning_row_floor"):
+            if getattr(self, name):
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} is for single weights and does not go with "
+                    f"pruning_structure={self.pruning_structure!r}, which keeps one unit of each group anyway"
+                )
 
     def method_dict(self) -> dict:
         """The options of this class and those of `TrainingArguments` that shape a run, as plain JSON types."""
@@ -182,6 +255,39 @@ class TSCNCConfig(TrainingArguments):
         hidden = ("remove_unused_columns", "logging_nan_inf_filter", "ddp_find_unused_parameters")
         plain = self.to_dict()
         return {name: plain[name] for name in (*own, *upstream) if name not in hidden}
+
+
+def pattern(structure: str) -> tuple[int, int] | None:
+    """
+    (n, m) of "N:M", None of any other structure that has a name.
+
+    Raises:
+        ValueError: neither, or n is not less than m.
+    """
+    if structure in (UNSTRUCTURED, *UNITS):
+        return None
+    found = re.fullmatch(r"(\d+):(\d+)", structure)
+    if found is None:
+        names = ", ".join((UNSTRUCTURED, *UNITS))
+        raise ValueError(f'pruning_structure={structure!r} is unknown; use one of {names}, or "N:M" such as "2:4"')
+    n, m = int(found[1]), int(found[2])
+    if not 0 < n < m:
+        raise ValueError(f"pruning_structure={structure!r} keeps {n} of {m}; N must be at least 1 and less than M")
+    return n, m
+
+
+def _layer_sparsity(value: dict | str | None) -> dict[str, float]:
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"pruning_layer_sparsity={value!r} is not JSON: {error}") from error
+    value = {} if value is None else value
+    if not isinstance(value, dict):
+        raise ValueError(f"pruning_layer_sparsity={value!r}: give a map from parts of names to fractions of zeros")
+    for name, share in value.items():
+        _check_range(f"pruning_layer_sparsity of {name!r}", share, low=0, high=1)
+    return {str(name): float(share) for name, share in value.items()}
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 from tscnc_hf.evaluation.curve import default_epsilons, security_curve
 from tscnc_hf.evaluation.lipschitz import evaluate_lipschitz
 from tscnc_hf.evaluation.robustness import evaluate_robustness
-from tscnc_hf.method.pruning import sparsity_report
+from tscnc_hf.method.sparsity import sparsity_report
 from tscnc_hf.method.spectrum import spectral_report
 
 

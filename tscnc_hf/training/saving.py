@@ -19,7 +19,8 @@ from tscnc_hf.artifact.checkpoint import save_sparse
 from tscnc_hf.artifact.state import STATE_FILE, load_state, save_state
 from tscnc_hf.method.averaging import WeightAverage
 from tscnc_hf.method.gates import gated_layers
-from tscnc_hf.method.pruning import Pruner, sparsity_report
+from tscnc_hf.method.pruning import Pruner
+from tscnc_hf.method.sparsity import sparsity_report
 from tscnc_hf.method.spectrum import spectral_report
 from tscnc_hf.training.config import TSCNCConfig
 from tscnc_hf.training.results import file_sizes
@@ -36,13 +37,13 @@ def save_method_state(
     average: WeightAverage | None = None,
 ) -> None:
     """
-    Masks, scales, gates and averages: what a resumed run needs beside the weights; schedules follow from the step.
+    Masks and what chooses them, scales, gates and averages: what a resumed run needs beside the weights; schedules
+    follow from the step.
 
     The checkpoint's own weights have the gates folded in, so that whoever loads it has the model that was evaluated;
     the unfolded weights of gated layers are kept here.
     """
-    tensors = {f"mask.{name}": mask for name, mask in pruner.masks.items()}
-    tensors |= {f"scale.{name}": scale for name, scale in scales.items()}
+    tensors = pruner.state() | {f"scale.{name}": scale for name, scale in scales.items()}
     for name, layer in gated_layers(model).items():
         tensors |= {f"gate.{name}": layer.gate.log_alpha.detach(), f"gated.{name}": layer.weight.detach()}
     if average is not None:
@@ -55,10 +56,10 @@ def load_method_state(
     folder: str | os.PathLike, model: nn.Module, pruner: Pruner, average: WeightAverage | None = None
 ) -> dict[str, Tensor]:
     """
-    Give masks to the pruner, gates and unfolded weights to the model, averages to `average`; return the scales.
+    Give its state to the pruner, gates and unfolded weights to the model, averages to `average`; return the scales.
 
     Raises:
-        ValueError: masks, gates or averages are not those of this model.
+        ValueError: masks, gates or averages are not those of this model, or the run prunes in another way.
     """
     tensors, _ = load_state(Path(folder) / STATE_FILE)
     device = next(model.parameters()).device
@@ -80,7 +81,7 @@ def load_method_state(
         )
     if average is not None:
         average.load(averages)
-    pruner.masks_from(part("mask."))
+    pruner.load_state({name: value.to(device) for name, value in tensors.items()})
     for name, layer in layers.items():
         layer.gate.log_alpha.copy_(gates[name])
         layer.weight.copy_(weights[name])

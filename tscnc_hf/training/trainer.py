@@ -25,11 +25,11 @@ from tscnc_hf.method.matrices import weight_matrices
 from tscnc_hf.method.objectives import objective_terms
 from tscnc_hf.method.perturbation import perturbed_model
 from tscnc_hf.method.pixels import LogitsFn, attack_mode, normalisation, pixel_logits
-from tscnc_hf.method.pruning import Pruner
 from tscnc_hf.method.spectrum import spectral_report
 from tscnc_hf.training.callbacks import MethodCallback
 from tscnc_hf.training.checks import check_datasets, check_terms
 from tscnc_hf.training.config import TSCNCConfig
+from tscnc_hf.training.gradual import build_pruner, with_dense_ends
 from tscnc_hf.training.metrics import robust_accuracy_metrics
 from tscnc_hf.training.publishing import PublishingTrainer
 
@@ -88,11 +88,12 @@ class TSCNCTrainer(PublishingTrainer):
             raise ValueError("model is missing: pass a module, a folder or a Hub id")
         self.pixel_mean, self.pixel_std = normalisation(model, processing_class)
         check_datasets(model, train_dataset, eval_dataset, data_collator or collate)
-        self.pruner = Pruner(weight_matrices(model, args.pruning_exclude), args.pruning_criterion, args.pruning_scope)
+        args = with_dense_ends(model, args)
         if args.channels_last:
             model.to(memory_format=torch.channels_last)
         if args.tsc_on == "gates" and not gated_layers(model):
             attach_gates(model, args.gate_layers, args.gate_drop_rate, seeded_generator("cpu", args.seed, "gates"))
+        self.pruner = build_pruner(model, args)
         super().__init__(
             model,
             args,
@@ -233,8 +234,10 @@ class TSCNCTrainer(PublishingTrainer):
         return super()._clip_grad_norm(model)
 
     def masks_frozen(self) -> bool:
-        """Whether the schedule has ended, as of the step being taken."""
+        """Whether the masks are final, as of the step being taken."""
         args = self.args
+        if args.keep_masks and args.target_sparsity == 0:
+            return True
         return args.target_sparsity > 0 and self.state.global_step >= round(args.pruning_end * self.state.max_steps)
 
     def get_decay_parameter_names(self, model) -> list[str]:
@@ -259,7 +262,7 @@ class TSCNCTrainer(PublishingTrainer):
             self.check_terms()
             for name, total in self._term_sums.items():
                 logs[name] = (self.accelerator.reduce(total, "mean") / self._steps).item()
-            if self.args.target_sparsity > 0:
+            if self.args.target_sparsity > 0 or self.args.keep_masks:
                 logs["sparsity"] = self.pruner.pruned_count / self.pruner.prunable_count
             if gates := gate_report(self.model).rows:
                 logs["gates_open"] = sum(row.expected_open for row in gates) / sum(row.gates for row in gates)
@@ -307,6 +310,6 @@ class TSCNCTrainer(PublishingTrainer):
         super()._save_checkpoint(model, trial)
 
     def _determine_best_metric(self, metrics, trial) -> bool:
-        if self.pruner.pruned_count < self.pruner.target_count(self.args.target_sparsity):
-            return False  # a model that is less sparse than asked for is no candidate
+        if self.args.target_sparsity > 0 and not self.masks_frozen():
+            return False  # less sparse than asked for, or with masks that are still being chosen: no candidate
         return super()._determine_best_metric(metrics, trial)

@@ -1,0 +1,73 @@
+"""
+A factor for each layer that training learns, so that the layers find their own sparsities under one exact total.
+
+HARP (Zhao and Wressnegger 2023) learns a rate for each layer beside the scores, with a penalty on the total. Here
+(ours) the total is exact by construction: a layer's scores, in units of their root mean square, are multiplied by
+exp(theta) and ranked over the whole network. By the straight-through estimator the loss changes with theta by the sum
+of g w over the weights near the threshold, those that a small change of theta lets in or out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+
+NEAR = 2.0  # a weight counts as near the threshold when its score is within this factor of it
+BETAS, TINY = (0.9, 0.999), 1e-12
+
+
+class LayerRates:
+    """
+    Args:
+        names: of the layers.
+        learning_rate: of theta, which Adam moves: about the change of log(score) in a step.
+    """
+
+    def __init__(self, names: Sequence[str], learning_rate: float = 0.01):
+        self.names, self.learning_rate = list(names), learning_rate
+        self.theta, self.first, self.second = (torch.zeros(len(self.names)) for _ in range(3))
+        self.steps = 0
+        self.near: dict[str, Tensor] = {}
+
+    def weigh(self, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Scores as they are ranked over the network. ValueError when one is negative: factors would not order it."""
+        if any(bool((scores[name] < 0).any()) for name in self.names):
+            raise ValueError("scope 'learned' needs scores >= 0; the criterion 'movement' has negative ones")
+        factors = dict(zip(self.names, self.theta.exp(), strict=True))
+        return {
+            name: scores[name] * (factors[name].to(scores[name]) / scores[name].square().mean().sqrt().clamp(min=TINY))
+            for name in self.names
+        }
+
+    def mark(self, weighed: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> None:
+        """Remember which weights are near the threshold that these masks were cut at."""
+        lowest_kept = [weighed[name][mask].min() for name, mask in masks.items() if bool(mask.any())]
+        threshold = torch.stack(lowest_kept).min() if lowest_kept else torch.tensor(0.0)
+        self.near = {
+            name: (weighed[name] >= threshold / NEAR) & (weighed[name] <= threshold * NEAR) for name in self.names
+        }
+
+    def learn(self, products: Mapping[str, Tensor]) -> None:
+        """One Adam step; `products` holds, for each layer, the sum of g w over the weights marked as near (0-d)."""
+        gradient = torch.stack([products[name].detach().float() for name in self.names])
+        self.theta, self.first, self.second = (part.to(gradient) for part in (self.theta, self.first, self.second))
+        self.steps += 1
+        self.first = BETAS[0] * self.first + (1 - BETAS[0]) * gradient
+        self.second = BETAS[1] * self.second + (1 - BETAS[1]) * gradient.square()
+        first, second = self.first / (1 - BETAS[0] ** self.steps), self.second / (1 - BETAS[1] ** self.steps)
+        self.theta = self.theta - self.learning_rate * first / (second.sqrt() + TINY)
+        self.theta -= self.theta.mean()  # a factor common to all layers changes no ranking
+
+    def state(self) -> dict[str, Tensor]:
+        near = {f"near.{name}": mask for name, mask in self.near.items()}
+        return near | {
+            "theta": self.theta, "first": self.first, "second": self.second, "steps": torch.tensor(self.steps)
+        }  # fmt: skip
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        self.theta, self.first, self.second = (state[key] for key in ("theta", "first", "second"))
+        self.steps = int(state["steps"])
+        self.near = {key.removeprefix("near."): value for key, value in state.items() if key.startswith("near.")}

@@ -1,0 +1,74 @@
+"""What is zero in a model: a report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from torch import nn
+
+from tscnc_hf.method.matrices import full_tensor, weight_matrices
+
+
+@dataclass(frozen=True)
+class LayerSparsity:
+    """Zeros of one prunable weight; `sparsity` is the fraction of zeros."""
+
+    name: str
+    shape: tuple[int, ...]
+    numel: int
+    zeros: int
+    sparsity: float
+
+
+@dataclass(frozen=True)
+class SparsityReport:
+    """
+    Zeros per prunable weight and in all. Fractions are fractions of zeros.
+
+    Attributes:
+        rows: one per prunable weight.
+        prunable, zeros, sparsity: over the prunable weights.
+        parameters, parameter_zeros, parameter_sparsity: over all parameters.
+    """
+
+    rows: tuple[LayerSparsity, ...]
+    prunable: int
+    zeros: int
+    sparsity: float
+    parameters: int
+    parameter_zeros: int
+    parameter_sparsity: float
+
+    def to_dict(self) -> dict:
+        return asdict(self) | {"rows": [asdict(row) | {"shape": list(row.shape)} for row in self.rows]}
+
+    def to_markdown(self) -> str:
+        lines = ["| weight | shape | zeros | sparsity |", "| --- | --- | ---: | ---: |"]
+        lines += [
+            f"| `{row.name}` | {' x '.join(map(str, row.shape))} | {row.zeros:,} of {row.numel:,} "
+            f"| {row.sparsity:.2%} |"
+            for row in self.rows
+        ]
+        lines.append(f"| all prunable | | {self.zeros:,} of {self.prunable:,} | {self.sparsity:.2%} |")
+        lines.append(
+            f"| all parameters | | {self.parameter_zeros:,} of {self.parameters:,} | {self.parameter_sparsity:.2%} |"
+        )
+        return "\n".join(lines)
+
+
+def sparsity_report(model: nn.Module, exclude: Sequence[str] = ()) -> SparsityReport:
+    """Count the exact zeros of a model, per prunable weight (see `weight_matrices`) and over all parameters."""
+    rows = []
+    for record in weight_matrices(model, exclude):
+        weight = full_tensor(record.weight).detach()
+        zeros = int((weight == 0).sum())
+        rows.append(
+            LayerSparsity(record.name, tuple(weight.shape), weight.numel(), zeros, zeros / max(weight.numel(), 1))
+        )
+    parameters = [full_tensor(parameter).detach() for parameter in model.parameters()]
+    count, all_zeros = sum(p.numel() for p in parameters), sum(int((p == 0).sum()) for p in parameters)
+    prunable, zeros = sum(row.numel for row in rows), sum(row.zeros for row in rows)
+    return SparsityReport(
+        tuple(rows), prunable, zeros, zeros / max(prunable, 1), count, all_zeros, all_zeros / max(count, 1)
+    )
