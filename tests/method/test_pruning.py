@@ -7,9 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tests.method.test_allocation import ARCHITECTURES
 from tscnc_hf.method.allocation import Allocation
 from tscnc_hf.method.averaging import WeightAverage
 from tscnc_hf.method.criteria import register_criterion
+from tscnc_hf.method.gate_sites import gate_sites
+from tscnc_hf.method.gates import attach_gates
 from tscnc_hf.method.matrices import weight_matrices
 from tscnc_hf.method.pruning import Pruner
 from tscnc_hf.method.sparsity import sparsity_report
@@ -498,3 +501,34 @@ def test_the_state_of_another_way_of_pruning_is_refused():
             other.load_state(pruner.state())
     with pytest.raises(ValueError, match="scope='learned'"):
         Pruner(weight_matrices(model), "learned", "learned").load_state(pruner.state())
+
+
+# ---- every criterion on every architecture ----
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("criterion", ["magnitude", "scaled-magnitude", "taylor", "movement", "gates", "learned"])
+def test_exact_for_every_criterion(criterion, name):
+    model = ARCHITECTURES[name]()
+    if criterion == "gates":
+        if not gate_sites(model):
+            pytest.skip(f"{name} has no place for gates")
+        attach_gates(model)
+    pruner = Pruner(weight_matrices(model), criterion)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    pruner.begin(optimizer)
+    x = torch.rand(4, 3, *((8, 8) if name == "vit" else (32, 32)))
+    for sparsity in (0.6, 0.985):
+        output = model(x)
+        F.cross_entropy(output if isinstance(output, torch.Tensor) else output.logits, torch.arange(4)).backward()
+        pruner.freeze_others(model)
+        pruner.before_step()
+        optimizer.step()
+        optimizer.zero_grad()
+        pruner.after_step()
+        pruner.update(sparsity)
+        pruner.apply_()
+        assert zeros(model) == pruner.pruned_count == pruner.target_count(sparsity)
+    pruner.finish(optimizer)
+    pruner.apply_()
+    assert zeros(model) == pruner.target_count(0.985)
