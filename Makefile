@@ -8,7 +8,7 @@ PEERS := .peers
 PEER_PACKAGES := torchattacks==3.5.1 foolbox==3.3.4 eagerpy==0.30.0 GitPython gitdb smmap \
 	adversarial-robustness-toolbox==1.20.1 six
 
-.PHONY: demo test test-peers lint bench-constraints bench-adversary clean
+.PHONY: demo test test-peers lint bench-constraints bench-slimming bench-adversary bench-packing bench-pruning clean
 
 demo: $(STAMP)
 	$(BIN)/python recipes/vit_cifar10.py --config recipes/configs/vit_digits_demo.yaml
@@ -22,8 +22,17 @@ test-peers: $(STAMP) $(PEERS)/.installed
 bench-adversary: $(STAMP) $(PEERS)/.installed
 	PYTHONPATH=$(PEERS) $(BIN)/python tests/benchmarks/adversary.py
 
+bench-pruning: $(STAMP)
+	$(BIN)/python tests/benchmarks/pruning.py
+
 bench-constraints: $(STAMP)
 	$(BIN)/python tests/benchmarks/constraints.py
+
+bench-slimming: $(STAMP)
+	$(BIN)/python tests/benchmarks/slimming.py
+
+bench-packing: $(STAMP)
+	$(BIN)/python tests/benchmarks/packing.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -82,6 +82,18 @@ def make_config(tmp_path):
     return make
 
 
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A stand-in for the Hub that huggingface_hub in this process talks to, with an empty cache."""
+    from tests.hub import LocalHub, connect
+
+    hub = LocalHub()
+    connect(hub, monkeypatch, tmp_path / "hf-home")
+    yield hub
+    hub.shutdown()
+    hub.server_close()
+
+
 # ---- small networks that are trained for real, so that attacks have something to do ----
 
 

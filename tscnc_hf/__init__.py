@@ -13,6 +13,10 @@ _PUBLIC = {
     "sparsity_report": "tscnc_hf.method.sparsity",
     "load_sparse": "tscnc_hf.artifact.checkpoint",
     "save_sparse": "tscnc_hf.artifact.checkpoint",
+    "SparseConfig": "tscnc_hf.artifact.quantizer",
+    "slim": "tscnc_hf.artifact.slim",
+    "load_slim": "tscnc_hf.artifact.slim",
+    "flops_report": "tscnc_hf.method.flops",
 }
 __all__ = ["__version__", *_PUBLIC]
 

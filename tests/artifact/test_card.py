@@ -1,10 +1,11 @@
 import ast
 import json
 import re
+import shlex
 
 import pytest
 import yaml
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 from test_figures import report_dicts, vit_names
 
@@ -44,8 +45,8 @@ def write(folder, **changes):
     return write_card(folder, **(given | changes))
 
 
-def row(text, label):
-    line = next(line for line in text.splitlines() if line.startswith(f"| {label} |"))
+def row(text, label, more=""):
+    line = next(line for line in text.splitlines() if re.match(rf"\| {re.escape(label)}{more} \|", line))
     return [cell.strip() for cell in line.strip("|").split("|")][1:]
 
 
@@ -68,15 +69,16 @@ def test_figures_in_the_card_are_those_given(tmp_path):
     assert row(text, "Largest condition number")[1] == "∞"
     assert row(text, "Rank-deficient matrices") == [f"0 of {len(NAMES)}", f"2 of {len(NAMES) + 2}"]
     for weight in sparsity["rows"]:
-        assert re.search(rf"\| `{re.escape(weight['name'])}`[^|]*\| 64 × 64 \| {weight['zeros']:,} of 4,096 \|", text)
+        cells = row(text.replace("\N{NO-BREAK SPACE}", " "), rf"`{weight['name']}`", r"[^|]*")
+        assert cells[:2] == ["64 × 64", f"{weight['zeros']:,} of 4,096"]
     assert "96.4 % of the clean test images" in text and "55.8 % when each image is attacked with PGD-20" in text
 
 
 def test_sections_come_in_order_and_say_what_the_attacker_may_do(tmp_path):
     text = write(tmp_path, command="tscnc train --epsilon 8/255").read_text(encoding="utf-8")
     marks = ["# someone/vit-digits", "| Clean accuracy", "figures/layers.png", "## Threat model", "## How to load",
-             "## How it was made", "tscnc train --epsilon 8/255", "All settings", "All 13 layers", "## Limits",
-             "## Citation"]  # fmt: skip
+             "## How it was made", "tscnc train --epsilon 8/255", "All settings", "All 13 layers",
+             "## What this model does not promise", "## Citation"]  # fmt: skip
     places = [text.index(mark) for mark in marks]
     assert places == sorted(places)
     threat = text[text.index("## Threat model") : text.index("## How to load")]
@@ -88,13 +90,12 @@ def test_sections_come_in_order_and_say_what_the_attacker_may_do(tmp_path):
 
 
 def test_front_matter_round_trips(tmp_path):
-    path = write(tmp_path, dataset_name="uoft-cs/cifar10", base_model="microsoft/resnet-18", tags=["mine", "tscnc"])
+    given = {"base_model": "microsoft/resnet-18", "license": "mit", "tags": ["mine", "tscnc"]}
+    path = write(tmp_path, dataset_name="uoft-cs/cifar10", **given)
     card = ModelCard.load(path)
     data = yaml.safe_load(card.data.to_yaml())
     assert data["library_name"] == "transformers" and data["pipeline_tag"] == "image-classification"
-    assert (
-        data["license"] == "apache-2.0" and data["metrics"] == ["accuracy"] and data["datasets"] == ["uoft-cs/cifar10"]
-    )
+    assert data["license"] == "mit" and data["metrics"] == ["accuracy"] and data["datasets"] == ["uoft-cs/cifar10"]
     assert data["base_model"] == "microsoft/resnet-18" and data["tags"].count("tscnc") == 1 and "mine" in data["tags"]
     name, results = model_index_to_eval_results(data["model-index"])
     assert name == "someone/vit-digits" and results == card.data.eval_results
@@ -192,10 +193,13 @@ def test_settings_are_all_there_as_yaml(tmp_path):
 
 
 def test_sizes_classes_and_training_figure_when_given(tmp_path):
-    sizes = {"dense_bytes": 800_000, "sparse_bytes": 160_000}
+    sizes = {"dense_bytes": 800_000, "sparse_bytes": 160_000, "limit_bytes": 150_000}
     log = [{"loss": 1.0 / s, "step": s} for s in range(1, 9)]
     text = write(tmp_path, sizes=sizes, log_history=log, class_names=list("abc")).read_text(encoding="utf-8")
-    assert "800 kB" in text and "160 kB" in text and "5.0 times less" in text and "(3 classes)" in text
+    assert row(text, "dense, `model.safetensors`") == ["800 kB", "100.0 %"]
+    assert row(text, "packed, `model.sparse.safetensors`") == ["160 kB", "20.0 %"]
+    assert row(text, "what a lossless file needs at least, values stored raw") == ["150 kB", "18.8 %"]
+    assert "(3 classes)" in text
     assert "figures/training.png" in text and (tmp_path / "figures" / "training.png").stat().st_size > 10_000
 
 
@@ -223,3 +227,36 @@ def test_what_is_missing_is_named(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         write(tmp_path, **changes)
     assert not (tmp_path / "README.md").exists()
+
+
+def test_a_long_command_is_one_that_a_shell_takes(tmp_path):
+    options = [f"--option_{letter} value" for letter in "abcdefghij"]
+    text = write(tmp_path, command=" ".join(["python train.py", *options])).read_text(encoding="utf-8")
+    shown = re.search(r"```bash\n(.*?)\n```", text, re.DOTALL)[1]
+    assert shown.count("\n") == 10 and max(map(len, shown.splitlines())) < 40
+    assert shlex.split(shown.replace("\\\n", "")) == ["python", "train.py", *" ".join(options).split()]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, "(criterion: magnitude; ranked over the whole network) are set to zero, step by step, with a cubic"),
+        ({"pruning_schedule": "one-shot", "pruning_scope": "erk"}, "Erdos-Renyi-kernel) are set to zero, 90.0 % of"),
+        ({"pruning_structure": "2:4", "pruning_criterion": "taylor"}, "(criterion: taylor; ranked over the whole"),
+    ],
+)
+def test_how_weights_were_pruned_is_told(tmp_path, changes, words):
+    text = write(tmp_path, config=CONFIG | changes).read_text(encoding="utf-8")
+    assert words in text and ("pattern 2:4" in text) == ("pruning_structure" in changes)
+
+
+def test_the_metadata_passes_the_checks_of_the_hub(tmp_path, hub):
+    for name, changes in (("a", {}), ("b", {"robustness": None, "dataset_name": None})):
+        card = ModelCard.load(write(tmp_path / name, **changes))
+        card.validate()
+        data = yaml.safe_load(card.data.to_yaml())
+        name, results = model_index_to_eval_results(data["model-index"])
+        assert results == card.data.eval_results and results
+        again = ModelCardData(model_name=name, eval_results=results)
+        assert yaml.safe_load(again.to_yaml())["model-index"] == data["model-index"]
+    assert len(hub.requests("validate-yaml")) == 2

@@ -19,6 +19,7 @@ from transformers import (
     ViTImageProcessor,
 )
 
+from tscnc_hf import SparseConfig
 from tscnc_hf.artifact import checkpoint
 from tscnc_hf.artifact.checkpoint import (
     SPARSE_FILE,
@@ -137,6 +138,32 @@ def test_the_packed_file_has_the_names_of_the_dense_one_and_is_smaller(make, tmp
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors", SPARSE_FILE]
 
 
+def test_a_timm_folder_has_the_names_of_timm_and_is_read_with_either(tmp_path):
+    model = resnet()
+    save_dense(model, tmp_path)
+    save_sparse(model, tmp_path)
+    plain = load_file(tmp_path / "model.safetensors")
+    assert plain.keys() == {name.removeprefix("timm_model.") for name in model.state_dict()}
+    other = resnet(1)
+    load_weights(other, tmp_path)
+    assert_same_weights(other, model)
+    again = AutoModelForImageClassification.from_pretrained(tmp_path)  # and saved again, it stays as it is
+    save_dense(again, tmp_path)
+    assert load_file(tmp_path / "model.safetensors").keys() == plain.keys() and (tmp_path / SPARSE_FILE).is_file()
+    # as it was written before, and as transformers writes it
+    model.save_pretrained(tmp_path / "prefixed")
+    prefixed = load_file(tmp_path / "prefixed" / "model.safetensors")
+    assert all(name.startswith("timm_model.") for name in prefixed)
+    load_weights(other := resnet(2), tmp_path / "prefixed")
+    assert_same_weights(other, model)
+    checkpoint.write_sparse_file(prefixed, tmp_path / "prefixed" / SPARSE_FILE)
+    assert_same_weights(load_sparse(tmp_path / "prefixed"), model)
+    found = AutoModelForImageClassification.from_pretrained(
+        tmp_path / "prefixed", variant="sparse", quantization_config=SparseConfig()
+    )
+    assert_same_weights(found, model)
+
+
 @MODELS
 def test_a_stock_loader_stops_at_the_packed_file(make, tmp_path):
     """Else it would go on with random weights and a warning; the file's name is that of a transformers variant."""
@@ -150,13 +177,30 @@ def test_a_stock_loader_stops_at_the_packed_file(make, tmp_path):
 STRANGER = """
 import sys
 sys.modules["tscnc_hf"] = None
-import json, torch
+import json, timm, torch
+from pathlib import Path
 from transformers import AutoModelForImageClassification
 x = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
-for folder in sys.argv[1:]:
+def report(model, logits):
+    zeros = {name.removeprefix("timm_model."): int((p == 0).sum()) for name, p in model.named_parameters()}
+    print(json.dumps([logits.tolist(), zeros, type(model).__module__]))
+for folder in sys.argv[1:3]:
     model = AutoModelForImageClassification.from_pretrained(folder)
-    zeros = {name: int((p == 0).sum()) for name, p in model.named_parameters()}
-    print(json.dumps([model(pixel_values=x).logits.tolist(), zeros, type(model).__module__]))
+    report(model, model(pixel_values=x).logits)
+model = timm.create_model("local-dir:" + sys.argv[2], pretrained=True).eval()
+report(model, model(x))
+def refuses(load):
+    try:
+        load()
+    except Exception as error:
+        print(json.dumps([type(error).__name__, str(error)[:200]]))
+    else:
+        print(json.dumps(["loaded", ""]))
+for folder in sys.argv[3:]:
+    refuses(lambda: AutoModelForImageClassification.from_pretrained(folder, variant="sparse"))
+    refuses(lambda: AutoModelForImageClassification.from_pretrained(folder))
+    if "architecture" in json.loads(Path(folder, "config.json").read_text()):
+        refuses(lambda: timm.create_model("local-dir:" + folder, pretrained=True))
 try:
     import tscnc_hf
 except ImportError:
@@ -164,23 +208,34 @@ except ImportError:
 """
 
 
-def test_a_stranger_without_the_package_loads_the_dense_folder(tmp_path):
+def test_a_stranger_without_the_package_loads_dense_folders_and_no_packed_one(tmp_path):
     models = [vit(), resnet()]
     folders = [save_dense(model, tmp_path / str(i)) for i, model in enumerate(models)]
     assert folders == [tmp_path / "0", tmp_path / "1"]
-    done = subprocess.run(  # one process for both: importing transformers is what takes the time
+    for model, folder in zip(models, folders[:2], strict=True):
+        for options in ({}, {"compression": "zstd"}, {"compression": "zstd", "value_dtype": "fp16"}):
+            packed = tmp_path / f"{folder.name}-{'-'.join(options)}"
+            save_sparse(model, packed, **options)
+            folders.append(packed)
+    done = subprocess.run(  # one process for all: importing transformers is what takes the time
         [sys.executable, "-c", STRANGER, *map(str, folders)],
         capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     *lines, blocked = done.stdout.splitlines()
-    assert blocked == "blocked"
-    for model, line in zip(models, lines, strict=True):
+    assert blocked == "blocked" and len(lines) == 3 + 3 * 2 + 3 * 3
+    for model, line, library in zip(
+        [*models, models[1]], lines[:3], ["transformers.", "transformers.", "timm."], strict=True
+    ):
         found, zeros, module = json.loads(line)
-        assert module.startswith("transformers.")
+        assert module.startswith(library)
         assert torch.allclose(torch.tensor(found), logits(model), atol=1e-5, rtol=0)
-        assert zeros == {name: int((p == 0).sum()) for name, p in model.named_parameters()}
-        assert sum(zeros.values()) > 1000
+        expected = {name.removeprefix("timm_model."): int((p == 0).sum()) for name, p in model.named_parameters()}
+        assert zeros == expected and sum(zeros.values()) > 1000
+    errors = [json.loads(line) for line in lines[3:]]
+    assert {kind for kind, _ in errors} == {"RuntimeError", "OSError"}, errors
+    assert sum("mismatched" in text for _, text in errors) == 6
+    assert sum("no file named model.safetensors" in text for _, text in errors) == 6
 
 
 def test_the_processor_is_saved_beside_the_model(tmp_path):
@@ -239,7 +294,8 @@ def test_shards_are_read_and_replaced(tmp_path, monkeypatch):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
     # and the other way round: a single file left over would be preferred to the shards by every loader
     whole = ViTForImageClassification.save_pretrained
-    monkeypatch.setattr(ViTForImageClassification, "save_pretrained", lambda m, d: whole(m, d, max_shard_size="20KB"))
+    sharded = lambda model, folder, **_: whole(model, folder, max_shard_size="20KB")  # noqa: E731
+    monkeypatch.setattr(ViTForImageClassification, "save_pretrained", sharded)
     save_dense(first, tmp_path)
     assert not (tmp_path / "model.safetensors").exists()
     assert_same_weights(AutoModelForImageClassification.from_pretrained(tmp_path), first)
@@ -273,7 +329,7 @@ def test_an_interrupted_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     save_dense(first, tmp_path)
     save_sparse(first, tmp_path)
 
-    def breaks(self, folder):
+    def breaks(self, folder, **kwargs):
         (Path(folder) / "model.safetensors").write_bytes(b"half of it")
         raise OSError("disk full")
 

@@ -7,6 +7,8 @@ import struct
 import numpy as np
 import pytest
 import torch
+import zstandard
+from safetensors.torch import save_file
 
 from tscnc_hf.artifact import sparse_file
 from tscnc_hf.artifact.sparse_file import (
@@ -48,16 +50,16 @@ def at(positions: list[int], numel: int, value: float = 1.5) -> torch.Tensor:
 
 
 def numpy_reader(path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
-    """Written from the page in the module's docstring alone: name -> (dtype, shape, raw dense bytes)."""
+    """Written from sparse_format.md alone: name -> (dtype, shape, raw dense bytes)."""
     width = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
     names = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "U8": "uint8", "I64": "int64"}
     data = path.read_bytes()
     (length,) = struct.unpack("<Q", data[:8])
     header, body = json.loads(data[8 : 8 + length]), data[8 + length :]
     meta = header.pop("__metadata__")
-    assert (meta["format"], meta["version"]) == ("tscnc_sparse", "1")
+    assert (meta["format"], meta["version"]) == ("tscnc_sparse", "2")
     stored = {}
-    sha = hashlib.sha256("".join(meta[key] + "\n" for key in ("format", "version", "index")).encode())
+    sha = hashlib.sha256("".join(meta[key] + "\n" for key in ("format", "version", "index", "config")).encode())
     for name in sorted(header):
         entry = header[name]
         raw = body[slice(*entry["data_offsets"])]
@@ -66,17 +68,24 @@ def numpy_reader(path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
         sha.update(line.encode() + b"\n" + raw)
     assert sha.hexdigest() == meta["sha256"]
     for name, entry in json.loads(meta["index"]).items():
-        values = stored.pop(name)[2]
-        gaps = stored.pop(name + ".tscnc_gaps")[2]
-        size, position, used = width[entry["dtype"]], 0, 0
-        dense = bytearray(size * math.prod(entry["shape"]))
-        for gap in gaps:
-            position += gap
-            if gap < 255:
-                dense[size * position : size * (position + 1)] = values[size * used : size * (used + 1)]
-                position, used = position + 1, used + 1
-        assert used == entry["nnz"] and 0 <= len(dense) // size - position < 255
-        stored[name] = (entry["dtype"], tuple(entry["shape"]), bytes(dense))
+        values, gaps, kind = stored.pop(name)[2], stored.pop(name + ".tscnc_gaps")[2], entry["dtype"]
+        narrow, numel = entry.get("value_dtype", kind), math.prod(entry["shape"])
+        if entry.get("gaps") == "zstd":
+            gaps = zstandard.ZstdDecompressor().decompress(gaps, max_output_size=entry["gap_bytes"])
+        if entry.get("values") == "zstd":
+            planes = zstandard.ZstdDecompressor().decompress(values, max_output_size=entry["nnz"] * width[narrow])
+            values = np.frombuffer(planes, np.uint8).reshape(width[narrow], -1).T.tobytes()
+        if narrow != kind and narrow == "bfloat16":  # the upper half of a float32
+            values = (np.frombuffer(values, "<u2").astype("<u4") << 16).view("<f4").astype(kind).tobytes()
+        elif narrow != kind:
+            values = np.frombuffer(values, "<f2").astype(kind).tobytes()
+        gaps = np.frombuffer(gaps, np.uint8).astype(np.int64)
+        ends = np.cumsum(gaps + (gaps < 255))
+        at = ends[gaps < 255] - 1
+        assert len(at) == entry["nnz"] and 0 <= numel - (ends[-1] if len(ends) else 0) < 255
+        dense = np.zeros((numel, width[kind]), np.uint8)
+        dense[at] = np.frombuffer(values, np.uint8).reshape(-1, width[kind])
+        stored[name] = (kind, tuple(entry["shape"]), dense.tobytes())
     return stored
 
 
@@ -171,13 +180,13 @@ def test_a_tensor_stays_dense_where_packing_does_not_pay():
     below = torch.cat([torch.ones(79), torch.zeros(21)])
     packed, metadata = pack_tensors({"dense": dense, "other": other, "limit": at_limit, "below": below})
     assert set(packed) == {"dense", "other", "limit", "below", "below" + GAPS}
-    assert list(json.loads(metadata["index"])) == ["below"] and len(packed["below"]) == 79
+    assert list(json.loads(metadata["index"])) == ["below"] and packed["below"].shape == (1, 79)
 
 
 def test_names_that_collide_keep_the_tensor_dense():
     tensors = {"a": torch.zeros(1000), "a" + GAPS: torch.arange(4, dtype=torch.uint8), "b": torch.zeros(1000)}
     packed, metadata = pack_tensors(tensors)
-    assert len(packed["a"]) == 1000 and len(packed["b"]) == 0
+    assert packed["a"].shape == (1000,) and packed["b"].shape == (1, 0)
     assert_same(unpack_tensors(packed, metadata), tensors)
 
 
@@ -215,20 +224,62 @@ def test_fuzz_shapes_and_densities():
         packed, metadata = pack_tensors({"t": tensor})
         packed_at_all += "t" + GAPS in packed
         assert packed["t"].shape == tensor.shape or "t" + GAPS in packed
-        assert packed["t"].shape != tensor.shape or "t" + GAPS not in packed  # a loader of dense weights must notice
+        assert packed["t"].ndim != tensor.ndim or "t" + GAPS not in packed  # a loader of dense weights must notice
         assert sum(t.nbytes for t in packed.values()) <= tensor.nbytes
         assert_same(unpack_tensors(packed, metadata), {"t": tensor})
     assert 100 < packed_at_all < 300  # both ways were met
 
 
-def test_an_independent_reader_reads_the_same(tmp_path):
-    tensors = mixture()
-    found = numpy_reader(write_sparse_file(tensors, tmp_path / SPARSE_FILE))
+@pytest.mark.parametrize("compression", [None, "zstd"])
+def test_an_independent_reader_reads_the_same(compression, tmp_path):
+    tensors = mixture() | {"large": sparse(300, 200, seed=9), "far.large": at([7, 90_000, 500_000], 600_000)}
+    path = write_sparse_file(tensors, tmp_path / SPARSE_FILE, compression=compression)
+    assert_same(read_sparse_file(path), tensors)
+    found = numpy_reader(path)
     assert found.keys() == tensors.keys()
     for name, tensor in tensors.items():
         dtype, shape, raw = found[name]
         assert (f"torch.{dtype}", shape) == (str(tensor.dtype), tuple(tensor.shape))
         assert np.array_equal(np.frombuffer(raw, np.uint8), tensor.reshape(-1).view(torch.uint8).numpy()), name
+
+
+@pytest.mark.parametrize("compression", [None, "zstd"])
+@pytest.mark.parametrize("value_dtype, torch_dtype", [("fp16", torch.float16), ("bf16", torch.bfloat16)])
+def test_an_independent_reader_reads_rounded_values_the_same(compression, value_dtype, torch_dtype, tmp_path):
+    tensors = {"wide": sparse(300, 200, seed=9), "double": sparse(70, 80, dtype=torch.float64), "line": sparse(9000)}
+    path = write_sparse_file(tensors, tmp_path / SPARSE_FILE, compression=compression, value_dtype=value_dtype)
+    expected = {name: tensor.to(torch_dtype).to(tensor.dtype) for name, tensor in tensors.items()}
+    assert_same(read_sparse_file(path), expected)
+    for name, (dtype, _, raw) in numpy_reader(path).items():
+        assert f"torch.{dtype}" == str(expected[name].dtype)
+        assert np.array_equal(np.frombuffer(raw, np.uint8), expected[name].reshape(-1).view(torch.uint8).numpy())
+
+
+def test_version_1_is_still_read(tmp_path):
+    """As tscnc_hf 0.1.0 wrote it: no config, values of shape (length,), a digest of three keys."""
+    tensors = {"bias": at([3, 300], 600), "weight": sparse(30, 40, dtype=torch.bfloat16), "dense": torch.ones(3)}
+    stored, entries = {"dense": tensors["dense"]}, {}
+    for name in ("bias", "weight"):
+        flat = tensors[name].reshape(-1)
+        kept = flat != 0
+        gaps, since = [], 0
+        for value in kept.tolist():
+            if value:
+                gaps += [255] * (since // 255) + [since % 255]
+            since = 0 if value else since + 1
+        gaps += [255] * (since // 255)
+        stored |= {name: flat[kept], name + GAPS: torch.tensor(gaps, dtype=torch.uint8)}
+        kind = str(flat.dtype).removeprefix("torch.")
+        entries[name] = {"shape": list(tensors[name].shape), "dtype": kind, "nnz": int(kept.sum())}
+    meta = {"format": "tscnc_sparse", "version": "1", "index": json.dumps(entries)}
+    header = "".join(meta[key] + "\n" for key in ("format", "version", "index"))
+    path = tmp_path / SPARSE_FILE
+    save_file(stored, path, {**meta, "sha256": tensors_digest(header, stored)})
+    assert_same(read_sparse_file(path), tensors)
+    assert_same(read_sparse_file(path, config="anything: it did not say"), tensors)
+    save_file(stored, path, {**meta, "config": "", "sha256": tensors_digest(header + "\n", stored)})
+    with pytest.raises(ValueError, match="expected format, version, index, sha256"):
+        read_sparse_file(path)
 
 
 def test_size_at_95_percent(tmp_path):
@@ -265,19 +316,36 @@ def test_a_missing_file_is_a_missing_file(tmp_path):
         read_sparse_file(tmp_path / SPARSE_FILE)
 
 
-def test_any_flipped_byte_is_noticed(tmp_path):
-    path = write_sparse_file(mixture(), tmp_path / SPARSE_FILE)
+@pytest.mark.parametrize("compression", [None, "zstd"])
+def test_any_changed_byte_is_noticed(compression, tmp_path):
+    tensors = mixture() | {"large": sparse(60, 50, seed=9), "dead": torch.cat([torch.zeros(2000), torch.ones(500)])}
+    path = write_sparse_file(tensors, tmp_path / SPARSE_FILE, compression=compression)
     whole = path.read_bytes()
     header = 8 + struct.unpack("<Q", whole[:8])[0]
     rng = random.Random(0)
-    places = [*range(8)]
-    places += [rng.randrange(8, header) for _ in range(40)] + [rng.randrange(header, len(whole)) for _ in range(40)]
+    places = [*range(8), header - 1, header, len(whole) - 1]
+    places += [rng.randrange(8, header) for _ in range(120)] + [rng.randrange(header, len(whole)) for _ in range(120)]
     for place in places:
         damaged = bytearray(whole)
-        damaged[place] ^= 1 << rng.randrange(8)
+        damaged[place] ^= rng.randrange(1, 256)
         path.write_bytes(damaged)
-        with pytest.raises(ValueError, match=SPARSE_FILE):
+        with pytest.raises(ValueError, match=f"{SPARSE_FILE}.*save it again"):
             read_sparse_file(path)
+    assert len(places) * 2 > 500
+
+
+def test_padding_that_is_not_blank_is_noticed(tmp_path):
+    """A line feed there is legal JSON, changes nothing, and would be the one byte that nobody checks."""
+    path = write_sparse_file({"w": sparse(30, 40)}, tmp_path / SPARSE_FILE)
+    whole = bytearray(path.read_bytes())
+    length = struct.unpack("<Q", whole[:8])[0]
+    padded = whole[8 : 8 + length].rstrip(b" ") + b" " * 8
+    good = struct.pack("<Q", len(padded)) + padded + whole[8 + length :]
+    path.write_bytes(good)
+    read_sparse_file(path)
+    path.write_bytes(good.replace(b"}" + b" " * 8, b"}" + b" " * 7 + b"\n"))
+    with pytest.raises(ValueError, match="header is damaged"):
+        read_sparse_file(path)
 
 
 def forged(changes: dict, **replaced: torch.Tensor) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -287,7 +355,7 @@ def forged(changes: dict, **replaced: torch.Tensor) -> tuple[dict[str, torch.Ten
     index["t"].update(changes)
     packed.update({{"values": "t", "gaps": "t" + GAPS}[name]: tensor for name, tensor in replaced.items()})
     metadata["index"] = json.dumps(index)
-    header = "".join(metadata[key] + "\n" for key in ("format", "version", "index"))
+    header = "".join(metadata[key] + "\n" for key in ("format", "version", "index", "config"))
     return packed, {**metadata, "sha256": tensors_digest(header, packed)}
 
 
@@ -298,22 +366,36 @@ def test_the_forger_can_make_a_good_file():
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"shape": [2**40, 2**40]}, "cover"),  # would overflow, or fill the memory
-        ({"shape": [10**15]}, "cover"),
+        ({"shape": [2**40, 2**40]}, "impossible"),  # would overflow
+        ({"shape": [10**15]}, "stored bytes can cover"),  # would fill the memory
         ({"shape": [300]}, "cover"),
         ({"shape": [856]}, "cover"),
+        ({"shape": [0, 600]}, "impossible"),
         ({"shape": [-600]}, "impossible"),
         ({"shape": [True, 600]}, "impossible"),
         ({"shape": 600}, "impossible"),
         ({"shape": [600.0]}, "impossible"),
-        ({"nnz": 3}, "count"),
+        ({"shape": [1] * 65 + [600]}, "impossible"),
+        ({"shape": [10**4000, 600]}, "impossible"),
+        ({"shape": [600, 1]}, "expected torch.float32"),
+        ({"nnz": 3}, "counts 3 values"),
         ({"nnz": "2"}, "impossible"),
         ({"nnz": -1}, "impossible"),
         ({"dtype": "float128"}, "dtype 'float128'"),
         ({"dtype": ["float32"]}, "dtype"),
-        ({"dtype": "float64"}, "expected one-dimensional torch.float64"),
+        ({"dtype": "float64"}, "expected torch.float64"),
         ({"extra": 1}, "must have shape"),
+        ({"value_dtype": "float16"}, "expected torch.float16"),
+        ({"value_dtype": "float64"}, "no narrower dtype"),
+        ({"value_dtype": ["float16"]}, "no narrower dtype"),
+        ({"values": "zstd"}, "expected torch.uint8"),
+        ({"values": "lzma"}, "may be 'zstd'"),
+        ({"gaps": "zstd", "gap_bytes": 3}, "zstd frame"),
+        ({"gaps": "zstd", "gap_bytes": 10**12}, "more than shape"),
+        ({"gaps": "zstd"}, "impossible"),
+        ({"gap_bytes": 3}, "with gap_bytes"),
     ],
+    ids=lambda value: str(value)[:30],
 )
 def test_an_index_that_contradicts_the_tensors_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
@@ -325,10 +407,10 @@ def test_an_index_that_contradicts_the_tensors_is_refused(changes, message):
     [
         ({"gaps": torch.tensor([3, 255], dtype=torch.uint8)}, "count"),
         ({"gaps": torch.tensor([3, 255, 41, 255, 255], dtype=torch.uint8)}, "cover"),
-        ({"gaps": torch.tensor([3, 255, 41], dtype=torch.int16)}, "expected one-dimensional"),
-        ({"values": torch.ones(3)}, "count"),
-        ({"values": torch.tensor([1.0, 0.0])}, "a zero is stored"),
-        ({"values": torch.ones(1, 2)}, "expected one-dimensional"),
+        ({"gaps": torch.tensor([3, 255, 41], dtype=torch.int16)}, "one-dimensional torch.uint8"),
+        ({"values": torch.ones(1, 3)}, "counts 2 values and 3 are stored"),
+        ({"values": torch.tensor([[1.0, 0.0]])}, "a zero is stored"),
+        ({"values": torch.ones(2)}, r"expected torch.float32 \(1, 2\)"),
     ],
 )
 def test_parts_that_contradict_each_other_are_refused(replaced, message):
@@ -336,7 +418,7 @@ def test_parts_that_contradict_each_other_are_refused(replaced, message):
         unpack_tensors(*forged({}, **replaced))
 
 
-@pytest.mark.parametrize("key, value", [("format", "pt"), ("version", "2"), ("version", ""), ("sha256", "0" * 64)])
+@pytest.mark.parametrize("key, value", [("format", "pt"), ("version", "3"), ("version", ""), ("sha256", "0" * 64)])
 def test_other_metadata_is_refused(key, value):
     packed, metadata = pack_tensors(mixture())
     with pytest.raises(ValueError, match="digest" if key == "sha256" else key):

@@ -309,8 +309,6 @@ def test_a_compiled_model_is_attacked_as_the_eager_one(adversary, batch):
     with attack_mode(model):
         for form in (model, torch.compile(model, backend="aot_eager")):
             forward, generator = pixel_logits(form, [0.5], [0.25]), seeded_generator("cpu", 1)
-            images.append(
-                craft(adversary, forward, x, y, epsilon=0.1, steps=2, step_size=None, generator=generator)
-            )
+            images.append(craft(adversary, forward, x, y, epsilon=0.1, steps=2, step_size=None, generator=generator))
     torch.testing.assert_close(images[1], images[0], rtol=0, atol=1e-5)
     assert all(parameter.grad is None for parameter in model.parameters())

@@ -21,7 +21,6 @@ from transformers import (
 
 from tscnc_hf import evaluate_robustness
 from tscnc_hf.artifact.checkpoint import save_sparse
-from tscnc_hf.cli import main
 from tscnc_hf.training.evaluating import EvaluationArguments, evaluate_model
 from tscnc_hf.training.models import input_format, load_model
 
@@ -147,20 +146,6 @@ def test_other_settings_in_the_same_folder(folders, tmp_path):
     evaluate_model(options(folders["dense"], tmp_path))
     with pytest.raises(SystemExit, match="another epsilon, .*give another folder"):
         evaluate_model(options(folders["dense"], tmp_path, epsilon="0.03"))
-
-
-def test_commands(capsys):
-    main(["--help"])
-    assert "tscnc evaluate --model" in capsys.readouterr().out
-    main(["--version"])
-    assert capsys.readouterr().out.startswith("tscnc-hf ")
-    with pytest.raises(SystemExit) as stop:
-        main(["prune"])
-    assert stop.value.code == 2 and "'prune' is no command; use one of evaluate" in capsys.readouterr().err
-    with pytest.raises(SystemExit) as stop:
-        main(["evaluate", "--help"])
-    text = capsys.readouterr().out
-    assert stop.value.code == 0 and "usage: tscnc evaluate" in text and "--epsilon" in text
 
 
 def test_the_format_that_a_model_takes(folders, build):

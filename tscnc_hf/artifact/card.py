@@ -9,32 +9,28 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.utils import yaml_dump
 
 from tscnc_hf.artifact import figures, robustness_figures
 from tscnc_hf.artifact.atomic import atomic_file
-from tscnc_hf.artifact.figures import by_layer, format_kappa, format_percent, number
+from tscnc_hf.artifact.card_tables import KAPPAS, NOT_YET, evaluation_results, layer_table, results_table, size_table
+from tscnc_hf.artifact.figures import format_kappa, format_percent
 from tscnc_hf.artifact.words import (
     attack_label,
-    format_bytes,
     format_pixels,
     is_hub_id,
     plain,
     settings_text,
+    used_settings,
     without_paths,
+    wrapped_command,
 )
 
 
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
+CARD_MARK = "Written by tscnc_hf"  # in a comment of the template: who wrote a card, when it is to be overwritten
 TOTALS = ("rows", "prunable", "zeros", "sparsity", "parameters", "parameter_zeros", "parameter_sparsity")
-KAPPAS = {
-    "Median effective condition number": "median_effective_condition_number",
-    "Largest effective condition number": "max_effective_condition_number",
-    "Median condition number": "median_condition_number",
-    "Largest condition number": "max_condition_number",
-}
-NOT_YET = "not evaluated yet"
 
 
 def write_card(
@@ -45,11 +41,11 @@ def write_card(
     sparsity: Mapping[str, Any],
     spectrum: Mapping[str, Any],
     config: Mapping[str, Any],
-    dataset_name: str,
+    dataset_name: str | None,
     dataset_split: str = "test",
     class_names: Sequence[str] | None = None,
     base_model: str | None = None,
-    license: str | None = "apache-2.0",
+    license: str | None = None,
     tags: Iterable[str] = (),
     command: str | None = None,
     log_history: Iterable[Mapping[str, Any]] | None = None,
@@ -57,10 +53,12 @@ def write_card(
     gates: Mapping[str, Any] | None = None,
     curve: Mapping[str, Any] | None = None,
     examples: Mapping[str, Any] | None = None,
+    kept_figures: Iterable[str] = (),
     dense: Mapping[str, Any] | None = None,
     sizes: Mapping[str, int] | None = None,
     versions: Mapping[str, str] | None = None,
     notes: Sequence[str] = (),
+    own_widths: bool = False,
 ) -> Path:
     """Write README.md, figures/layers.png and, if there is something to draw, further figures into `folder`.
 
@@ -70,18 +68,22 @@ def write_card(
             the card then says so and holds no accuracy.
         sparsity, spectrum: the two reports as dicts (sparsity = fraction of zeros; an infinite number is "inf").
         config: the flat training configuration; tokens, empty values and folders of this machine are left out.
-        dataset_name: a Hub id ("user/name"), or a plain name or a local folder, which stays out of `datasets`.
+        dataset_name: a Hub id ("user/name"), or a plain name or a local folder, which stays out of `datasets`; None
+            where it is not known.
         base_model: the model that training started from, if any; only a Hub id reaches the metadata.
+        license: an identifier of the Hub, such as "apache-2.0".
         command: the command line that trained the model.
         log_history: `trainer.state.log_history`.
         lipschitz: `LipschitzReport.to_dict()`, if it was measured.
         gates: `GateReport.to_dict()` of the gates that were folded into the weights, if there were any.
         curve: `SecurityCurve.to_dict()`, drawn as figures/security_curve.png.
         examples: keyword arguments of `examples_figure`, drawn as figures/adversarial_examples.png.
+        kept_figures: "training", "adversarial_examples": figures that lie there and are shown as they are.
         dense: the `{"robustness", "sparsity", "spectrum", "lipschitz", "curve"}` of a dense twin.
-        sizes: `{"dense_bytes", "sparse_bytes"}` of the two weight files.
+        sizes: `{"dense_bytes", "sparse_bytes", "limit_bytes"}`: of the two weight files, and `storage_limit`.
         versions: library -> version; those of `robustness` when left out.
-        notes: further sentences for the limits.
+        notes: further sentences for what the model does not promise.
+        own_widths: the widths of its layers are recorded in config.json, and only this library can build it.
 
     Returns:
         the path of README.md.
@@ -102,7 +104,8 @@ def write_card(
         _check("gates", gates, ("gates", "closed", "rows"))
     dense = {key: (dense or {}).get(key) for key in ("robustness", "sparsity", "spectrum", "lipschitz", "curve")}
     config = {key: plain(value) for key, value in config.items() if _is_worth_keeping(key, value)}
-    dataset_hub, dataset = is_hub_id(dataset_name), without_paths(str(dataset_name))
+    settings = used_settings(config)
+    dataset_hub, dataset = is_hub_id(dataset_name), without_paths(str(dataset_name)) if dataset_name else ""
 
     folder = Path(folder)
     twin = dense if dense["spectrum"] else None
@@ -124,9 +127,10 @@ def write_card(
         base_model=base_model if is_hub_id(base_model) else None,
         datasets=[dataset] if dataset_hub else None,
         metrics=["accuracy"] if robustness else None,
-        tags=[*_tags(sparsity, config), *tags],
+        tags=[*_tags(robustness, sparsity, config), *tags],
         model_name=model_name,
-        eval_results=evaluation_results(robustness, sparsity, spectrum, dataset, dataset_split),
+        # the Hub wants a data set of every result
+        eval_results=evaluation_results(robustness, sparsity, spectrum, dataset or "unknown", dataset_split),
     )
     card = ModelCard.from_template(
         card_data,
@@ -140,10 +144,10 @@ def write_card(
         lipschitz=lipschitz,
         gates=gates,
         curve=curve,
-        examples=examples is not None,
+        examples=examples is not None or "adversarial_examples" in kept_figures,
         layers=layer_table(sparsity, spectrum),
         config=config,
-        config_yaml=yaml_dump(config, sort_keys=False).strip(),
+        config_yaml=yaml_dump(settings, sort_keys=False).strip(),
         dataset=dataset,
         dataset_hub=dataset_hub,
         split=dataset_split,
@@ -151,9 +155,11 @@ def write_card(
         base_model=without_paths(str(base_model)) if base_model else "",
         base_model_hub=is_hub_id(base_model),
         model_hub=is_hub_id(model_name),
-        command=without_paths(command) if command else "",
-        training_figure=training is not None,
-        sizes=sizes,
+        command=wrapped_command(without_paths(command)) if command else "",
+        training_figure=training is not None or "training" in kept_figures,
+        sizes=size_table(sizes) if sizes else [],
+        packed=bool(sizes) and 0 < sizes.get("sparse_bytes", 0) < sizes.get("dense_bytes", math.inf),
+        own_widths=own_widths,
         versions=plain(versions or (robustness or {}).get("versions") or {}),
         notes=[without_paths(str(note)) for note in notes],
         attack_label=attack_label,
@@ -161,7 +167,6 @@ def write_card(
         pixels=format_pixels,
         percent=format_percent,
         kappa=format_kappa,
-        size=format_bytes,
         not_yet=NOT_YET,
     )
     text = re.sub(r"\n{3,}", "\n\n", str(card)).rstrip() + "\n"  # an absent part leaves no hole
@@ -170,106 +175,12 @@ def write_card(
     return folder / "README.md"
 
 
-def evaluation_results(
-    robustness: Mapping[str, Any] | None, sparsity: Mapping, spectrum: Mapping, dataset: str, split: str
-) -> list[EvalResult]:
-    """The entries of model-index: one an attack, the two sparsities, the median effective condition number."""
-    same = dict(task_type="image-classification", task_name="Image classification")
-    same |= dict(dataset_type=dataset, dataset_name=dataset, dataset_split=split)
-    threat = (robustness or {}).get("threat_model", {})
-    results = []
-    for attack in (robustness or {}).get("attacks", ()):
-        name, args = "Clean accuracy", {"attack": attack["name"]}
-        if attack["name"] != "clean":
-            ball = f"{threat.get('norm', 'linf')}, epsilon {threat.get('epsilon')}"
-            name = f"Robust accuracy under {attack_label(attack['name'])} ({ball})"
-            args |= {**threat, **attack.get("parameters", {})}
-        args |= {"n": attack["n"], "correct": attack["correct"], "interval_95": [attack["low"], attack["high"]]}
-        value = attack["accuracy"]
-        results.append(
-            EvalResult(metric_type="accuracy", metric_name=name, metric_value=value, metric_args=args, **same)
-        )
-    rest = (
-        ("sparsity", "Sparsity of the prunable weights", sparsity["sparsity"]),
-        ("sparsity", "Sparsity of all parameters", sparsity["parameter_sparsity"]),
-        (
-            "condition_number",
-            "Median effective condition number",
-            number(spectrum["median_effective_condition_number"]),
-        ),
-    )
-    for kind, name, value in rest:
-        if math.isfinite(value):  # the Hub reads the metadata as JSON, which has no infinity
-            results.append(EvalResult(metric_type=kind, metric_name=name, metric_value=value, **same))
-    return results
-
-
-def results_table(
-    robustness: Mapping[str, Any] | None,
-    sparsity: Mapping,
-    spectrum: Mapping,
-    dense: Mapping[str, Any],
-    lipschitz: Mapping | None = None,
-) -> list[tuple[str, list[str]]]:
-    """Rows of the results table: what is measured, then this model and, if it is there, the dense twin before it."""
-    columns = [(robustness, sparsity, spectrum, lipschitz)]
-    if any(dense.values()):
-        columns.insert(0, (dense["robustness"], dense["sparsity"], dense["spectrum"], dense.get("lipschitz")))
-    by_name = [{attack["name"]: attack for attack in (column[0] or {}).get("attacks", ())} for column in columns]
-    names = list(dict.fromkeys(name for attacks in reversed(by_name) for name in attacks)) or ["clean"]
-    rows = []
-    for name in names:
-        label = "Clean accuracy" if name == "clean" else f"Accuracy under {attack_label(name)}"
-        rows.append((label, [_accuracy(attacks.get(name)) for attacks in by_name]))
-    worst = [(column[0] or {}).get("worst_case") for column in columns]
-    if any(worst):
-        rows.append(("Worst case of these attacks", [_accuracy(attack) for attack in worst]))
-
-    def line(label: str, index: int, text: Any) -> None:
-        rows.append((label, [NOT_YET if column[index] is None else text(column[index]) for column in columns]))
-
-    line("Sparsity of the prunable weights", 1, lambda report: format_percent(report["sparsity"]))
-    line("Sparsity of all parameters", 1, lambda report: format_percent(report["parameter_sparsity"]))
-    for label, key in KAPPAS.items():
-        line(label, 2, lambda report, key=key: format_kappa(report.get(key)))
-    line("Rank-deficient matrices", 2, lambda report: f"{report.get('rank_deficient', 0)} of {len(report['rows'])}")
-    if lipschitz is not None:
-        line("Local Lipschitz constant, median", 3, lambda report: f"at least {report['local_median']:.4g}")
-        line("Product of layer norms, log10", 3, lambda report: f"{number(report['product_log10']):.2f}")
-    return rows
-
-
-def layer_table(sparsity: Mapping[str, Any], spectrum: Mapping[str, Any]) -> list[list[str]]:
-    """Rows of the per-layer table; of a layer with several matrices, the worst value of each column."""
-    zeros, matrices = {row["name"]: row for row in sparsity["rows"]}, by_layer(spectrum)
-    table = []
-    for name in dict.fromkeys((*zeros, *matrices)):
-        row, views = zeros.get(name), matrices.get(name, [])
-        shape = row["shape"] if row else views[0]["shape"]
-        cells = [f"`{name}`" + (f" ({len(views)} matrices)" if len(views) > 1 else ""), " × ".join(map(str, shape))]
-        cells += (
-            [f"{row['zeros']:,} of {row['numel']:,}", format_percent(row["sparsity"])] if row else ["", "not pruned"]
-        )
-        if views:
-            worst = min(views, key=lambda view: view["rank"] / view["full_rank"])
-            for key in ("condition_number", "effective_condition_number", "sigma_max"):
-                cells.append(format_kappa(max(number(view[key]) for view in views)))
-            cells += [f"{worst['rank']} of {worst['full_rank']}", str(sum(view["dead_rows"] for view in views))]
-        table.append(cells + [""] * (9 - len(cells)))
-    return table
-
-
-def _accuracy(attack: Mapping[str, Any] | None) -> str:
-    if attack is None:
-        return NOT_YET
-    low, high = format_percent(attack["low"]), format_percent(attack["high"])
-    return f"{format_percent(attack['accuracy'])} ({low.removesuffix(' %')} to {high})"
-
-
-def _tags(sparsity: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
-    tags = ["tscnc", "image-classification", "robustness"]
+def _tags(robustness: Mapping[str, Any] | None, sparsity: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
+    """What the reports and the settings bear out, and nothing more: the model may be anybody's."""
+    tags = ["tscnc"] if config.get("tsc_weight") or config.get("cnc_weight") or config.get("target_sparsity") else []
+    tags += ["image-classification"] + (["robustness"] if robustness or config else [])
     tags += ["pruning", "sparse"] if sparsity["sparsity"] > 0 else []
-    return tags + ([] if config.get("objective") == "natural" else ["adversarial-training"])
+    return tags + (["adversarial-training"] if config.get("objective", "natural") != "natural" else [])
 
 
 def _is_worth_keeping(key: str, value: Any) -> bool:

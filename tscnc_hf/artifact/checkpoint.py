@@ -9,6 +9,9 @@ key that is missing, unexpected or of another shape is an error.
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
+import math
 import os
 import tempfile
 from collections.abc import Iterator
@@ -19,9 +22,16 @@ from typing import Any
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
-from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, AutoConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+    PreTrainedModel,
+    TimmWrapperForImageClassification,
+)
 
-from tscnc_hf.artifact.sparse_file import SPARSE_FILE, pack_tensors, read_sparse_file, write_sparse_file
+from tscnc_hf.artifact.model_config import read_config
+from tscnc_hf.artifact.narrowed import narrowed
+from tscnc_hf.artifact.sizes import count_nonzero
+from tscnc_hf.artifact.sparse_file import SPARSE_FILE, read_sparse_file, read_sparse_metadata, write_sparse_file
 from tscnc_hf.artifact.state import STATE_FILE, load_state, save_state
 from tscnc_hf.artifact.weights import (
     INDEX_FILE,
@@ -31,12 +41,15 @@ from tscnc_hf.artifact.weights import (
     has_weights,
     load_exactly,
     read_weights,
+    same_tensors,
 )
 
 
 __all__ = [
     "SPARSE_FILE",
     "STATE_FILE",
+    "config_digest",
+    "disk_state",
     "load_sparse",
     "load_state",
     "load_weights",
@@ -46,11 +59,17 @@ __all__ = [
 ]
 
 CONFIG_FILE = "config.json"
+# of config.json, what says nothing of the model that the weights make
+NOT_THE_MODEL = {"_name_or_path", "dtype", "torch_dtype", "transformers_version", "quantization_config", "tscnc"}
+TIMM_PREFIX = "timm_model."
 HOW_TO_PACK = "Make one with tscnc_hf.save_sparse(model, folder)"
 
 
 def save_dense(model: PreTrainedModel, folder: str | os.PathLike, processing_class: Any = None) -> Path:
     """Write the folder that stock `AutoModelForImageClassification.from_pretrained` loads; return its path.
+
+    A timm model gets the names of timm, so that `timm.create_model("local-dir:FOLDER", pretrained=True)` loads it as
+    well; transformers knows both spellings.
 
     The weights keep the model's dtype, pruned weights are written as zeros, and `processing_class` (an image
     processor, say) is saved beside them if it is given. Files are written to a temporary folder inside `folder` and
@@ -78,14 +97,29 @@ def save_dense(model: PreTrainedModel, folder: str | os.PathLike, processing_cla
     return folder
 
 
-def save_sparse(model: PreTrainedModel, folder: str | os.PathLike) -> Path:
+def save_sparse(
+    model: PreTrainedModel,
+    folder: str | os.PathLike,
+    compression: str | None = None,
+    value_dtype: str | None = None,
+) -> Path:
     """Write config.json and the packed `model.sparse.safetensors` into `folder`; return the path of the packed file.
 
-    Its keys are those of the dense checkpoint. `load_sparse` gives the model back bit for bit.
+    Its keys are those of the dense checkpoint. `load_sparse` gives the model back bit for bit, unless `value_dtype` is
+    given. Only 0.0 is left out: -0.0, which `weight * mask` makes of negative weights, is kept as a value
+    (`weight + 0.0` is free of it).
+
+    Args:
+        compression: "zstd" compresses further, without loss, by a fifth or so; whoever reads the file needs zstandard,
+            too (pip install 'tscnc-hf[pack]').
+        value_dtype: "fp16" or "bf16" rounds the values of packed weights, which makes the file about half as large and
+            the model another one: evaluate it again. It keeps its dtype; tensors that are not packed keep their bits.
 
     Raises:
         ValueError: the model is no `PreTrainedModel`, is still reparametrised, or mixes floating dtypes (transformers
-            builds a model in one); or `folder` holds dense weights that differ from the model's.
+            builds a model in one); an unknown option, a value too large for `value_dtype`; or `folder` holds dense
+            weights that differ from what is packed.
+        ImportError: zstandard is not installed.
     """
     folder = Path(folder)
     with _saved(model, folder) as fresh:
@@ -95,14 +129,18 @@ def save_sparse(model: PreTrainedModel, folder: str | os.PathLike) -> Path:
                 f"the model has weights of {sorted(map(str, float_dtypes(tensors)))}; a packed checkpoint holds one "
                 "floating dtype. Convert the model first, e.g. model.to(torch.float32)."
             )
-        if has_weights(folder) and not _same_tensors(read_weights(folder), tensors):
+        path = fresh / SPARSE_FILE
+        options = {"compression": compression, "value_dtype": value_dtype, "config": config_digest(fresh)}
+        write_sparse_file(tensors, path, **options)
+        packed = read_sparse_file(path) if value_dtype else tensors
+        if has_weights(folder) and not same_tensors(read_weights(folder), packed):
             raise ValueError(
-                f"{folder} holds dense weights that are not this model's. Call save_dense(model, folder) first, or "
-                "save into another folder."
+                f"{folder} holds dense weights that are not this model's{', rounded,' if value_dtype else ''} and a "
+                "folder holds one model only. Call save_dense(model, folder) first, or save into another folder."
             )
-        path = write_sparse_file(tensors, folder / SPARSE_FILE)
+        os.replace(path, folder / SPARSE_FILE)
         os.replace(fresh / CONFIG_FILE, folder / CONFIG_FILE)
-    return path
+    return folder / SPARSE_FILE
 
 
 def load_sparse(
@@ -114,21 +152,57 @@ def load_sparse(
     """The model of a packed checkpoint: an ordinary dense `PreTrainedModel`, in eval mode, bit for bit what was saved.
 
     Only config.json and `model.sparse.safetensors` are read, or downloaded (from one commit) if `folder_or_hub_id` is
-    not a folder here; `revision` and `token` are for the Hub.
+    not a folder here; `revision` and `token` are for the Hub. Checked are the digest of the file, that it was saved
+    with this config.json, all names and shapes, and the number of zeros in the finished model.
 
     Raises:
         FileNotFoundError: there is no packed file, or no such folder and no such model on the Hub.
-        ValueError: the file is damaged, its keys or shapes are not those of the model that config.json describes, or
-            config.json describes no image classifier.
+        ValueError: the file is damaged, it is not of the model that config.json describes, or config.json describes no
+            image classifier.
+        ImportError: the file is compressed, and zstandard is not installed.
         OSError: the Hub can not be reached or refuses (huggingface_hub's own errors).
     """
     folder = _locate(folder_or_hub_id, revision, token)
-    tensors = read_sparse_file(folder / SPARSE_FILE)
-    config = AutoConfig.from_pretrained(folder)
-    model = build_exactly(_image_classifier(config), config, tensors, folder / SPARSE_FILE)
+    path = folder / SPARSE_FILE
+    read_sparse_metadata(path)  # what is no packed file is told first
+    digest = config_digest(folder)
+    config = read_config(folder)
+    model_class = image_classifier(config)
+    tensors = read_sparse_file(path, digest, _elements(model_class, config))
+    values = sum(map(count_nonzero, tensors.values()))  # now: the model may share memory with the tensors
+    model = build_exactly(model_class, config, tensors, path)
+    _check_zeros(model, values, path)
     # transformers leaves the text "None" here, which a model card would then name as the base model
     model.config.name_or_path = model.name_or_path = str(folder_or_hub_id)
     return model.to(device)
+
+
+def config_digest(folder: str | os.PathLike) -> str:
+    """SHA-256 (hexadecimal) of what a folder's config.json says of its model, as `sparse_format.md` describes.
+
+    Raises:
+        ValueError: the file is no JSON object.
+    """
+    path = Path(folder) / CONFIG_FILE
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        kept = {key: value for key, value in config.items() if key not in NOT_THE_MODEL}
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path}: not a JSON object ({error}). Download it or save it again.") from error
+    return hashlib.sha256(json.dumps(kept, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def disk_state(
+    model: torch.nn.Module, state_dict: dict[str, torch.Tensor] | None = None
+) -> dict[str, torch.Tensor] | None:
+    """`state_dict` (by default the model's) for `save_pretrained(state_dict=...)`, a timm model's under timm's names.
+
+    For any other model what was given, None included: transformers renames on its own.
+    """
+    if not isinstance(model, TimmWrapperForImageClassification):
+        return state_dict
+    state_dict = model.state_dict() if state_dict is None else state_dict
+    return {name.removeprefix(TIMM_PREFIX): tensor for name, tensor in state_dict.items()}
 
 
 def load_weights(model: torch.nn.Module, folder: str | os.PathLike) -> None:
@@ -165,26 +239,41 @@ def _saved(model: PreTrainedModel, folder: Path) -> Iterator[Path]:
         )
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as temporary:
-        model.save_pretrained(temporary)
+        model.save_pretrained(temporary, state_dict=disk_state(model))
         yield Path(temporary)
-
-
-def _same_tensors(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return pack_tensors(one)[1] == pack_tensors(other)[1]  # the digest covers names, shapes, dtypes and bits
 
 
 def _remove_other_sparse(path: Path, fresh: Path) -> None:
     if not path.is_file():
         return
     try:
-        same = _same_tensors(read_sparse_file(path), read_weights(fresh))
-    except ValueError:  # damaged: no use to anybody
+        same = same_tensors(read_sparse_file(path, config_digest(fresh)), read_weights(fresh))
+    except (ValueError, ImportError):  # damaged, or unreadable here: nobody can say that it is this model
         same = False
     if not same:
         path.unlink()
 
 
-def _image_classifier(config: Any) -> type[PreTrainedModel]:
+def _elements(model_class: type[PreTrainedModel], config: Any) -> tuple[int, int]:
+    """Between how many and how many elements a file for this model has: wrong by a factor, it is not even decoded.
+
+    Within the factor of two, which leaves room for tied weights, names and shapes are compared, with better words.
+    """
+    with torch.device("meta"):
+        model = narrowed(model_class, config)(copy.deepcopy(config))
+    count = sum(tensor.numel() for tensor in model.state_dict().values())
+    return math.ceil(count / 2), 2 * count
+
+
+def _check_zeros(model: PreTrainedModel, values: int, source: Path) -> None:
+    state = model.state_dict()
+    untied = {(tensor.data_ptr(), tensor.shape): tensor for tensor in state.values()}  # a file has a tied weight once
+    found = [sum(map(count_nonzero, weights.values())) for weights in (state, untied)]
+    if values not in found:
+        raise ValueError(f"{source} holds {values} values that are not zero, the model built from it {found[1]}.")
+
+
+def image_classifier(config: Any) -> type[PreTrainedModel]:
     """The class that `AutoModelForImageClassification` would take; itself it takes no state dict without a name."""
     if type(config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
         raise ValueError(

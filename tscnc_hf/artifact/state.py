@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from tscnc_hf.artifact.atomic import atomic_file
-from tscnc_hf.artifact.sparse_file import own_copy, read_safetensors, tensors_digest
+from tscnc_hf.artifact.sparse_file import own_copy, tensors_digest
+from tscnc_hf.artifact.tensor_file import read_safetensors
 
 
 STATE_FILE = "tscnc_state.safetensors"

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from tscnc_hf.artifact.sparse_file import read_safetensors
+from tscnc_hf.artifact.narrowed import as_plain, narrowed
+from tscnc_hf.artifact.tensor_file import read_safetensors
 
 
 WEIGHTS_FILE = "model.safetensors"
@@ -58,6 +59,16 @@ def float_dtypes(tensors: dict[str, torch.Tensor]) -> set[torch.dtype]:
     return {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
 
 
+def same_tensors(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    """Whether both have the same names, shapes, dtypes and bits (NaN is itself, -0.0 is not 0.0)."""
+    return one.keys() == other.keys() and all(
+        one[name].dtype == other[name].dtype
+        and one[name].shape == other[name].shape
+        and torch.equal(one[name].reshape(-1).view(torch.uint8), other[name].reshape(-1).view(torch.uint8))
+        for name in one
+    )
+
+
 def build_exactly(
     model_class: type[PreTrainedModel], config: Any, tensors: dict[str, torch.Tensor], source: str | os.PathLike
 ) -> PreTrainedModel:
@@ -70,7 +81,7 @@ def build_exactly(
         ValueError: missing, unexpected or mismatched keys, or transformers could not convert one.
     """
     dtypes = float_dtypes(tensors)
-    model, info = model_class.from_pretrained(
+    model, info = narrowed(model_class, config).from_pretrained(
         None,
         config=config,
         state_dict=tensors,
@@ -79,6 +90,7 @@ def build_exactly(
         output_loading_info=True,
     )
     mismatched = [f"{name} {tuple(found)} for {tuple(own)}" for name, found, own in info["mismatched_keys"]]
+    as_plain(model)
     _raise_if_different(source, model_class.__name__, info["missing_keys"], info["unexpected_keys"], mismatched)
     if info["error_msgs"]:
         raise ValueError(f"{source}: transformers could not convert the weights: {info['error_msgs']}")

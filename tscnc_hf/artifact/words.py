@@ -55,6 +55,33 @@ def settings_text(parameters: Mapping[str, Any]) -> str:
     return ", ".join(words)
 
 
+def used_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that had an effect, given the others: no attack steps of a one-step attack, no ridge of no CNC."""
+    off: list[str] = []
+    if config.get("objective") == "natural" or config.get("adversary") == "none":
+        off += ["adversary", "attack_step", "epsilon_warmup", "awp_", "fold_batch_norm"]
+    if config.get("adversary") in ("fgsm-rs", "n-fgsm"):
+        off.append("attack_steps")
+    if config.get("objective") not in ("trades", "mart", None):
+        off.append("trades_beta")
+    if not config.get("awp_gamma", True):
+        off.append("awp_")
+    if not config.get("tsc_weight", True):
+        off.append("tsc_a")
+    if config.get("tsc_on", "gates") != "gates":
+        off.append("gate_")
+    if not config.get("cnc_weight", True):
+        off += ["cnc_form", "cnc_ridge", "cnc_interval"]
+    if not config.get("target_sparsity", True):
+        off += [key for key in config if key.startswith("pruning_") and key != "pruning_exclude"]
+    return {key: value for key, value in config.items() if not key.startswith(tuple(off))}
+
+
+def wrapped_command(command: str, width: int = 100) -> str:
+    """A long command over several lines, one option each, which a shell takes as it is."""
+    return command if len(command) <= width else re.sub(r" (?=--\w)", " \\\\\n    ", command)
+
+
 def format_pixels(value: float | str) -> str:
     """A pixel quantity in [0, 1] units and in steps of 1/255."""
     return f"{value:.4g} ({255 * value:.3g}/255)" if isinstance(value, int | float) else str(value)

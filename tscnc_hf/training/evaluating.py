@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +31,7 @@ class EvaluationArguments:
         output_dir (`str`, *optional*): defaults to outputs/<model>-robustness.
         device (`str`, *optional*): defaults to a GPU where there is one.
         cpu_threads (`int`, *optional*): threads on a CPU; all cores by default.
+        json (`bool`, *optional*, defaults to `False`): print what `results.json` holds on stdout, and nothing else.
     """
 
     model: str = field(metadata={"help": "Hub id or folder of an image classifier, dense or packed."})
@@ -49,6 +52,7 @@ class EvaluationArguments:
     output_dir: str | None = field(default=None, metadata={"help": "Default: outputs/<model>-robustness."})
     device: str | None = field(default=None, metadata={"help": "Default: a GPU where there is one."})
     cpu_threads: int | None = field(default=None, metadata={"help": "Threads on a CPU. Default: all cores."})
+    json: bool = field(default=False, metadata={"help": "Print one JSON object on stdout and nothing else."})
 
     def __post_init__(self):
         if self.batch_size < 1:
@@ -57,9 +61,11 @@ class EvaluationArguments:
             self.output_dir = f"outputs/{Path(self.model).name}-robustness"
 
 
-def parse(args: Sequence[str] | None = None, prog: str | None = None) -> EvaluationArguments:
+def parse(
+    args: Sequence[str] | None = None, prog: str | None = None, epilog: str | None = None
+) -> EvaluationArguments:
     """The options, from `--config` and the command line; exit code 2 and a message where one is wrong."""
-    (arguments,) = ConfigParser([EvaluationArguments], prog=prog).parse(args)
+    (arguments,) = ConfigParser([EvaluationArguments], prog=prog, epilog=epilog).parse(args)
     return arguments
 
 
@@ -93,7 +99,12 @@ def evaluate_model(arguments: EvaluationArguments) -> dict:
     threads = arguments.cpu_threads or (torch.get_num_threads() if processes.num_processes > 1 else _cores())
     if device.type == "cpu":
         torch.set_num_threads(threads)
-    say = print if processes.is_main_process else lambda *args, **kwargs: None
+    shown = sys.stderr if arguments.json else sys.stdout
+
+    def say(text: str) -> None:
+        if processes.is_main_process:
+            print(text, file=shown, flush=True)
+
     try:
         epsilon = pixel_quantity("epsilon", arguments.epsilon, arguments.norm)
         for name in arguments.attacks:
@@ -133,6 +144,8 @@ def evaluate_model(arguments: EvaluationArguments) -> dict:
             save_figure(figure, folder / "figures" / "adversarial_examples.png")
     (folder / "robustness.md").write_text(_page(results, data.class_names), encoding="utf-8")
     say(f"\n{comparison_table({name: results})}\n\nFigures, tables and results.json: {folder.resolve()}")
+    if arguments.json:
+        print(json.dumps(results, allow_nan=False))
     return results
 
 

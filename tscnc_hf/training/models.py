@@ -7,9 +7,7 @@ from collections.abc import Sequence
 import timm
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoImageProcessor,
-    AutoModelForImageClassification,
     PreTrainedModel,
     TimmWrapperConfig,
     TimmWrapperForImageClassification,
@@ -21,6 +19,8 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from tscnc_hf.artifact.checkpoint import load_sparse
+from tscnc_hf.artifact.model_config import read_config
+from tscnc_hf.artifact.slim import load_slim
 from tscnc_hf.method.matrices import register_matrix_view
 from tscnc_hf.method.pixels import LogitsFn, normalisation, pixel_logits
 
@@ -144,20 +144,20 @@ def load_model(name_or_folder: str, class_names: Sequence[str] | None = None) ->
     Raises:
         OSError: there is no such model, or it has no weights.
     """
-    config = AutoConfig.from_pretrained(name_or_folder)
-    labels = {}
-    if class_names is not None and len(class_names) != config.num_labels:
-        labels = _labels(class_names) | {"ignore_mismatched_sizes": True}
+    config = read_config(name_or_folder)
+    new_head = class_names is not None and len(class_names) != config.num_labels
+    if new_head:
+        config = read_config(name_or_folder, **_labels(class_names))
     try:
-        model = AutoModelForImageClassification.from_pretrained(name_or_folder, **labels)
+        model = load_slim(name_or_folder, config=config, ignore_mismatched_sizes=new_head)
     except OSError as no_dense_weights:
         try:
             model = load_sparse(name_or_folder)
         except FileNotFoundError:
             raise no_dense_weights from None
-        if labels:
+        if new_head:
             raise ValueError(
-                f"{name_or_folder} is packed and has {config.num_labels} classes, the data {len(class_names)}: a new "
+                f"{name_or_folder} is packed and has {model.num_labels} classes, the data {len(class_names)}: a new "
                 "head can be given to the dense weights only"
             ) from None
     return model, AutoImageProcessor.from_pretrained(name_or_folder)

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import Future
 from contextlib import nullcontext
 from pathlib import Path
 
+from huggingface_hub import CommitInfo, HfApi
 from torch import Tensor
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
+from transformers.utils import logging
 
 from tscnc_hf.artifact.atomic import write_json
-from tscnc_hf.artifact.checkpoint import load_weights
+from tscnc_hf.artifact.checkpoint import disk_state, load_weights
+from tscnc_hf.artifact.hub import push_folder
+from tscnc_hf.artifact.narrowed import width_record
+from tscnc_hf.artifact.repository import RESULTS_FILE
 from tscnc_hf.evaluation.examples import adversarial_examples
 from tscnc_hf.method.averaging import WeightAverage
 from tscnc_hf.method.gates import detached_gates, folded_gates, gate_report
@@ -19,26 +25,31 @@ from tscnc_hf.method.pruning import Pruner
 from tscnc_hf.training.checks import check_finite_weights
 from tscnc_hf.training.results import measure
 from tscnc_hf.training.saving import (
+    failed_pushes,
     load_method_state,
     push_in_background,
+    run_facts,
     save_extras,
     save_method_state,
     write_training_card,
 )
 
 
-RESULTS_FILE = "results.json"
+logger = logging.get_logger(__name__)
 
 
 class PublishingTrainer(Trainer):
     """
-    The part of `TSCNCTrainer` that knows files and the Hub. It needs `self.pruner` and `self.tsc_scales`.
+    The part of `TSCNCTrainer` that knows files and the Hub. It needs `self.pruner`, `self.tsc_scales` and how pixels
+    are normalised.
 
     Whatever is written for others has the gates folded into the weights: a plain model.
     """
 
     pruner: Pruner
     tsc_scales: dict[str, Tensor]
+    pixel_mean: Sequence[float]
+    pixel_std: Sequence[float]
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -57,14 +68,26 @@ class PublishingTrainer(Trainer):
         folder = Path(output_dir if output_dir is not None else published)
         check_finite_weights(self.model, self.state.global_step, str(published))
         is_checkpoint = folder.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-") and folder != published
+        if not is_checkpoint:
+            self._finish_current_push()  # it reads these files
         with nullcontext() if is_checkpoint else self.averaged(), folded_gates(self.model):
-            super()._save(str(folder), None if self.average is not None else state_dict)
+            if isinstance(self.model, PreTrainedModel):
+                normalised = {"image_mean": list(self.pixel_mean), "image_std": list(self.pixel_std)}
+                widths = width_record(self.model.config)
+                self.model.config.tscnc = self.args.method_dict() | normalised | widths
+            super()._save(str(folder), disk_state(self.model, None if self.average is not None else state_dict))
             if not self.args.should_save:
                 return
             if not is_checkpoint:
-                save_extras(folder, self.model, self.args)
+                save_extras(folder, self.model, self.args, self.card_facts())
         if is_checkpoint:
             save_method_state(folder, self.model, self.pruner, self.tsc_scales, self.average)
+        else:
+            if self.test_results is not None:
+                write_json(self.test_results, folder / RESULTS_FILE)
+            elif self.state.global_step > 0:
+                (folder / RESULTS_FILE).unlink(missing_ok=True)  # of the weights that were here before
+            self._write_card(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         # upstream loads by the names on disk, which are not those in memory for ViT and others, and only warns
@@ -76,6 +99,40 @@ class PublishingTrainer(Trainer):
     def _load_best_model(self):
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
+    # ---- the Hub ----
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs,
+    ) -> CommitInfo | Future[CommitInfo] | None:
+        """
+        Save the model and upload the output folder, its card last, as one commit (`push_folder`).
+
+        Arguments as in `Trainer.push_to_hub`; keyword arguments are those of `create_model_card`.
+
+        Returns:
+            `CommitInfo`, a `Future` of it if not `blocking`, or None on other processes than the first.
+        """
+        args = self.args
+        self.callback_handler.on_push_begin(args, self.state, self.control)
+        token = args.hub_token if token is None else token
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        self._keep_card_options(**kwargs)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        options = {"message": commit_message, "token": token, "revision": revision or args.hub_revision}
+        options["private"] = args.hub_private_repo if private is None else private
+        if blocking:
+            return push_folder(args.output_dir, self.hub_model_id, **options)
+        return HfApi().run_as_future(push_folder, args.output_dir, self.hub_model_id, **options)
+
     def _push_from_checkpoint(self, checkpoint_folder):
         # upstream copies a fixed list of files, without ours but with a pickle: publish the whole folder instead
         args, busy = self.args, self.push_in_progress is not None and not self.push_in_progress.is_done()
@@ -85,8 +142,13 @@ class PublishingTrainer(Trainer):
             return
         self.callback_handler.on_push_begin(args, self.state, self.control)
         self._save(args.output_dir)
-        self.create_model_card()
         self.push_in_progress = push_in_background(args, self.hub_model_id, self.state.global_step, checkpoint_folder)
+
+    def _finish_current_push(self) -> None:
+        super()._finish_current_push()
+        for error in failed_pushes(getattr(self, "push_in_progress", None)):
+            # the run goes on: the next push sends everything, and the last one, which is not in the background, raises
+            logger.error(f"A push during training failed, the repository is as it was before: {error!r}")
 
     # ---- results ----
 
@@ -135,9 +197,25 @@ class PublishingTrainer(Trainer):
 
         Keyword arguments are those of `tscnc_hf.artifact.card.write_card`; they are kept for later cards of the run.
         """
+        self._keep_card_options(model_name=model_name, dataset_name=dataset_name, tags=tags, **kwargs)
+        self._write_card(Path(self.args.output_dir))
+
+    def train(self, *args, **kwargs):
+        self.test_results = None  # of other weights, from now on
+        return super().train(*args, **kwargs)
+
+    def card_facts(self) -> dict:
+        """What the card says of the run that is in no option: plain JSON types, kept in `tscnc_config.json`."""
+        return run_facts(self.model, self.card_options)
+
+    def _keep_card_options(self, **options) -> None:
+        self.card_options |= {key: value for key, value in options.items() if value}
+
+    def _write_card(self, folder: Path) -> None:
         if not self.is_world_process_zero():
             return
-        options = {"model_name": model_name, "dataset_name": dataset_name, "tags": tags, **kwargs}
-        self.card_options |= {key: value for key, value in options.items() if value}
+        options = {"model_name": self.hub_model_id or folder.resolve().name} | self.card_options
+        options |= {"robustness": None, **(self.test_results or {}), "config": self.args.method_dict()}
+        options |= self.card_facts() | {"log_history": list(self.state.log_history)}
         with self.averaged(), folded_gates(self.model):
-            write_training_card(self.args, self.model, self.test_results, self.state.log_history, self.card_options)
+            write_training_card(folder, self.model, self.args.pruning_exclude, options)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -119,6 +120,7 @@ def train(config: TSCNCConfig, model, processor, data, resume: bool = False):
         eval_dataset=data.validation,
         processing_class=processor,
     )
+    trainer.card_options |= {"class_names": data.class_names, "command": command_line(), "dataset_name": data.name}
     goal = f"to {config.target_sparsity:.1%} sparsity" if config.target_sparsity else "dense"
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(
@@ -148,10 +150,9 @@ def finish(trainer, data, arguments: DataArguments, dense: dict | None = None) -
     from tscnc_hf.training.results import comparison_table
 
     results = trainer.test(data.test, attacks=arguments.test_attacks)
-    trainer.card_options |= {"dense": dense, "class_names": data.class_names, "command": _command()}
-    trainer.card_options |= {"model_name": Path(trainer.args.output_dir).name, "dataset_name": data.name}
-    trainer.save_model()  # uploads too when push_to_hub is set
-    trainer.create_model_card()
+    if dense is not None:
+        results["dense"] = dense
+    trainer.save_model()  # with the card; uploads too when push_to_hub is set
     if trainer.is_world_process_zero():
         columns = ({"dense": dense} if dense else {}) | {"pruned": results}
         print(f"\n{comparison_table(columns)}\n\nModel, card and figures: {Path(trainer.args.output_dir).resolve()}")
@@ -174,5 +175,13 @@ def run(config: TSCNCConfig, arguments: DataArguments, build: Callable[[], tuple
     trainer.end()
 
 
-def _command() -> str:
-    return " ".join(["accelerate launch", *sys.argv])
+def command_line() -> str:
+    """What was typed to start this process, as far as it can be told: the launcher, the script and its options."""
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if "ACCELERATE_MIXED_PRECISION" in os.environ:  # set by accelerate launch, always
+        launcher = ["accelerate", "launch", *(["--num_processes", str(processes)] if processes > 1 else [])]
+    elif "TORCHELASTIC_RUN_ID" in os.environ:
+        launcher = ["torchrun", "--nproc_per_node", os.environ.get("LOCAL_WORLD_SIZE", str(processes))]
+    else:
+        launcher = ["python"]
+    return shlex.join([*launcher, *sys.argv])

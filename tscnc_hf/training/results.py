@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 
 from torch import nn
@@ -117,10 +116,3 @@ def _accuracy(attack: Mapping) -> str:
 
 def _number(value: float | str) -> str:
     return value if isinstance(value, str) else f"{value:.4g}"
-
-
-def file_sizes(folder: str | os.PathLike) -> dict[str, int]:
-    """Bytes of the two weight files of a published folder, where they are: {"dense_bytes", "sparse_bytes"}."""
-    names = {"dense_bytes": "model.safetensors", "sparse_bytes": "model.sparse.safetensors"}
-    paths = {key: os.path.join(folder, name) for key, name in names.items()}
-    return {key: os.path.getsize(path) for key, path in paths.items() if os.path.isfile(path)}

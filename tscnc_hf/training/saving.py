@@ -3,30 +3,36 @@
 from __future__ import annotations
 
 import os
+import platform
+import shutil
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
-from huggingface_hub import HfApi
+from huggingface_hub import CommitInfo, HfApi
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
+from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
 
 from tscnc_hf.artifact.atomic import write_json
 from tscnc_hf.artifact.card import write_card
 from tscnc_hf.artifact.checkpoint import save_sparse
+from tscnc_hf.artifact.hub import push_folder
+from tscnc_hf.artifact.narrowed import recorded_widths
+from tscnc_hf.artifact.rebuilding import RUN_FACTS
+from tscnc_hf.artifact.repository import METHOD_FILE, folder_sizes, read_tensors
+from tscnc_hf.artifact.sizes import storage_limit
 from tscnc_hf.artifact.state import STATE_FILE, load_state, save_state
+from tscnc_hf.artifact.words import plain
 from tscnc_hf.method.averaging import WeightAverage
 from tscnc_hf.method.gates import gated_layers
 from tscnc_hf.method.pruning import Pruner
 from tscnc_hf.method.sparsity import sparsity_report
 from tscnc_hf.method.spectrum import spectral_report
 from tscnc_hf.training.config import TSCNCConfig
-from tscnc_hf.training.results import file_sizes
-
-
-CONFIG_FILE = "tscnc_config.json"
 
 
 def save_method_state(
@@ -88,43 +94,82 @@ def load_method_state(
     return part("scale.")
 
 
-def save_extras(folder: Path, model: nn.Module, args: TSCNCConfig) -> None:
+def save_extras(folder: Path, model: nn.Module, args: TSCNCConfig, facts: Mapping[str, Any]) -> None:
     """What a published folder has beside the dense model: the packed weights and readable options; no pickle."""
     if isinstance(model, PreTrainedModel):
         save_sparse(model, folder)
-    write_json(args.method_dict(), folder / CONFIG_FILE)
+    write_json(args.method_dict() | dict(facts), folder / METHOD_FILE)
     (folder / "training_args.bin").unlink(missing_ok=True)
 
 
+def run_facts(model: nn.Module, card_options: Mapping[str, Any]) -> dict[str, Any]:
+    """What is known of a run beside its options (`RUN_FACTS`), without paths of this machine."""
+    known = {"base_model": getattr(model, "name_or_path", None), "versions": _versions()}
+    known |= {key: card_options[key] for key in RUN_FACTS if card_options.get(key)}
+    return {key: plain(value) for key, value in known.items() if value}
+
+
 def push_in_background(args: TSCNCConfig, repo_id: str, step: int, checkpoint_folder: str) -> PushInProgress:
-    """Upload the output folder and, if `hub_strategy` says so, the checkpoint; never `training_args.bin`, a pickle."""
-    message = f"Training in progress, step {step}"
+    """
+    Upload the output folder and, if `hub_strategy` says so, the checkpoint with it, in one commit; never
+    `training_args.bin`, a pickle. Until that is done nobody may write to the output folder; the checkpoint may be
+    removed by its rotation.
+    """
     paths = {HubStrategy.CHECKPOINT: "last-checkpoint", HubStrategy.ALL_CHECKPOINTS: Path(checkpoint_folder).name}
-    options = {"repo_id": repo_id, "token": args.hub_token, "run_as_future": True, "revision": args.hub_revision}
-    ignored = ["_*", f"{PREFIX_CHECKPOINT_DIR}-*", "training_args.bin"]
-    upload = HfApi().upload_folder
-    jobs = [upload(folder_path=args.output_dir, commit_message=message, ignore_patterns=ignored, **options)]
-    if args.hub_strategy in paths:
-        options |= {"path_in_repo": paths[args.hub_strategy], "ignore_patterns": ["training_args.bin"]}
-        jobs.append(upload(folder_path=checkpoint_folder, commit_message=f"{message}, checkpoint", **options))
-    return PushInProgress(jobs)
-
-
-def write_training_card(
-    args: TSCNCConfig, model: nn.Module, results: Mapping | None, log_history: Sequence[Mapping], options: Mapping
-) -> Path:
-    """The card of a run, with what is known at the time; `options` are further arguments of `write_card`."""
-    known = results or {
-        "robustness": None,
-        "sparsity": sparsity_report(model, args.pruning_exclude).to_dict(),
-        "spectrum": spectral_report(model).to_dict(),
+    options = {
+        "message": f"Training in progress, step {step}",
+        "token": args.hub_token,
+        "revision": args.hub_revision,
+        "private": args.hub_private_repo,
     }
-    defaults = {"model_name": Path(args.output_dir).resolve().name, "dataset_name": "the training data"}
-    return write_card(
-        args.output_dir,
-        **known,
-        **(defaults | dict(options)),
-        config=args.method_dict(),
-        log_history=list(log_history),
-        sizes=file_sizes(args.output_dir) or None,
-    )
+    if args.hub_strategy not in paths:
+        return PushInProgress([HfApi().run_as_future(push_folder, args.output_dir, repo_id, **options)])
+    links = Path(args.output_dir) / "_pushed-checkpoint"
+    shutil.rmtree(links, ignore_errors=True)  # of a run that was killed
+    try:
+        shutil.copytree(checkpoint_folder, links, copy_function=os.link)
+    except OSError:  # a file system without links
+        shutil.copytree(checkpoint_folder, links, dirs_exist_ok=True)
+
+    def push() -> CommitInfo:
+        try:
+            path = paths[args.hub_strategy]
+            return push_folder(args.output_dir, repo_id, checkpoint=links, checkpoint_path=path, **options)
+        finally:
+            shutil.rmtree(links, ignore_errors=True)
+
+    return PushInProgress([HfApi().run_as_future(push)])
+
+
+def failed_pushes(pushes: PushInProgress | None) -> list[BaseException]:
+    """The errors of pushes in the background that are over; each is returned once."""
+    done = [job for job in (pushes.jobs if pushes is not None else ()) if job.done()]
+    errors = [job.exception() for job in done if not job.cancelled()]
+    if pushes is not None:
+        pushes.jobs = [job for job in pushes.jobs if job not in done]
+    return [error for error in errors if error is not None]
+
+
+def write_training_card(folder: Path, model: nn.Module, exclude: Sequence[str], options: Mapping[str, Any]) -> Path:
+    """The card of a run, with what is known at the time; `options` are arguments of `write_card`, which win."""
+    measured = {}
+    if "sparsity" not in options:
+        measured = {
+            "sparsity": sparsity_report(model, exclude).to_dict(),
+            "spectrum": spectral_report(model).to_dict(),
+        }
+    names = [str(name) for name in (getattr(getattr(model, "config", None), "id2label", None) or {}).values()]
+    sizes = folder_sizes(folder) if folder.is_dir() else {}
+    if sizes:
+        sizes["limit_bytes"] = storage_limit(read_tensors(folder))
+    named = not all(name.startswith("LABEL_") for name in names)
+    defaults = {"dataset_name": None, "class_names": names if named else None, "sizes": sizes or None}
+    defaults["own_widths"] = bool(recorded_widths(getattr(model, "config", None)))
+    if not options.get("base_model"):  # else that model's licence decides, and nobody has said which it is
+        defaults["license"] = "apache-2.0"
+    return write_card(folder, **(defaults | measured | dict(options)))
+
+
+def _versions() -> dict[str, str]:
+    names = ("tscnc-hf", "torch", "transformers", "timm", "accelerate", "datasets")
+    return {"python": platform.python_version()} | {name: version(name) for name in names}

@@ -1,0 +1,100 @@
+"""The card that a run leaves: held against a pattern, rebuilt from the folder alone, with the command that was run."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+
+from tscnc_hf.artifact.rebuilding import rebuild_card
+from tscnc_hf.artifact.repository import open_repository
+from tscnc_hf.training.recipe import command_line
+
+
+PATTERN = Path(__file__).parent / "model_card_pattern.md"
+NUMBER = r"(?:-?\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?|∞)"
+
+
+@pytest.fixture
+def run_folder(build, make_trainer, digits, tmp_path):
+    options = {"adversary": "fgsm-rs", "objective": "pgd-at", "max_steps": 8, "logging_steps": 4, "seed": 3}
+    trainer = make_trainer(build("vit"), **options)
+    trainer.card_options |= {"dataset_name": "digits", "command": "python train.py --max_steps 8"}
+    trainer.train()
+    results = trainer.test(digits.test.subset(range(24)), attacks=("clean", "pgd-5", "fgsm"))
+    for check in results["robustness"]["masking"]["checks"]:
+        check["passed"] = True  # which text is shown must not hang on eight steps of training
+    trainer.save_model()
+    return tmp_path / "out"
+
+
+def matches(pattern: str, text: str) -> str:
+    """Empty if each line of the text fits the pattern's, where <n> holds a number and <w> a word; else the first."""
+    lines, expected = text.splitlines(), pattern.splitlines()
+    for line, form in zip(lines, expected, strict=False):
+        parts = re.split(r"(<n>|<w>)", form)
+        expression = "".join({"<n>": NUMBER, "<w>": r"\S+"}.get(part, re.escape(part)) for part in parts)
+        if not re.fullmatch(expression, line):
+            return f"{line!r} is not {form!r}"
+    return "" if len(lines) == len(expected) else f"{len(lines)} lines, not {len(expected)}"
+
+
+def test_the_card_fits_its_pattern_and_is_rebuilt_from_the_folder(run_folder):
+    text = (run_folder / "README.md").read_text(encoding="utf-8")
+    pattern = PATTERN.read_text(encoding="utf-8")
+    shown = re.sub(r"```yaml\n.*?```", "```yaml\n```", text, flags=re.DOTALL)  # every option: another test
+    assert matches(pattern, shown) == ""
+    assert matches(pattern, shown.replace("Not covered", "Covered")) and matches(pattern, shown + "\n")  # it can fail
+
+    results = json.loads((run_folder / "results.json").read_text())
+    metrics = {result.metric_name: result for result in ModelCard(text).data.eval_results}
+    for attack in results["robustness"]["attacks"][1:]:
+        label = attack["name"].upper()
+        entry = metrics[f"Robust accuracy under {label} (linf, epsilon 0.1)"]
+        assert entry.metric_value == attack["accuracy"] and entry.metric_args["correct"] == attack["correct"]
+        assert all(entry.metric_args[key] == value for key, value in attack["parameters"].items())
+    worst = metrics["Robust accuracy, worst case of the attacks (linf, epsilon 0.1)"]
+    assert worst.metric_value == results["robustness"]["worst_case"]["accuracy"]
+    for which in ("median", "max"):
+        name = {"median": "Median", "max": "Largest"}[which] + " effective condition number"
+        value = results["spectrum"][f"{which}_effective_condition_number"]
+        assert metrics[name].metric_value == pytest.approx(value, rel=1e-9)
+
+    rebuilt = rebuild_card(open_repository(run_folder))
+    assert rebuilt == run_folder / "README.md" and rebuilt.read_text(encoding="utf-8") == text
+
+
+def test_settings_without_effect_are_not_listed(run_folder):
+    text = (run_folder / "README.md").read_text(encoding="utf-8")
+    settings = yaml.safe_load(re.search(r"```yaml\n(.*?)```", text, re.DOTALL)[1])
+    assert settings["adversary"] == "fgsm-rs" and settings["pruning_interval"] == 1
+    assert not {"attack_steps", "trades_beta", "awp_start", "gate_drop_rate"} & settings.keys()
+    assert "1 steps" not in text
+    assert json.loads((run_folder / "tscnc_config.json").read_text())["attack_steps"] == 1  # all of them are here
+
+
+@pytest.mark.parametrize(
+    "environment, command",
+    [
+        ({}, "python train.py --model_args '{\"depth\": 2}'"),
+        ({"ACCELERATE_MIXED_PRECISION": "no"}, "accelerate launch train.py --model_args '{\"depth\": 2}'"),
+        (
+            {"ACCELERATE_MIXED_PRECISION": "no", "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "none"},
+            "accelerate launch --num_processes 2 train.py --model_args '{\"depth\": 2}'",
+        ),
+        (
+            {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"},
+            "torchrun --nproc_per_node 4 train.py --model_args '{\"depth\": 2}'",
+        ),
+    ],
+)
+def test_the_command_is_the_one_that_was_run(environment, command, monkeypatch):
+    for name in ("ACCELERATE_MIXED_PRECISION", "WORLD_SIZE", "TORCHELASTIC_RUN_ID", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--model_args", '{"depth": 2}'])
+    assert command_line() == command

@@ -1,0 +1,52 @@
+"""How small a sparse checkpoint can be: the bound that the packed file is measured against."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+
+BIT_PATTERNS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def count_nonzero(tensor: torch.Tensor) -> int:
+    """Elements of `tensor` (at most 8 bytes each) with any bit set: -0.0 counts, as it is a value in a packed file."""
+    bits = tensor.detach().contiguous().view(-1).view(BIT_PATTERNS[tensor.element_size()])
+    return int(torch.count_nonzero(bits))
+
+
+def storage_limit(tensors: dict[str, torch.Tensor]) -> int:
+    """
+    Bytes that a lossless file of these tensors needs at least if zeros stand anywhere and values are stored raw.
+
+    For a floating tensor of n elements of w bytes, k of them not zero, and H the binary entropy in bits:
+
+        ceil(n H(k / n) / 8) + k w    bytes, and never more than n w, the dense tensor
+
+    n H(k/n) bits is what it takes to say which k of n elements are values when every such choice is as likely as any
+    other (Shannon 1948), so a mask with structure can need less, and so can values that are not random (zstd on their
+    byte planes does). Other tensors count with their own bytes; names, shapes and headers with none.
+
+    Args:
+        tensors: name -> tensor of any shape, dtype and device, as in a state dict. Two names for one tensor count
+            twice: leave one out, as safetensors files do.
+
+    Returns:
+        The sum over the tensors, in bytes.
+
+    Source: ours; the entropy bound is the usual one of the pruning literature.
+    """
+    return sum(_tensor_limit(tensor) for tensor in tensors.values())
+
+
+def _tensor_limit(tensor: torch.Tensor) -> int:
+    dense = tensor.numel() * tensor.element_size()
+    if not tensor.is_floating_point() or not tensor.numel():
+        return dense
+    n, k = tensor.numel(), count_nonzero(tensor)
+    if k in (0, n):
+        return k * tensor.element_size()
+    p = k / n
+    entropy = -p * math.log2(p) - (1 - p) * math.log2(1 - p)
+    return min(dense, math.ceil(n * entropy / 8) + k * tensor.element_size())
