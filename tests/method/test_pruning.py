@@ -169,6 +169,42 @@ def test_a_deep_copy_goes_on_by_itself():
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
 
 
+@pytest.mark.parametrize("criterion", ["learned", "movement", "magnitude"])
+def test_a_step_that_a_gradient_scaler_skips_changes_nothing(criterion):
+    """fp16 training: gradients are unscaled before they are looked at, and a step with an overflow is left out."""
+    model = network().eval()
+    pruner = Pruner(weight_matrices(model), criterion, latent=True)
+    optimizer, scaler = torch.optim.SGD(model.parameters(), 0.5), torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    pruner.begin(optimizer)
+
+    def step(poison: bool) -> None:
+        x, y = batch(1)
+        optimizer.zero_grad()
+        scaler.scale(F.cross_entropy(model(x), y)).backward()
+        if poison:
+            model[4].weight.grad[0, 0] = torch.inf
+        scaler.unscale_(optimizer)
+        pruner.freeze_others(model)
+        pruner.before_step()
+        scaler.step(optimizer)
+        scaler.update()
+        pruner.after_step()
+        pruner.apply_()
+
+    step(poison=False)
+    pruner.update(0.5)
+    pruner.apply_()
+    kept = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state = pruner.state().items()
+    dense = {name: tensor.clone() for name, tensor in state if name.startswith(("latent.", "score."))}
+    step(poison=True)
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in model.state_dict().items())
+    assert all(torch.equal(pruner.state()[name], tensor) for name, tensor in dense.items())
+    assert all(tensor.isfinite().all() for tensor in pruner.state().values())
+    step(poison=False)
+    assert any(not torch.equal(pruner.state()[name], tensor) for name, tensor in dense.items())
+
+
 def test_parameters_may_be_replaced():
     """As wrapping for FSDP2 does."""
     model = network()

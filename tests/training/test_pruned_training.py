@@ -7,8 +7,10 @@ import pytest
 import torch
 from transformers import AutoModelForImageClassification
 
+from tscnc_hf import slim
 from tscnc_hf.method.criteria import register_criterion
 from tscnc_hf.method.matrices import weight_matrices
+from tscnc_hf.training.image_datasets import ImageTensorDataset
 
 
 SCHEDULE = {"num_train_epochs": 4, "per_device_train_batch_size": 16, "optim": "adamw_torch", "weight_decay": 0.1}
@@ -181,3 +183,24 @@ def test_a_criterion_of_your_own(build, make_trainer):
 def test_what_cannot_be_reached_is_said_before_training(options, message, build, make_trainer):
     with pytest.raises(ValueError, match=message):
         make_trainer(build("vit"), **options)
+
+
+@pytest.mark.parametrize("kind", ["vit", "resnet", "mobilenet"])
+def test_units_that_training_has_pruned_are_cut_out_by_slim(kind, build, make_trainer, digits):
+    model, processor = build(kind)
+    side = 32 if kind == "mobilenet" else 8
+    train = digits.train.subset(range(64))
+    if side == 32:
+        images = train.images.repeat_interleave(4, 2).repeat_interleave(4, 3)
+        train = ImageTensorDataset(images, train.labels, train.class_names)
+    trainer = make_trainer(
+        (model, processor), train=train, pruning_structure="units", target_sparsity=0.3, per_device_train_batch_size=16
+    )
+    trainer.train()
+    small, report = slim(trainer.model)
+    x = torch.rand(8, 3, side, side)
+    with torch.no_grad():
+        torch.testing.assert_close(small.eval()(x).logits, trainer.model.eval()(x).logits, rtol=1e-4, atol=1e-4)
+    before, after = (sum(parameter.numel() for parameter in one.parameters()) for one in (trainer.model, small))
+    assert before - after >= trainer.pruner.pruned_count  # with the biases and norms of what is gone
+    assert report.macs_after < report.macs_before

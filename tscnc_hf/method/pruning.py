@@ -141,12 +141,14 @@ class Pruner:
             gradient, dense = weight.grad, self._dense[name]
             if gradient is None:
                 continue
-            if self.criterion.gathers == "mean":
-                self._gathered[name] += gradient
-            elif self.criterion.gathers == "movement":
-                self._gathered[name] -= gradient * dense
-            if self._rates is not None and self._rates.near:
-                products[name] = full_tensor((gradient * dense * self._rates.near[name]).sum())
+            if self.criterion.gathers or self._rates is not None:
+                seen = gradient.nan_to_num(0.0, 0.0, 0.0)  # of a step with an overflow, which a gradient scaler skips
+                if self.criterion.gathers == "mean":
+                    self._gathered[name] += seen
+                elif self.criterion.gathers == "movement":
+                    self._gathered[name] -= seen * dense
+                if self._rates is not None and self._rates.near:
+                    products[name] = full_tensor((seen * dense * self._rates.near[name]).sum())
             if self.learns_scores:
                 gradient.mul_(dense).mul_(self._scores[name].sign())
                 weight.copy_(self._scores[name])
