@@ -8,13 +8,16 @@ PEERS := .peers
 PEER_PACKAGES := torchattacks==3.5.1 foolbox==3.3.4 eagerpy==0.30.0 GitPython gitdb smmap \
 	adversarial-robustness-toolbox==1.20.1 six
 
-.PHONY: demo test test-peers lint bench-constraints bench-slimming bench-adversary bench-packing bench-pruning clean
+.PHONY: demo test test-faults test-peers lint bench-constraints bench-slimming bench-adversary bench-packing bench-pruning clean
 
 demo: $(STAMP)
 	$(BIN)/python recipes/vit_cifar10.py --config recipes/configs/vit_digits_demo.yaml
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+test-faults: $(STAMP)
+	$(BIN)/python -m pytest -m faults
 
 test-peers: $(STAMP) $(PEERS)/.installed
 	PYTHONPATH=$(PEERS) $(BIN)/python -m pytest tests/peers

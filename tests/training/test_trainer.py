@@ -281,34 +281,51 @@ def test_only_weights_of_layers_decay(kind, build, make_trainer):
 
 @pytest.fixture
 def crafted(monkeypatch):
-    """One (seed, epsilon, largest perturbation) per attack of training."""
+    """One (key and places of the noise, epsilon, largest perturbation) per attack of training."""
     calls, craft = [], trainer_module.craft
 
     def record(adversary, logits_fn, x, y, *, epsilon, generator, **options):
-        seed = generator.initial_seed()
         x_adv = craft(adversary, logits_fn, x, y, epsilon=epsilon, generator=generator, **options)
-        calls.append((seed, epsilon, float((x_adv - x).abs().max())))
+        noise = {(*generator.key, place) for place in range(generator.first, generator.first + len(x))}
+        calls.append((noise, epsilon, float((x_adv - x).abs().max())))
         return x_adv
 
     monkeypatch.setattr(trainer_module, "craft", record)
     return calls
 
 
-def test_every_micro_batch_draws_noise_of_its_own_and_the_same_in_every_run(crafted, build, make_trainer, monkeypatch):
+def test_every_image_has_noise_of_its_own_and_the_same_in_every_run(crafted, build, make_trainer, monkeypatch):
     options = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2, "objective": "pgd-at"}
     options |= {"adversary": "pgd", "num_train_epochs": 1}
 
     def run(**more):
         crafted.clear()
         make_trainer(build("vit"), **options, **more).train()
-        return [seed for seed, _, _ in crafted]
+        return set.union(*(noise for noise, _, _ in crafted))
 
     first = run()
-    assert len(set(first)) == len(first) == 8
+    assert len(first) == 64 and len(crafted) == 8
+    assert {place for *_, place in first} == set(range(16))
     assert run() == first
-    assert not set(run(seed=1)) & set(first)
-    monkeypatch.setattr(TSCNCConfig, "process_index", property(lambda self: 1))
-    assert not set(run()) & set(first)
+    assert not run(seed=1) & first
+    monkeypatch.setattr(TSCNCTrainer, "_noise", as_of_two_processes(TSCNCTrainer._noise))
+    both = []
+    for rank in range(2):
+        monkeypatch.setattr(TSCNCConfig, "process_index", property(lambda self, rank=rank: rank))
+        both.append(run())
+    assert len(both[0]) == len(both[1]) == 64 and not both[0] & both[1]
+    assert {place for noise in both for *_, place in noise} == set(range(32))
+
+
+def as_of_two_processes(noise):
+    """Only there: the rest of a trainer would wait for the other process."""
+
+    def draw(self, *args):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(TSCNCConfig, "world_size", property(lambda self: 2))
+            return noise(self, *args)
+
+    return draw
 
 
 def test_same_key_same_adversarial_images(build, make_trainer, digits):

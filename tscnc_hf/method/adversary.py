@@ -3,12 +3,12 @@ Adversaries in pixel space [0, 1]: pure functions `(logits_fn, x, y) -> x_adv`.
 
 `logits_fn` maps pixels (b, c, h, w) to float32 logits (b, k) with the normalisation inside and the model in evaluation
 mode (`tscnc_hf.method.pixels.attack_mode`). Gradients are taken with respect to the pixels only; parameters collect
-none. Randomness comes from the generator given, never from torch's global one. APGD is in `tscnc_hf.method.apgd`.
+none. Randomness comes from the generator given (a `PlacedNoise` will do), never from torch's global one.
+APGD is in `tscnc_hf.method.apgd`.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 
 import torch
@@ -16,18 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tscnc_hf.method.margins import cross_entropy, margin, pixel_gradient
+from tscnc_hf.method.noise import Noise, normal_like
+from tscnc_hf.method.noise import seeded_generator as seeded_generator
 from tscnc_hf.method.pixels import LogitsFn
 from tscnc_hf.method.threat import check_norm, per_image, project, steepest
 from tscnc_hf.method.threat import random_start as uniform_start
 
 
 ADVERSARIES = ("none", "fgsm-rs", "n-fgsm", "pgd", "cw-pgd", "kl-pgd")
-
-
-def seeded_generator(device: torch.device | str, *key: int | str) -> torch.Generator:
-    """A generator on `device` seeded from the whole key, e.g. (seed, rank, step): no state to save or restore."""
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
-    return torch.Generator(device=device).manual_seed(int.from_bytes(digest, "big") >> 1)
 
 
 def _ascend(
@@ -88,7 +84,7 @@ def fgsm_rs(
     epsilon: float,
     step_size: float | None = None,
     norm: str = "linf",
-    generator: torch.Generator | None = None,
+    generator: Noise | None = None,
 ) -> Tensor:
     """
     One step from a uniform random start (FGSM-RS, Wong, Rice and Kolter 2020).
@@ -115,7 +111,7 @@ def n_fgsm(
     epsilon: float,
     step_size: float | None = None,
     noise: float = 2.0,
-    generator: torch.Generator | None = None,
+    generator: Noise | None = None,
 ) -> Tensor:
     """
     N-FGSM (de Jorge et al. 2022), L-infinity: one step from stronger noise, without the projection on the epsilon ball
@@ -148,7 +144,7 @@ def pgd(
     loss: str = "cross-entropy",
     early_stop: bool = False,
     start: Tensor | None = None,
-    generator: torch.Generator | None = None,
+    generator: Noise | None = None,
 ) -> Tensor:
     """
     Projected gradient descent (Madry et al. 2018).
@@ -197,7 +193,7 @@ def pgd(
     return best
 
 
-def _start(x: Tensor, epsilon: float, norm: str, is_random: bool, generator: torch.Generator | None) -> Tensor:
+def _start(x: Tensor, epsilon: float, norm: str, is_random: bool, generator: Noise | None) -> Tensor:
     return uniform_start(x, epsilon, norm, generator) if is_random else x.clone()
 
 
@@ -210,7 +206,7 @@ def kl_pgd(
     steps: int,
     step_size: float | None = None,
     norm: str = "linf",
-    generator: torch.Generator | None = None,
+    generator: Noise | None = None,
 ) -> Tensor:
     """
     The inner maximisation of TRADES (Zhang et al. 2019): PGD on KL(p(x) || p(x_adv)) from x + 0.001 N(0, 1).
@@ -225,8 +221,8 @@ def kl_pgd(
     def divergence(logits: Tensor) -> Tensor:
         return F.kl_div(F.log_softmax(logits, dim=-1), target, reduction="none", log_target=True).sum(-1)
 
-    noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-    return _ascend(logits_fn, divergence, (x + 0.001 * noise).clamp_(0, 1), x, epsilon, step_size, steps, norm)
+    start = (x + 0.001 * normal_like(x, generator)).clamp_(0, 1)
+    return _ascend(logits_fn, divergence, start, x, epsilon, step_size, steps, norm)
 
 
 def craft(
@@ -238,7 +234,7 @@ def craft(
     epsilon: float,
     steps: int,
     step_size: float | None,
-    generator: torch.Generator,
+    generator: Noise,
     norm: str = "linf",
 ) -> Tensor | None:
     """

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tscnc_hf.method.noise import Noise, normal_like, uniform_like
+
 
 NORMS = ("linf", "l2")
 
@@ -39,7 +41,7 @@ def project(x_adv: Tensor, x: Tensor, epsilon: float, norm: str = "linf") -> Ten
     return (x + delta * per_image(factor, x)).clamp_(0, 1)
 
 
-def random_start(x: Tensor, epsilon: float, norm: str = "linf", generator: torch.Generator | None = None) -> Tensor:
+def random_start(x: Tensor, epsilon: float, norm: str = "linf", generator: Noise | None = None) -> Tensor:
     """
     Pixels drawn from the ball around x: uniformly for L-infinity; for L2 with uniform direction and uniform radius,
     before the cut to [0, 1]. (Uniform in volume is next to the surface where there are many pixels, and from there the
@@ -47,11 +49,10 @@ def random_start(x: Tensor, epsilon: float, norm: str = "linf", generator: torch
     """
     check_norm(norm)
     if norm == "linf":
-        noise = torch.rand(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-        return (x + (2 * noise - 1) * epsilon).clamp_(0, 1)
-    direction = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-    radius = torch.rand(len(x), generator=generator, device=x.device, dtype=x.dtype)
-    scale = epsilon * radius / l2_norm(direction).clamp_(min=torch.finfo(x.dtype).tiny)
+        return (x + (2 * uniform_like(x, generator) - 1) * epsilon).clamp_(0, 1)
+    direction = normal_like(x, generator)
+    length = l2_norm(direction)
+    scale = epsilon * uniform_like(length, generator) / length.clamp_(min=torch.finfo(x.dtype).tiny)
     return (x + direction * per_image(scale, x)).clamp_(0, 1)
 
 

@@ -7,6 +7,7 @@ from transformers import TrainerCallback
 from tscnc_hf.method.averaging import WeightAverage
 from tscnc_hf.method.gates import clamp_gates_
 from tscnc_hf.training.gradual import before_optimizer_step, prune_after_step, schedule_steps, start_pruning
+from tscnc_hf.training.resuming import check_batch
 
 
 class MethodCallback(TrainerCallback):
@@ -15,7 +16,9 @@ class MethodCallback(TrainerCallback):
     def __init__(self, trainer):
         self.trainer = trainer
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        if state.global_step > 0 and hasattr(train_dataloader, "__len__"):
+            check_batch(state.global_step, state.epoch, -(-len(train_dataloader) // args.gradient_accumulation_steps))
         if args.target_sparsity > 0:
             schedule_steps(args, state.max_steps)
         self.trainer.clear_terms()
@@ -36,6 +39,18 @@ class MethodCallback(TrainerCallback):
     def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
         start_pruning(self.trainer.pruner, args, state.global_step, state.max_steps, optimizer)
         self.trainer.start_step()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.trainer.termination.requested and state.epoch % 1 != 0:  # else what belongs to the epoch's end first
+            control.should_save = True
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if self.trainer.termination.requested:
+            control.should_save = True
+
+    def on_prediction_step(self, args, state, control, **kwargs):
+        if self.trainer.termination.requested:  # may take long, and a save before it is done would leave it out
+            self.trainer.termination.end()
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         before_optimizer_step(self.trainer.pruner, self.trainer.model, args, self.trainer.accelerator)

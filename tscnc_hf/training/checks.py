@@ -7,9 +7,23 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
-from transformers.trainer_utils import get_last_checkpoint
 
+from tscnc_hf.training.checkpoints import whole_checkpoint_text
 from tscnc_hf.training.data import check_labels
+
+
+def check_processes(world_size: int) -> None:
+    """
+    Raises:
+        RuntimeError: a launcher has started several processes, and accelerate, which decides from what it finds when
+            the options are made, runs each alone: they would train one model each and write it to one folder.
+    """
+    started = int(os.environ.get("WORLD_SIZE", 1))
+    if started != world_size:
+        raise RuntimeError(
+            f"{started} processes were started, but each would train alone, of {world_size}: without GPUs set "
+            "use_cpu=True (--use_cpu true) or ACCELERATE_USE_CPU=1, with them start at most one process for each"
+        )
 
 
 def check_datasets(model: nn.Module, train_dataset, eval_dataset, collator: Callable) -> None:
@@ -64,19 +78,14 @@ def _labels_are_cheap(dataset) -> bool:
     return hasattr(dataset, "labels") or "labels" in columns or "label" in columns or isinstance(dataset, list)
 
 
-def _last_good(output_dir: str) -> str:
-    folder = get_last_checkpoint(output_dir) if os.path.isdir(output_dir) else None
-    return f"the last checkpoint is intact: {folder}" if folder else "no checkpoint had been written yet"
-
-
 def check_terms(sums: Mapping[str, Tensor], step: int, output_dir: str) -> None:
     """FloatingPointError naming the loss terms that are NaN or infinite, the step and the last good checkpoint."""
     broken = [name for name, total in sums.items() if not torch.isfinite(total)]
     if broken:
         values = ", ".join(f"{name} = {sums[name].item()}" for name in broken)
         raise FloatingPointError(
-            f"{values} after step {step}: training stopped; {_last_good(output_dir)}. Lower the learning rate, or the "
-            "weight of the term named"
+            f"{values} after step {step}: training stopped; {whole_checkpoint_text(output_dir)}. Lower the learning "
+            "rate, or the weight of the term named"
         )
 
 
@@ -85,6 +94,6 @@ def check_finite_weights(model: nn.Module, step: int, output_dir: str) -> None:
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise FloatingPointError(
-                f"{name} is not finite after step {step}: nothing was saved; {_last_good(output_dir)}. Lower the "
-                "learning rate"
+                f"{name} is not finite after step {step}: nothing was saved; {whole_checkpoint_text(output_dir)}. "
+                "Lower the learning rate"
             )

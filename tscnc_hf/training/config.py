@@ -51,7 +51,8 @@ class TSCNCConfig(TrainingArguments):
         ema_decay (`float`, *optional*, defaults to 0): of a moving average of the weights, in [0, 1), e.g. 0.995;
             the average is what is evaluated and published. 0 has none.
         awp_gamma (`float`, *optional*, defaults to 0): adversarial weight perturbation, in units of each weight's
-            norm, e.g. 0.005; costs a forward and a backward a step. 0 has none.
+            norm, e.g. 0.005; costs a forward and a backward a step. Found for each micro-batch anew: with
+            gradient_accumulation_steps it is not what it is for the whole batch. 0 has none.
         awp_start (`float`, *optional*, defaults to 0): fraction of training after which it begins.
         eval_attack_steps (`int`, *optional*, defaults to 10): PGD steps of `eval_robust_accuracy`; 0 leaves it out.
 
@@ -225,6 +226,12 @@ class TSCNCConfig(TrainingArguments):
             raise ValueError(
                 f"pruning_criterion={self.pruning_criterion!r} with pruning_scope={self.pruning_scope!r} learns from "
                 "the steps between pruning_start and pruning_end, which are the same here: let pruning_end be later"
+            )
+        if self.enable_jit_checkpoint:
+            raise ValueError(
+                "enable_jit_checkpoint saves in the middle of a step, which can not be resumed exactly, and then goes "
+                "on as if training were over: leave it off. On SIGTERM a single process ends its step, saves a "
+                "checkpoint and exits with status 143"
             )
         if self.deepspeed is not None:
             raise ValueError(

@@ -1,10 +1,17 @@
-"""Accuracies for `Trainer.evaluate`, from the pair (clean, adversarial) logits."""
+"""What `Trainer.evaluate` reports: accuracies from the pair (clean, adversarial) logits, and condition numbers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+from torch import nn
 from transformers import EvalPrediction
+
+from tscnc_hf.method.gates import folded_gates
+from tscnc_hf.method.spectrum import spectral_report
+
+
+SPECTRAL_METRICS = ("median_effective_condition_number", "max_effective_condition_number", "rank_deficient")
 
 
 def robust_accuracy_metrics(extra: Callable[[EvalPrediction], dict] | None = None) -> Callable[[EvalPrediction], dict]:
@@ -25,3 +32,10 @@ def robust_accuracy_metrics(extra: Callable[[EvalPrediction], dict] | None = Non
         return metrics | (extra(prediction) if extra is not None else {})
 
     return compute
+
+
+def spectral_metrics(model: nn.Module) -> dict[str, float]:
+    """Condition numbers and lost ranks of the weights as they would be published now."""
+    with folded_gates(model):
+        summary = spectral_report(model, method="gram").summary()
+    return {name: summary[name] for name in SPECTRAL_METRICS}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import nullcontext
@@ -9,7 +10,7 @@ from pathlib import Path
 
 from huggingface_hub import CommitInfo, HfApi
 from torch import Tensor
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils import logging
 
@@ -22,6 +23,7 @@ from tscnc_hf.evaluation.examples import adversarial_examples
 from tscnc_hf.method.averaging import WeightAverage
 from tscnc_hf.method.gates import detached_gates, folded_gates, gate_report
 from tscnc_hf.method.pruning import Pruner
+from tscnc_hf.training.checkpoints import FILE_LIST, damage
 from tscnc_hf.training.checks import check_finite_weights
 from tscnc_hf.training.results import measure
 from tscnc_hf.training.saving import (
@@ -33,12 +35,13 @@ from tscnc_hf.training.saving import (
     save_method_state,
     write_training_card,
 )
+from tscnc_hf.training.surviving import SurvivingTrainer
 
 
 logger = logging.get_logger(__name__)
 
 
-class PublishingTrainer(Trainer):
+class PublishingTrainer(SurvivingTrainer):
     """
     The part of `TSCNCTrainer` that knows files and the Hub. It needs `self.pruner`, `self.tsc_scales` and how pixels
     are normalised.
@@ -70,7 +73,11 @@ class PublishingTrainer(Trainer):
         is_checkpoint = folder.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-") and folder != published
         if not is_checkpoint:
             self._finish_current_push()  # it reads these files
-        with nullcontext() if is_checkpoint else self.averaged(), folded_gates(self.model):
+        with (
+            nullcontext() if is_checkpoint else self.writing("The model", published),
+            nullcontext() if is_checkpoint else self.averaged(),
+            folded_gates(self.model),
+        ):
             if isinstance(self.model, PreTrainedModel):
                 normalised = {"image_mean": list(self.pixel_mean), "image_std": list(self.pixel_std)}
                 widths = width_record(self.model.config)
@@ -83,11 +90,12 @@ class PublishingTrainer(Trainer):
         if is_checkpoint:
             save_method_state(folder, self.model, self.pruner, self.tsc_scales, self.average)
         else:
-            if self.test_results is not None:
-                write_json(self.test_results, folder / RESULTS_FILE)
-            elif self.state.global_step > 0:
-                (folder / RESULTS_FILE).unlink(missing_ok=True)  # of the weights that were here before
-            self._write_card(folder)
+            with self.writing("The card and the results", published):
+                if self.test_results is not None:
+                    write_json(self.test_results, folder / RESULTS_FILE)
+                elif self.state.global_step > 0:
+                    (folder / RESULTS_FILE).unlink(missing_ok=True)  # of the weights that were here before
+                self._write_card(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         # upstream loads by the names on disk, which are not those in memory for ViT and others, and only warns
@@ -95,6 +103,10 @@ class PublishingTrainer(Trainer):
             load_weights(self.model, resume_from_checkpoint)
         self.average = WeightAverage(self.model, self.args.ema_decay) if self.args.ema_decay > 0 else None
         self.tsc_scales = load_method_state(resume_from_checkpoint, self.model, self.pruner, self.average)
+        listed = os.path.exists(os.path.join(resume_from_checkpoint, FILE_LIST))
+        if listed and (what := damage(resume_from_checkpoint)):
+            # upstream goes on without an optimizer or generators that are not there
+            raise ValueError(f"{resume_from_checkpoint} is not whole: {what}. Resume from another checkpoint")
 
     def _load_best_model(self):
         self._load_from_checkpoint(self.state.best_model_checkpoint)
@@ -135,6 +147,8 @@ class PublishingTrainer(Trainer):
 
     def _push_from_checkpoint(self, checkpoint_folder):
         # upstream copies a fixed list of files, without ours but with a pickle: publish the whole folder instead
+        if self.is_writing_checkpoint:
+            return  # once it has its name
         args, busy = self.args, self.push_in_progress is not None and not self.push_in_progress.is_done()
         if not self.is_world_process_zero() or args.hub_strategy == HubStrategy.END:
             return
@@ -188,7 +202,8 @@ class PublishingTrainer(Trainer):
         if gates.rows:
             self.test_results["gates"] = gates.to_dict()
         if args.should_save:
-            write_json(self.test_results, Path(args.output_dir) / RESULTS_FILE)
+            with self.writing("The results", args.output_dir):
+                write_json(self.test_results, Path(args.output_dir) / RESULTS_FILE)
         return self.test_results
 
     def create_model_card(self, model_name: str | None = None, dataset_name: str | None = None, tags=(), **kwargs):

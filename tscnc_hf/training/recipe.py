@@ -34,7 +34,8 @@ class DataArguments:
             constraints, and show both side by side.
         cpu_threads (`int`, *optional*): threads on a CPU. By default a single process has all cores: `accelerate
             launch` gives it one, which makes training half as fast or worse.
-        resume (`bool`, *optional*, defaults to `False`): go on from the last checkpoint in the output folder.
+        resume (`bool`, *optional*, defaults to `False`): go on from the last whole checkpoint in the output folder;
+            from the beginning where there is none yet.
     """
 
     dataset: str = field(default="uoft-cs/cifar10", metadata={"help": 'Hub id, local folder, or "digits".'})
@@ -110,6 +111,7 @@ def train(config: TSCNCConfig, model, processor, data, resume: bool = False):
     """Train and return the trainer."""
     from transformers.utils.logging import disable_progress_bar
 
+    from tscnc_hf.training.checkpoints import checkpoints
     from tscnc_hf.training.trainer import TSCNCTrainer
 
     disable_progress_bar()  # of reading and writing files; training keeps its own
@@ -128,6 +130,9 @@ def train(config: TSCNCConfig, model, processor, data, resume: bool = False):
         f"TSC {config.tsc_weight:g}, CNC {config.cnc_weight:g}; {parameters:,} parameters",
         flush=True,
     )
+    if resume and not checkpoints(config.output_dir):  # cut off before the first, or a twin that was not reached
+        print(f"No checkpoint in {config.output_dir} yet: training from the beginning", flush=True)
+        resume = False
     trainer.train(resume_from_checkpoint=True if resume else None)
     return trainer
 
@@ -163,15 +168,20 @@ def run(config: TSCNCConfig, arguments: DataArguments, build: Callable[[], tuple
     """Train what `build()` gives (model, image processor), after a dense twin if asked for, and `finish` it."""
     from transformers import set_seed
 
+    from tscnc_hf.training.storage import StorageError
+
     def train_one(config: TSCNCConfig):
         set_seed(config.seed)  # the twin starts from the same weights
         return train(config, *build(), data, arguments.resume)
 
     dense = None
-    if arguments.compare_dense:
-        dense = train_one(dense_twin(config)).test(data.test, arguments.test_attacks)
-    trainer = train_one(config)
-    finish(trainer, data, arguments, dense)
+    try:
+        if arguments.compare_dense:
+            dense = train_one(dense_twin(config)).test(data.test, arguments.test_attacks)
+        trainer = train_one(config)
+        finish(trainer, data, arguments, dense)
+    except StorageError as error:  # one line says it all
+        raise SystemExit(f"error: {error}") from None
     trainer.end()
 
 

@@ -7,14 +7,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
-from tscnc_hf.method.adversary import craft, pgd, seeded_generator
+from tscnc_hf.method.adversary import craft, pgd
 from tscnc_hf.method.batches import collate
 from tscnc_hf.method.constraints import constraint_terms, weight_scales
 from tscnc_hf.method.folding import FoldedCopy, folded_copy
 from tscnc_hf.method.gates import (
     attach_gates,
-    folded_gates,
     gate_parameters,
     gate_report,
     gate_sparse_constraint,
@@ -22,19 +22,20 @@ from tscnc_hf.method.gates import (
     sample_gates,
 )
 from tscnc_hf.method.matrices import weight_matrices
+from tscnc_hf.method.noise import PlacedNoise, seeded_generator
 from tscnc_hf.method.objectives import objective_terms
 from tscnc_hf.method.perturbation import perturbed_model
 from tscnc_hf.method.pixels import LogitsFn, attack_mode, normalisation, pixel_logits
-from tscnc_hf.method.spectrum import spectral_report
 from tscnc_hf.training.callbacks import MethodCallback
-from tscnc_hf.training.checks import check_datasets, check_terms
+from tscnc_hf.training.checks import check_datasets, check_processes, check_terms
 from tscnc_hf.training.config import TSCNCConfig
 from tscnc_hf.training.gradual import build_pruner, with_dense_ends
-from tscnc_hf.training.metrics import robust_accuracy_metrics
+from tscnc_hf.training.metrics import robust_accuracy_metrics, spectral_metrics
 from tscnc_hf.training.publishing import PublishingTrainer
+from tscnc_hf.training.resuming import what_differs
 
 
-SPECTRAL_METRICS = ("median_effective_condition_number", "max_effective_condition_number", "rank_deficient")
+logger = logging.get_logger(__name__)
 
 
 class TSCNCTrainer(PublishingTrainer):
@@ -79,6 +80,7 @@ class TSCNCTrainer(PublishingTrainer):
             raise TypeError(f"args is a {type(args).__name__}; TSCNCTrainer needs a TSCNCConfig")
         if kwargs.get("model_init") is not None or kwargs.get("compute_loss_func") is not None:
             raise ValueError("model_init and compute_loss_func are not supported: pass a model, the method has a loss")
+        check_processes(args.world_size)
         if isinstance(model, str):
             from tscnc_hf.training.models import load_model
 
@@ -126,10 +128,9 @@ class TSCNCTrainer(PublishingTrainer):
         return self.args.epsilon * (min(1.0, (self.state.global_step + 1) / warmup) if warmup > 0 else 1.0)
 
     def attack(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor | None:
-        """Adversarial pixels for training; None when there is no adversary. Noise is keyed by seed, rank and step."""
+        """Adversarial pixels for training; None when there is no adversary. Noise is keyed by seed and step."""
         args = self.args
-        key = (args.seed, "train", args.process_index, self.state.global_step, self._micro_batch)
-        generator = seeded_generator(x.device, *key)
+        noise = self._noise(x, self._micro_batch, self._train_batch_size, "train", self.state.global_step)
         epsilon, step_size = self.epsilon_now(), args.attack_step_size
         if step_size is not None and args.epsilon > 0:  # given for the whole radius
             step_size = float(step_size) * epsilon / args.epsilon
@@ -142,9 +143,15 @@ class TSCNCTrainer(PublishingTrainer):
                 epsilon=epsilon,
                 steps=args.attack_steps,
                 step_size=step_size,
-                generator=generator,
+                generator=noise,
                 norm=args.norm,
             )
+
+    def _noise(self, x: Tensor, batch: int, size: int, *key: int | str) -> PlacedNoise:
+        """For the pixels of this process's batch number `batch`; accelerate deals batches of `size` out in turn."""
+        size = size // self.args.world_size if self.accelerator.split_batches else size
+        first = (batch * self.args.world_size + self.args.process_index) * size
+        return PlacedNoise(x.device, (self.args.seed, *key), first, len(x))
 
     def _to_attack(self, model: nn.Module, x: Tensor) -> nn.Module:
         """The model, or a copy as it is now with batch norms folded away, whose pixel gradients cost less."""
@@ -162,6 +169,9 @@ class TSCNCTrainer(PublishingTrainer):
         # The attack runs on the module, the forward that trains on the wrapper: that one averages gradients.
         x_adv = self.attack(inner, x, y) if self.args.objective != "natural" else None
         terms = self.objective(self.perturbed(model, inner, x, x_adv, y), x, x_adv, y)
+        if self.is_in_train:  # the mean over the step's images: its last micro-batch may have fewer than the others
+            share = len(x) * self._accumulation() / self._images
+            terms = {name: share * value for name, value in terms.items()}
         if self._micro_batch == 0:  # the same in every micro-batch: paid for once a step
             terms |= self.constraints(inner)
         self._record(terms)
@@ -208,6 +218,11 @@ class TSCNCTrainer(PublishingTrainer):
 
     def _accumulation(self) -> int:
         return getattr(self, "current_gradient_accumulation_steps", 1)  # fewer at the end of an epoch
+
+    def get_batch_samples(self, *args, **kwargs):
+        batches, items = super().get_batch_samples(*args, **kwargs)
+        self._images = sum(len(batch["labels"]) for batch in batches)  # of this process in the step to come
+        return batches, items
 
     def clear_terms(self) -> None:
         self._term_sums, self._steps = {}, 0  # since the last log
@@ -279,9 +294,9 @@ class TSCNCTrainer(PublishingTrainer):
                 clean = forward(x)
             predictions = clean
             if args.eval_attack_steps > 0 and args.epsilon > 0:
-                generator = seeded_generator(x.device, args.seed, "eval", args.process_index, self._eval_batches)
+                noise = self._noise(x, self._eval_batches, args.eval_batch_size, "eval")
                 options = {"epsilon": args.epsilon, "steps": args.eval_attack_steps, "norm": args.norm}
-                x_adv = pgd(forward, x, y, generator=generator, **options)
+                x_adv = pgd(forward, x, y, generator=noise, **options)
                 with torch.no_grad():
                     predictions = (clean, forward(x_adv))
         self._eval_batches += 1
@@ -295,15 +310,15 @@ class TSCNCTrainer(PublishingTrainer):
         with self.averaged(), torch.random.fork_rng(devices):
             output = super().evaluation_loop(*args, **kwargs)
             prefix = kwargs.get("metric_key_prefix", "eval")
-            output.metrics.update({f"{prefix}_{name}": value for name, value in self.spectral_metrics().items()})
+            spectra = spectral_metrics(self.accelerator.unwrap_model(self.model))
+            output.metrics.update({f"{prefix}_{name}": value for name, value in spectra.items()})
         return output
 
-    def spectral_metrics(self) -> dict[str, float]:
-        """Condition numbers and lost ranks of the weights as they would be published now, in every evaluation."""
-        model = self.accelerator.unwrap_model(self.model)
-        with folded_gates(model):
-            summary = spectral_report(model, method="gram").summary()
-        return {name: summary[name] for name in SPECTRAL_METRICS}
+    def _load_rng_state(self, checkpoint):
+        text = what_differs(checkpoint, self.args.world_size) if checkpoint and self.is_world_process_zero() else None
+        if text:
+            logger.warning(text)
+        super()._load_rng_state(checkpoint)
 
     def _save_checkpoint(self, model, trial):
         self.check_terms()
