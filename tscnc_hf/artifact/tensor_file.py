@@ -25,7 +25,7 @@ READ_ERRORS = (
     TypeError,
     ValueError,
 )
-SMALL = 1 << 16  # bytes of a tensor that is copied and not mapped
+SMALL = 1 << 14  # bytes of a tensor that is copied and not mapped
 # safetensors' names, as far as torch has them
 STORED_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
