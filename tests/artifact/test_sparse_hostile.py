@@ -90,7 +90,7 @@ for path in sys.argv[1:]:
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="limits the address space")
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux, where RLIMIT_AS limits the address space")
 def test_bombs_go_off_in_200_megabytes_and_two_seconds(tmp_path):
     names = []
     for name, (stored, entries) in bombs().items():

@@ -11,7 +11,6 @@ from tests.method.test_allocation import ARCHITECTURES
 from tscnc_hf.method.allocation import Allocation
 from tscnc_hf.method.averaging import WeightAverage
 from tscnc_hf.method.criteria import register_criterion
-from tscnc_hf.method.gate_sites import gate_sites
 from tscnc_hf.method.gates import attach_gates
 from tscnc_hf.method.matrices import weight_matrices
 from tscnc_hf.method.pruning import Pruner
@@ -455,7 +454,7 @@ def test_a_layer_that_matters_more_keeps_more():
     pruner.update(0.8)
     pruner.apply_()
     kept = pruner.masks["one.weight"].sum() - pruner.masks["two.weight"].sum()
-    assert kept == 0 or abs(int(kept)) <= 1
+    assert abs(int(kept)) <= 1
     for _ in range(40):
         optimizer.zero_grad()
         ((model.one.weight - target) ** 2).sum().add((model.two.weight**2).sum()).backward()
@@ -547,8 +546,6 @@ def test_the_state_of_another_way_of_pruning_is_refused():
 def test_exact_for_every_criterion(criterion, name):
     model = ARCHITECTURES[name]()
     if criterion == "gates":
-        if not gate_sites(model):
-            pytest.skip(f"{name} has no place for gates")
         attach_gates(model)
     pruner = Pruner(weight_matrices(model), criterion)
     optimizer = torch.optim.SGD(model.parameters(), 0.01)

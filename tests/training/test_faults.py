@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +30,7 @@ from tscnc_hf.training.trainer import TSCNCTrainer
 
 
 # Whatever has a state or a draw of its own.
+NOBODY = 65534
 OPTIONS = {
     "num_train_epochs": 4,
     "per_device_train_batch_size": 16,
@@ -358,7 +360,7 @@ def test_sigterm_ends_a_run_that_can_go_on(at, options, saved, whole, build, mak
     assert ending.value.code == 143 and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     last = get_last_checkpoint(tmp_path / "run")
     assert last == (str(tmp_path / "run" / f"checkpoint-{saved}") if saved else None)
-    assert f"the last checkpoint is intact: {last}" if saved else "no checkpoint had been written" in caplog.text
+    assert (f"the last checkpoint is intact: {last}" if saved else "no checkpoint had been written") in caplog.text
     if saved:
         assert_resumes_to(whole, tmp_path / "run", build, make_trainer, **options)
 
@@ -388,14 +390,14 @@ def mounted(folder: Path, *options: str) -> None:
     folder.mkdir()
     done = subprocess.run(["mount", "-t", "tmpfs", *options, "tmpfs", folder], capture_output=True, text=True)
     if done.returncode != 0:
-        pytest.skip(f"mounting is not permitted here: {done.stderr.strip()}")
+        pytest.skip(f"needs the right to mount a tmpfs (CAP_SYS_ADMIN): {done.stderr.strip()}")
 
 
 @pytest.fixture
 def disk(tmp_path):
     """A file system of 2 MB that is mounted for the test."""
     if os.geteuid() != 0 or shutil.which("mount") is None:
-        pytest.skip("only root may mount a file system")
+        pytest.skip("needs root and the command mount, for a small tmpfs")
     mounted(tmp_path / "disk", "-o", "size=2m")
     yield tmp_path / "disk"
     subprocess.run(["umount", "--lazy", tmp_path / "disk"], check=True)
@@ -505,12 +507,22 @@ def test_a_read_only_folder_is_found_before_training(disk, build, make_trainer):
             make_trainer(build("vit"), output_dir=str(disk / "new"), **OPTIONS)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write to every folder")
-def test_a_folder_without_permission(build, make_trainer, tmp_path):
-    (tmp_path / "run").mkdir(mode=0o555)
-    trainer = make_trainer(build("vit"), output_dir=str(tmp_path / "run"), **OPTIONS)
-    with pytest.raises(StorageError, match="Permission denied.*make the folder writable"):
-        trainer.train()
+def test_a_folder_without_permission(build, make_trainer):
+    with tempfile.TemporaryDirectory() as folder:  # tmp_path lies where nobody but its owner may look
+        os.chmod(folder, 0o755)
+        run = Path(folder) / "run"
+        run.mkdir()
+        trainer = make_trainer(build("vit"), output_dir=str(run), **OPTIONS)
+        run.chmod(0o555)
+        user = os.geteuid()
+        if user == 0:
+            os.seteuid(NOBODY)  # root may write to every folder
+        try:
+            with pytest.raises(StorageError, match="Permission denied.*make the folder writable"):
+                trainer.train()
+        finally:
+            os.seteuid(user)
+        assert trainer.state.global_step == 0 and list(run.iterdir()) == []
 
 
 def test_a_recipe_ends_with_one_line(disk, monkeypatch):

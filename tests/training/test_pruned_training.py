@@ -57,6 +57,15 @@ def test_exact_and_resumed_exactly_from_the_middle_of_the_schedule(way, build, m
         assert [name for name in expected if not torch.equal(expected[name], again[name])] == []
 
 
+@pytest.mark.parametrize("options", [{}, {"pruning_latent": True}, {"pruning_criterion": "learned"}])
+def test_one_shot_prunes_all_of_it_at_the_start(options, build, make_trainer):
+    trainer = make_trainer(build("vit"), pruning_schedule="one-shot", logging_steps=1, **SCHEDULE, **options)
+    trainer.train()
+    target = trainer.pruner.target_count(0.9) / trainer.pruner.prunable_count
+    sparsity = [log["sparsity"] for log in trainer.state.log_history if "sparsity" in log]
+    assert sparsity == [0.0] * 2 + [target] * 14
+
+
 def test_weights_stand_still_while_scores_are_learned(build, make_trainer, watcher):
     model, processor = build("vit")
     seen = {}

@@ -72,7 +72,10 @@ class Pruner:
     @property
     def weights(self) -> dict[str, Tensor]:
         """The parameters as they are now: wrapping a model for FSDP2 puts new ones into its modules."""
-        return {name: record.module._parameters[name.rsplit(".", 1)[-1]] for name, record in self.records.items()}
+        return {name: self._weight(name) for name in self.records}
+
+    def _weight(self, name: str) -> Tensor:
+        return self.records[name].module._parameters[name.rsplit(".", 1)[-1]]
 
     @property
     def masks(self) -> dict[str, Tensor]:
@@ -293,7 +296,7 @@ class Pruner:
 
     def _laid_out(self, name: str, tensor: Tensor) -> Tensor:
         """As the weight is: sharded alike, or in its memory format, so that element by element runs are fast."""
-        weight = self.weights[name]
+        weight = self._weight(name)
         if hasattr(weight, "full_tensor"):
             from torch.distributed.tensor import distribute_tensor
 

@@ -89,9 +89,9 @@ def start_pruning(
     start, end = schedule_steps(args, max_steps)
     if start <= step < end and not pruner.active:
         pruner.begin(getattr(optimizer, "optimizer", optimizer))
-        if pruner.active and not pruner.criterion.gathers:  # what is gathered from gradients is not there yet
-            pruner.update(_sparsity(pruner, args, step, start, end))
-            pruner.apply_()
+    if step == start < end and not pruner.criterion.gathers:  # what is gathered from gradients is not there yet
+        pruner.update(_sparsity(pruner, args, step, start, end))
+        pruner.apply_()
 
 
 def before_optimizer_step(pruner: Pruner, model: nn.Module, args: TSCNCConfig, accelerator) -> None:
