@@ -8,7 +8,7 @@ PEERS := .peers
 PEER_PACKAGES := torchattacks==3.5.1 foolbox==3.3.4 eagerpy==0.30.0 GitPython gitdb smmap \
 	adversarial-robustness-toolbox==1.20.1 six
 
-.PHONY: demo test test-faults test-peers lint bench-constraints bench-slimming bench-adversary bench-packing bench-pruning clean
+.PHONY: demo test test-faults test-peers lint bench-constraints bench-slimming bench-adversary bench-packing bench-pruning bench-inputs clean
 
 demo: $(STAMP)
 	$(BIN)/python recipes/vit_cifar10.py --config recipes/configs/vit_digits_demo.yaml
@@ -36,6 +36,9 @@ bench-slimming: $(STAMP)
 
 bench-packing: $(STAMP)
 	$(BIN)/python tests/benchmarks/packing.py
+
+bench-inputs: $(STAMP)
+	$(BIN)/python tests/benchmarks/large_inputs.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -18,6 +18,7 @@ from tscnc_hf.training.data import (
     collate,
     load_image_data,
 )
+from tscnc_hf.training.decoding import ImageDecoder
 from tscnc_hf.training.splits import stratified_split
 
 
@@ -250,6 +251,38 @@ def test_large_images_are_streamed_and_need_image_size(tmp_path):
     assert isinstance(load_image_data(folder, validation_fraction=0.25, image_size=64).train, ImageTensorDataset)
 
 
+def test_reading_needs_no_more_decoding_for_more_images(tmp_path, monkeypatch):
+    decoded, decode = [], ImageDecoder.open
+    monkeypatch.setattr(ImageDecoder, "open", lambda self, *stored: decoded.append(1) or decode(self, *stored))
+    for n in (20, 200):
+        folder = write_parquet(tmp_path / str(n), n=n, features=typed())
+        data = load_image_data(folder, image_size=8, in_memory=False)
+        assert len(decoded) < 10 and len(data.train) + len(data.validation) + len(data.test) == n
+        assert "decoded as they are read; training images: random resized crops and flips" in data.description
+        decoded.clear()
+        data.train[0], data.train[5]
+        assert len(decoded) == 2
+        kept = load_image_data(folder, augmentation="crop")
+        assert len(decoded) >= n + 2  # the patch sees what decodes everything
+        assert f"decoded in memory ({n * 192 / 1e6:.1f} MB)" in kept.description
+        assert "training images: random crops of the padded image" in kept.description
+        decoded.clear()
+    assert "training images: not augmented" in load_image_data(folder, augmentation="none").description
+
+
+def test_the_split_to_test_on(tmp_path):
+    folder = write_parquet(tmp_path / "d", features=typed())
+    write_parquet(tmp_path / "d", "validation", n=6, features=typed())
+    write_parquet(tmp_path / "d", "test", n=4, labels=[-1] * 4, features=typed())
+    with pytest.raises(ValueError, match="'test' holds negative"):  # as ImageNet's
+        load_image_data(folder)
+    data = load_image_data(folder, test_split="validation", augmentation="none")
+    assert len(data.test) == 6 and "tested on split 'validation'" in data.description
+    for wrong in ("train", "dev"):
+        with pytest.raises(ValueError, match=f"test_split='{wrong}'.*has (validation, test|test, validation)"):
+            load_image_data(folder, test_split=wrong)
+
+
 def test_string_labels_are_sorted(tmp_path):
     folder = write_parquet(tmp_path / "d", labels=["zebra", "ape"] * 10)
     write_parquet(tmp_path / "d", "test", n=2, labels=["zebra", "ape"])
@@ -358,6 +391,7 @@ def test_empty_and_missing(tmp_path):
         {"image_size": 0},
         {"image_size": (8, 8, 3)},
         {"image_column": "img"},
+        {"test_split": "test"},
         {"train_limit": 0},
         {"test_limit": -1},
         {"validation_fraction": 1.0},

@@ -34,7 +34,7 @@ class ImageData:
         image_size: (h, w).
         channels: 1 or 3.
         name: the Hub id, or the folder's name.
-        description: one sentence on sizes and origin of the parts.
+        description: one sentence on sizes, origin, storage and augmentation of the parts.
     """
 
     train: ImageTensorDataset | ImageStreamDataset
@@ -61,11 +61,15 @@ def load_image_data(
     in_memory: str | bool = "auto",
     seed: int = 0,
     revision: str | None = None,
+    test_split: str | None = None,
 ) -> ImageData:
     """Load images and labels. The same rows land in train, validation and test in every run, whatever the seed.
 
     The test part is the split `test`, else `validation`, else a fifth of train. The validation part always comes out
     of train, class by class in proportion.
+
+    Images are held decoded in memory (`ImageTensorDataset`), or decoded as they are read (`ImageStreamDataset`): then
+    memory grows with the data set by a label and a row number an image, 16 bytes.
 
     Args:
         dataset: "digits" (scikit-learn's 1,797 8x8 images, no download), a Hub id, or a folder of parquet files or of
@@ -79,9 +83,11 @@ def load_image_data(
             rows sorted by class a fixed random order is taken first.
         test_limit: likewise the first n test rows.
         augmentation: of train: "none", "flip", "crop" or "crop-flip". Mirrored digits are wrong digits: pass "crop".
+            Crops are of the padded image where images are in memory, resized ones where they are decoded as read.
         in_memory: decode everything once; "auto" does so up to 4 GB of pixels and 96 pixels a side.
         seed: of the augmentation only.
         revision: commit, branch or tag of a Hub data set.
+        test_split: the split to test on, where the choice above is not the one meant: ImageNet's `test` has no labels.
 
     Raises:
         ValueError: an argument, a column, a label or an image that cannot be used; the message says which and why.
@@ -94,13 +100,16 @@ def load_image_data(
         raise ValueError(f"in_memory={in_memory!r} is unknown; allowed are 'auto', True, False.")
     size = _check_size(image_size)
     if dataset == "digits":
-        if any(argument is not None for argument in (image_column, label_column, revision)) or in_memory is False:
-            raise ValueError('dataset="digits" is embedded: drop image_column, label_column, revision, in_memory.')
+        of_others = (image_column, label_column, revision, test_split)
+        if any(argument is not None for argument in of_others) or in_memory is False:
+            raise ValueError(
+                'dataset="digits" is embedded: drop image_column, label_column, revision, test_split, in_memory.'
+            )
         return _load_digits(size, channels, validation_fraction, train_limit, test_limit, augmentation, seed)
 
     import datasets
 
-    splits, name = _load_splits(dataset, revision)
+    splits, name = _load_splits(dataset, revision, test_split)
     image_column, label_column = find_columns(splits["train"].features, image_column, label_column)
     feature = splits["train"].features[label_column]
     names = list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
@@ -179,7 +188,7 @@ def _check_size(image_size: int | Sequence[int] | None) -> tuple[int, int] | Non
     return size
 
 
-def _load_splits(dataset: str, revision: str | None) -> tuple[dict[str, Any], str]:
+def _load_splits(dataset: str, revision: str | None, test_split: str | None) -> tuple[dict[str, Any], str]:
     import datasets
 
     folder = Path(dataset).expanduser()
@@ -199,11 +208,11 @@ def _load_splits(dataset: str, revision: str | None) -> tuple[dict[str, Any], st
         ) from error
     if "train" not in splits:
         raise ValueError(f"data set {name!r} has no split 'train', only {', '.join(splits)}. Rename one to train.")
-    chosen = {"train": splits["train"]}
-    test = next((split for split in ("test", "validation") if split in splits), None)
-    if test is not None:
-        chosen[test] = splits[test]
-    return chosen, name
+    others = [split for split in splits if split != "train"]
+    if test_split is not None and test_split not in others:
+        raise ValueError(f"test_split={test_split!r}: data set {name!r} has {', '.join(others) or 'only train'}.")
+    test = test_split or next((split for split in ("test", "validation") if split in splits), None)
+    return {split: splits[split] for split in ("train", test) if split is not None}, name
 
 
 def _choose_rows(
@@ -259,10 +268,17 @@ def _finish(made: dict[str, Any], class_names: list[str], name: str, origin: str
     channels, height, width = pixels.shape
     description = (
         f"{name}: {len(made['train']):,} training, {len(made['validation']):,} validation and "
-        f"{len(made['test']):,} test images of {channels}x{height}x{width} in {len(class_names)} classes; {origin}."
+        f"{len(made['test']):,} test images of {channels}x{height}x{width} in {len(class_names)} classes, "
+        f"{_storage(made)}; training images: {made['train'].augmentation_text}; {origin}."
     )
     sizes = {tuple(part[0]["pixel_values"].shape) for part in made.values()}
     if len(sizes) > 1:
         raise ValueError(f"train, validation and test images differ in size: {sorted(sizes)}. Give image_size.")
     about = dict(image_size=(height, width), channels=channels, name=name, description=description)
     return ImageData(**made, class_names=class_names, **about)
+
+
+def _storage(made: dict[str, Any]) -> str:
+    if not isinstance(made["train"], ImageTensorDataset):
+        return "decoded as they are read"
+    return f"decoded in memory ({sum(part.images.nbytes for part in made.values()) / 1e6:,.1f} MB)"

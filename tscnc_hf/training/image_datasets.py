@@ -22,9 +22,12 @@ class EpochDataset(Dataset):
         labels: int64 (n,).
         class_names: one name a class.
         augmentation: "none", "flip", "crop" or "crop-flip".
+        augmentation_text: what that is, in words.
         seed: non-negative.
         epoch: set by `set_epoch`, 0 at first.
     """
+
+    _crop_text: str  # what a "crop" of the class is
 
     def __init__(self, labels: torch.Tensor, class_names: Sequence[str], augmentation: str, seed: int) -> None:
         if labels.ndim != 1 or labels.dtype != torch.int64:
@@ -41,6 +44,11 @@ class EpochDataset(Dataset):
     @property
     def epoch(self) -> int:
         return int(self._epoch)
+
+    @property
+    def augmentation_text(self) -> str:
+        parts = [text for key, text in (("crop", self._crop_text), ("flip", "flips")) if key in self.augmentation]
+        return f"random {' and '.join(parts)}" if parts else "not augmented"
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch (0, 1, ...) whose augmentation the items get; ValueError when negative or no integer."""
@@ -78,6 +86,8 @@ class ImageTensorDataset(EpochDataset):
     Raises:
         ValueError: wrong shapes or dtypes, an unknown augmentation, crops asked of images less than 8 pixels high.
     """
+
+    _crop_text = "crops of the padded image"
 
     def __init__(
         self,
@@ -160,6 +170,8 @@ class ImageStreamDataset(EpochDataset):
         ValueError: wrong shapes or dtypes, an unknown augmentation; when an item is read: an image that cannot be
             decoded.
     """
+
+    _crop_text = "resized crops"
 
     def __init__(
         self,

@@ -8,6 +8,7 @@ import timm
 from torch import nn
 from transformers import (
     AutoImageProcessor,
+    PreTrainedConfig,
     PreTrainedModel,
     TimmWrapperConfig,
     TimmWrapperForImageClassification,
@@ -20,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from tscnc_hf.artifact.checkpoint import load_sparse
 from tscnc_hf.artifact.model_config import read_config
+from tscnc_hf.artifact.narrowed import recorded_widths
 from tscnc_hf.artifact.slim import load_slim
 from tscnc_hf.method.matrices import register_matrix_view
 from tscnc_hf.method.pixels import LogitsFn, normalisation, pixel_logits
@@ -76,7 +78,7 @@ def vit_from_config(
         intermediate_size=round(hidden_size * mlp_ratio),
         hidden_dropout_prob=dropout,
         attention_probs_dropout_prob=dropout,
-        **_labels(class_names),
+        **label_fields(class_names),
     )
     processor = ViTImageProcessor(
         size={"height": height, "width": width}, image_mean=[MEAN] * channels, image_std=[STD] * channels
@@ -126,7 +128,7 @@ def timm_model(
         architecture=name,
         model_args=model_args,
         pretrained_cfg=preprocessing | {"input_size": [channels, *image_size]},
-        **_labels(class_names),
+        **label_fields(class_names),
     )
     model = TimmWrapperForImageClassification(config)
     model.timm_model.load_state_dict(source.state_dict())  # the wrapper has overwritten timm's own initialisation
@@ -143,13 +145,20 @@ def load_model(name_or_folder: str, class_names: Sequence[str] | None = None) ->
 
     Raises:
         OSError: there is no such model, or it has no weights.
+        ValueError: weights are missing or have another shape, but for those of a new head; a packed file is to get a
+            new head; the model is no image classifier.
     """
     config = read_config(name_or_folder)
     new_head = class_names is not None and len(class_names) != config.num_labels
     if new_head:
-        config = read_config(name_or_folder, **_labels(class_names))
+        config = read_config(name_or_folder, **label_fields(class_names))
+    options = {"config": config, "ignore_mismatched_sizes": new_head}
     try:
-        model = load_slim(name_or_folder, config=config, ignore_mismatched_sizes=new_head)
+        if recorded_widths(config):
+            model = load_slim(name_or_folder, **options)
+        else:
+            model, found = load_slim(name_or_folder, **options, output_loading_info=True)
+            _check_complete(name_or_folder, model, found, may_lack_head=class_names is not None)
     except OSError as no_dense_weights:
         try:
             model = load_sparse(name_or_folder)
@@ -158,14 +167,39 @@ def load_model(name_or_folder: str, class_names: Sequence[str] | None = None) ->
         if new_head:
             raise ValueError(
                 f"{name_or_folder} is packed and has {model.num_labels} classes, the data {len(class_names)}: a new "
-                "head can be given to the dense weights only"
+                f"head can be given to the dense weights only. Make them with `tscnc unpack {name_or_folder}`"
             ) from None
     return model, AutoImageProcessor.from_pretrained(name_or_folder)
 
 
-def input_format(model: PreTrainedModel, processing_class: object | None = None) -> tuple[int | None, int | None]:
-    """Side in pixels and number of channels of the images that a model takes, each None where nothing says so."""
-    config = model.config
+def _check_complete(name: str, model: PreTrainedModel, found: dict, may_lack_head: bool) -> None:
+    """Whatever the file lacks, transformers has drawn at random, with no more than a warning."""
+    shapes = {key: tuple(parameter.shape) for key, parameter in model.named_parameters()}
+    lacking = {key: None for key in found["missing_keys"] if key in shapes}
+    lacking |= {key: tuple(stored) for key, stored, _ in found["mismatched_keys"]}
+    wrong = [
+        f"{key} {shapes.get(key, '')}" + (f", there {stored}" if stored else "")
+        for key, stored in sorted(lacking.items())
+        if not may_lack_head or not _is_head(shapes.get(key), stored, model.num_labels)
+    ]
+    if wrong:
+        raise ValueError(
+            f"the weights of {name} are not those of the model that its config describes. Missing or of another "
+            f"shape: {'; '.join(wrong[:5])}{' ...' if len(wrong) > 5 else ''}. Mend the folder or take another "
+            "checkpoint; a backbone without a classifier can be fine-tuned (recipes/finetune.py)"
+        )
+
+
+def _is_head(shape: tuple | None, stored: tuple | None, classes: int) -> bool:
+    """Whether a weight of this shape, stored in the other (None: not at all), can belong to a head for `classes`."""
+    return bool(shape) and shape[0] == classes and (stored is None or stored[1:] == shape[1:])
+
+
+def input_format(
+    model: PreTrainedModel | PreTrainedConfig, processing_class: object | None = None
+) -> tuple[int | None, int | None]:
+    """Side in pixels and channels of the images that a model, or that of a config, takes; None where nothing says."""
+    config = getattr(model, "config", model)
     pretrained = getattr(config, "pretrained_cfg", None) or {}
     if "input_size" in pretrained:
         return pretrained["input_size"][-1], pretrained["input_size"][0]
@@ -175,7 +209,8 @@ def input_format(model: PreTrainedModel, processing_class: object | None = None)
     return side if isinstance(side, int) else None, getattr(config, "num_channels", None)
 
 
-def _labels(class_names: Sequence[str]) -> dict:
+def label_fields(class_names: Sequence[str]) -> dict:
+    """What a config says of the classes."""
     return {
         "num_labels": len(class_names),
         "id2label": dict(enumerate(class_names)),

@@ -6,12 +6,16 @@ import dataclasses
 import os
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from tscnc_hf.training.config import TSCNCConfig
 from tscnc_hf.training.parser import ConfigParser
+
+
+DECODE = {"auto": "auto", "once": True, "as-read": False}  # as `in_memory` of load_image_data
 
 
 @dataclass
@@ -23,9 +27,13 @@ class DataArguments:
         dataset (`str`, *optional*, defaults to `"uoft-cs/cifar10"`): Hub id, local folder (parquet or one folder per
             class), or "digits" (scikit-learn's, no download).
         image_column, label_column (`str`, *optional*): found by type if not given.
+        test_split (`str`, *optional*): the split to test on; "test", else "validation", else a fifth of train.
         image_size (`int`, *optional*): resize to this side in pixels.
         channels (`str`, *optional*, defaults to `"rgb"`): "rgb", "grey" or "auto".
-        augmentation (`str`, *optional*, defaults to `"crop-flip"`): "none", "flip", "crop" or "crop-flip".
+        decode (`str`, *optional*, defaults to `"auto"`): "once", into memory, "as-read", in every batch anew, which
+            needs no memory for images and an image_size, or "auto": once up to 96 pixels a side and 4 GB.
+        augmentation (`str`, *optional*, defaults to `"crop-flip"`): "none", "flip", "crop" or "crop-flip". Crops are
+            of the padded image where images are in memory, and random resized crops where they are decoded as read.
         validation_fraction (`float`, *optional*, defaults to 0.1): of train.
         train_limit (`int`, *optional*): train on the first n images only.
         test_limit (`int`, *optional*): test on the first n images only.
@@ -45,8 +53,16 @@ class DataArguments:
     label_column: str | None = field(
         default=None, metadata={"help": "Name of the label column, if not found by type."}
     )
+    test_split: str | None = field(default=None, metadata={"help": "Split to test on, if not test or validation."})
     image_size: int | None = field(default=None, metadata={"help": "Resize images to this side, in pixels."})
     channels: str = field(default="rgb", metadata={"help": "Channels.", "choices": ("rgb", "grey", "auto")})
+    decode: str = field(
+        default="auto",
+        metadata={
+            "help": "Decode images once, into memory, or as they are read. Auto: by size.",
+            "choices": tuple(DECODE),
+        },
+    )
     augmentation: str = field(
         default="crop-flip",
         metadata={"help": "Augmentation of the training images.", "choices": ("none", "flip", "crop", "crop-flip")},
@@ -81,12 +97,21 @@ def set_cpu_threads(config: TSCNCConfig, threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Inside, what cannot be used ends the process: the message says what to do, a traceback would hide it."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from None
+
+
 def load_data(arguments: DataArguments, seed: int):
     """`ImageData` as the options say. An attack that does not exist ends here, before any training."""
     from tscnc_hf.evaluation.attacks import make_attack
     from tscnc_hf.training.data import load_image_data
 
-    try:
+    with one_line_errors():
         for name in arguments.test_attacks:
             make_attack(name, 0.0)
         data = load_image_data(
@@ -99,10 +124,10 @@ def load_data(arguments: DataArguments, seed: int):
             validation_fraction=arguments.validation_fraction,
             train_limit=arguments.train_limit,
             test_limit=arguments.test_limit,
+            in_memory=DECODE[arguments.decode],
+            test_split=arguments.test_split,
             seed=seed,
         )
-    except ValueError as error:  # the message says what to do; a traceback would hide it
-        raise SystemExit(f"error: {error}") from None
     print(f"Data: {data.description}", flush=True)
     return data
 
@@ -122,7 +147,8 @@ def train(config: TSCNCConfig, model, processor, data, resume: bool = False):
         eval_dataset=data.validation,
         processing_class=processor,
     )
-    trainer.card_options |= {"class_names": data.class_names, "command": command_line(), "dataset_name": data.name}
+    class_names = [str(model.config.id2label[index]) for index in range(model.config.num_labels)]
+    trainer.card_options |= {"class_names": class_names, "command": command_line(), "dataset_name": data.name}
     goal = f"to {config.target_sparsity:.1%} sparsity" if config.target_sparsity else "dense"
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(
@@ -146,6 +172,7 @@ def dense_twin(config: TSCNCConfig) -> TSCNCConfig:
         tsc_on="weights",
         tsc_weight=0.0,
         cnc_weight=0.0,
+        keep_masks=False,
         push_to_hub=False,
     )
 
