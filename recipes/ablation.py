@@ -1,0 +1,181 @@
+"""
+What does each part do? Arms x sparsities x seeds with the same data order and adversary, a line of JSON for each cell.
+
+    python recipes/ablation.py --config recipes/configs/ablation_cnn.yaml
+    python recipes/ablation.py --config recipes/configs/ablation_cnn.yaml --check plain-0.99-s1
+    python recipes/ablation_report.py --rows recipes/results/ablation_*.jsonl --output recipes/results
+
+Started again it goes on where it was: finished cells are skipped. `--check` runs one cell anew and compares the rows.
+Every option is in `--help`; the YAML file sets defaults, the command line wins.
+"""
+
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field, replace
+
+from tscnc_hf.training.recipe import load_data, parse, set_cpu_threads
+
+
+@dataclass
+class AblationArguments:
+    """The grid, and the model."""
+
+    architecture: str = field(default="vit", metadata={"help": '"vit" (from config), or timm\'s name of a model.'})
+    model_args: str = field(
+        default="{}", metadata={"help": "Arguments of timm.create_model or of vit_from_config, as JSON (YAML: a map)."}
+    )
+    label: str | None = field(default=None, metadata={"help": "Name of the model in the results."})
+    results: str = field(default="outputs/ablation.jsonl", metadata={"help": "File of rows, one a finished cell."})
+    arms: str = field(
+        default='{"plain": {}}', metadata={"help": "Name -> options of TSCNCConfig, as JSON (in YAML: a map)."}
+    )
+    sparsities: list[float] = field(default_factory=lambda: [0.95, 0.99], metadata={"help": "Fractions of zeros."})
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "One run of each cell a seed."})
+    pretraining: str = field(
+        default="null",
+        metadata={"help": "Options of a dense training that every cell starts from, as JSON; null: none."},
+    )
+    split: str = field(
+        default="test", metadata={"help": "What cells are measured on.", "choices": ("test", "validation")}
+    )
+    save_models: bool = field(default=False, metadata={"help": "Leave a publishable folder with a card a cell."})
+    workers: int = field(default=1, metadata={"help": "Cells run beside each other, each with cpu_threads threads."})
+    time_limit: int = field(default=0, metadata={"help": "Stop, resumably, after so many seconds; 0: never."})
+    check: str | None = field(default=None, metadata={"help": "Name of a finished cell: run it anew and compare."})
+    only: list[str] = field(default_factory=list, metadata={"help": "Only cells with one of these in their name."})
+
+    def __post_init__(self):
+        for name in ("model_args", "arms", "pretraining"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                try:
+                    setattr(self, name, json.loads(value))
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"{name}={value!r} is not JSON: {error}") from error
+        if self.workers < 1:
+            raise ValueError(f"workers={self.workers}: at least 1 cell runs at a time")
+
+
+def make_grid(config, data_arguments, arguments):
+    """The `Grid` of the options; data is read here, once a process."""
+    from transformers.utils.logging import disable_progress_bar
+
+    from tscnc_hf.training.ablation import Grid
+    from tscnc_hf.training.models import timm_model, vit_from_config
+
+    disable_progress_bar()
+    set_cpu_threads(config, data_arguments.cpu_threads)
+    data = load_data(data_arguments, config.seed)
+
+    def build():
+        shape = (data.class_names, data.image_size, data.channels)
+        if arguments.architecture == "vit":
+            return vit_from_config(*shape, **arguments.model_args)
+        return timm_model(arguments.architecture, *shape, model_args=arguments.model_args)
+
+    about = {"data": data.description, "augmentation": data_arguments.augmentation}
+    about |= {"architecture": arguments.architecture, "model_args": arguments.model_args}
+    return Grid(
+        config,
+        build,
+        data,
+        arguments.label or arguments.architecture,
+        arguments.split,
+        data_arguments.test_attacks,
+        data_arguments.test_limit if arguments.split == "test" else None,
+        arguments.save_models,
+        about,
+    )
+
+
+_grid = None  # of a worker process
+
+
+def start_worker(*options) -> None:
+    global _grid
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(143))  # else a pool's worker would go on with the next cell
+    sys.stdout = open(os.devnull, "w")  # the parent says what there is to say
+    _grid = make_grid(*options)
+
+
+def run_in_worker(cell) -> dict:
+    return _grid.run(cell)
+
+
+def run_cells(cells, workers: int, options, grid):
+    """Yield rows as cells finish: in this process, or in several beside each other."""
+    if workers == 1:
+        yield from map(grid.run, cells)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(workers, len(cells)), context, start_worker, options) as pool:
+        try:
+            for done in as_completed([pool.submit(run_in_worker, cell) for cell in cells]):
+                yield done.result()
+        except BaseException:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
+
+
+def say(row: dict, done: int, total: int, start: float, begun: int) -> None:
+    left = (time.perf_counter() - start) / max(done - begun, 1) * (total - done) / 60
+    shown = ", ".join(f"{name} {value:.1%}" for name, value in row["accuracy"].items())
+    print(
+        f"[{done}/{total}] {row['arm']} at {row['sparsity']:.2%}, seed {row['seed']}: {shown}, median kappa "
+        f"{row['median_kappa']:.3g}, {row['lost_ranks']} ranks lost, {row['seconds']:.0f} s; {left:.0f} min left",
+        flush=True,
+    )
+
+
+def main(args: list[str] | None = None) -> None:
+    config, data_arguments, arguments = options = parse(AblationArguments, args)
+
+    from tscnc_hf.training.ablation import Results, differences
+    from tscnc_hf.training.ablation import grid as grid_of
+
+    try:
+        cells = grid_of(arguments.arms, arguments.sparsities, arguments.seeds, arguments.pretraining)
+        results, grid = Results(arguments.results), make_grid(*options)
+        kept = [cell for cell in cells if not arguments.only or any(part in cell.name for part in arguments.only)]
+        found = {cell: results.find(grid.label, cell, grid.fingerprint(cell), grid.split) for cell in kept}
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from None
+    if arguments.check is not None:
+        cell = next((cell for cell in kept if cell.name == arguments.check and found[cell]), None)
+        if cell is None:
+            raise SystemExit(f"error: {arguments.results} has no finished cell {arguments.check!r} of these settings")
+        again = replace(grid, config=replace(grid.config, output_dir=f"{config.output_dir}-check-{os.getpid()}"))
+        if cell.pretraining is not None:
+            again.run(again.dense(cell))
+        if different := differences(found[cell], again.run(cell)):
+            raise SystemExit(f"{cell.name} was not reproduced: {different}")
+        print(f"{cell.name} gives the same row again")
+        return
+    if arguments.time_limit:
+        timer = threading.Timer(arguments.time_limit, os.kill, (os.getpid(), signal.SIGTERM))
+        timer.daemon = True
+        timer.start()
+    begun, start = sum(row is not None for row in found.values()), time.perf_counter()
+    done = begun
+    print(f"{len(kept)} cells, {begun} of them finished before; rows in {arguments.results}", flush=True)
+    todo = [cell for cell in kept if found[cell] is None]
+    if arguments.workers > 1:  # else the trainer has its own way to end, with a checkpoint
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    for part in ([cell for cell in todo if cell.is_dense], [cell for cell in todo if not cell.is_dense]):
+        for row in run_cells(part, arguments.workers, options, grid) if part else ():
+            results.add(row)
+            done += 1
+            say(row, done, len(kept), start, begun)
+
+
+if __name__ == "__main__":
+    main()

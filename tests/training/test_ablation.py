@@ -1,0 +1,195 @@
+"""An ablation: which cells there are, what they share, rows that survive, and the script as it is started."""
+
+import json
+import math
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from scipy.stats import ttest_rel
+
+from tscnc_hf.evaluation.comparison import comparison_markdown, paired_difference
+from tscnc_hf.training.ablation import Cell, Results, differences, grid, read_rows
+
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+CONFIG = RECIPES / "configs" / "ablation_cnn.yaml"
+ARMS = {"plain": {}, "both": {"cnc_weight": 0.01, "tsc_weight": 1e-6}}
+TINY = {
+    "dataset": "digits", "augmentation": "none", "train_limit": 64, "test_limit": 20, "validation_fraction": 0.2,
+    "test_attacks": "clean pgd-2", "attack": "", "workers": 1, "max_steps": 6, "per_device_train_batch_size": 8,
+    "per_device_eval_batch_size": 20, "epsilon": "0.1", "pruning_interval": 1, "use_cpu": "true", "seeds": "0",
+    "model_args": json.dumps({"channels": [8, 8, 8, 8], "layers": [1, 1, 1, 1]}), "pretraining": '{"max_steps": 4}',
+    "sparsities": "0.5 0.9", "arms": json.dumps(ARMS),
+}  # fmt: skip
+
+
+def options(folder: Path, **changed) -> list[str]:
+    given = TINY | {"results": folder / "rows.jsonl", "output_dir": folder / "runs"} | changed
+    del given["attack"]
+    found = ["--config", str(CONFIG)]
+    for name, value in given.items():
+        found += [f"--{name}", *(str(value).split() if name in ("test_attacks", "seeds", "sparsities") else [value])]
+    return [str(text) for text in found]
+
+
+@pytest.fixture
+def ablation(capsys):
+    def run(folder: Path, **changed) -> str:
+        runpy.run_path(str(RECIPES / "ablation.py"))["main"](options(folder, **changed))
+        return capsys.readouterr().out
+
+    return run
+
+
+# ---- the grid ----
+
+
+def test_every_arm_at_every_sparsity_and_seed_after_the_dense_trainings_they_share():
+    arms = {"plain": {}, "cnc": {"cnc_weight": 0.1}, "early": {"cnc_weight": 0.1, "pretraining": {"cnc_weight": 0.1}}}
+    cells = grid(arms, [0.9, 0.99], [3, 4], {"learning_rate": 0.1})
+    dense, pruned = cells[:4], cells[4:]
+    assert [(c.arm, c.seed) for c in dense] == [("dense", 3), ("dense", 4), ("dense-early", 3), ("dense-early", 4)]
+    assert all(cell.is_dense for cell in dense) and not any(cell.is_dense for cell in pruned)
+    assert {(c.arm, c.sparsity, c.seed) for c in pruned} == {
+        (a, s, i) for a in arms for s in (0.9, 0.99) for i in (3, 4)
+    }
+    assert dense[0].options == {"learning_rate": 0.1} and dense[2].options == {"learning_rate": 0.1, "cnc_weight": 0.1}
+    assert len({cell.name for cell in cells}) == len(cells)
+    assert not any(cell.is_dense for cell in grid(arms, [0.9], [0], None))
+
+
+@pytest.mark.parametrize("arms, sparsities", [({}, [0.9]), ({"a": {}}, []), ({"a": {"cnc_wait": 1}}, [0.9])])
+def test_grids_that_cannot_be_run_are_refused(arms, sparsities):
+    with pytest.raises(ValueError, match="give one of each|no option cnc_wait"):
+        grid(arms, sparsities, [0], None)
+
+
+# ---- rows ----
+
+
+def a_row(arm="plain", sparsity=0.9, seed=0, robust=0.2, **more) -> dict:
+    row = {"model": "m", "arm": arm, "sparsity": sparsity, "seed": seed, "split": "test", "settings": "s"}
+    row |= {"accuracy": {"clean": 0.5, "pgd-20": robust}, "median_kappa": 3.0, "max_kappa": "inf", "lost_ranks": 1}
+    return row | {"empty_matrices": 0} | more
+
+
+def test_rows_are_kept_and_those_of_other_settings_are_not_mixed_with(tmp_path):
+    path, cell = tmp_path / "deep" / "rows.jsonl", Cell("plain", 0.9, 0)
+    results = Results(path)
+    assert results.find("m", cell, "s") is None
+    results.add(a_row())
+    results.add(a_row(seed=1))
+    assert Results(path).find("m", cell, "s") == a_row() and len(read_rows(path)) == 2
+    assert Results(path).find("m", cell, "s", "validation") is None
+    with pytest.raises(ValueError, match="plain-0.9-s0 of m with other settings"):
+        Results(path).find("m", cell, "t")
+    path.write_text(path.read_text() + '{"model": "m"}\n')
+    with pytest.raises(ValueError, match="line 3: not a row"):
+        read_rows(path)
+
+
+def test_differences_leave_time_and_place_out():
+    assert differences(a_row(seconds=1, commit="a"), a_row(seconds=2, commit="b")) == {}
+    assert differences(a_row(), a_row(lost_ranks=2)) == {"lost_ranks": (1, 2)}
+
+
+def test_paired_interval_is_that_of_scipy():
+    a, b = np.random.default_rng(0).normal(size=(2, 5))
+    found, truth = paired_difference(list(a), list(b)), ttest_rel(a, b).confidence_interval(0.95)
+    assert math.isclose(found.mean, np.mean(a - b)) and found.pairs == 5
+    assert math.isclose(found.low, truth.low) and math.isclose(found.high, truth.high)
+    assert paired_difference([1.0], [0.5]).high == math.inf
+    with pytest.raises(ValueError, match="pairs need"):
+        paired_difference([1.0], [])
+
+
+def test_table_pairs_by_seed():
+    gains = {0: 0.04, 1: 0.05, 2: 0.06}
+    rows = [a_row(seed=seed, robust=0.1 * seed + 0.1) for seed in (2, 0, 1)]
+    rows += [a_row("CNC", seed=seed, robust=0.1 * seed + 0.1 + gain) for seed, gain in gains.items()]
+    table = comparison_markdown(rows, "pgd-20")
+    half = 100 * 4.302653 * 0.01 / math.sqrt(3)  # t of two degrees of freedom
+    assert f"| 25.0 ± 11.0 | +5.0 ({5 - half:+.1f} to {5 + half:+.1f}) |" in table
+    assert "| 90 % | plain | 3 | 50.0 ± 0.0 | 20.0 ± 10.0 |  |" in table
+
+
+# ---- the script ----
+
+
+def test_cells_are_trained_measured_resumed_and_reproduced(ablation, tmp_path):
+    printed = ablation(tmp_path, only="dense")
+    assert "1 cells, 0 of them finished before" in printed
+    printed = ablation(tmp_path)
+    assert "5 cells, 1 of them finished before" in printed and "[5/5]" in printed
+    rows = {(row["arm"], row["sparsity"]): row for row in read_rows(tmp_path / "rows.jsonl")}
+    assert set(rows) == {("dense", 0)} | {(arm, sparsity) for arm in ARMS for sparsity in (0.5, 0.9)}
+    for (_, sparsity), row in rows.items():
+        assert abs(row["zeros"] - sparsity) < 1e-3 and row["n"] == 20 and set(row["accuracy"]) == {"clean", "pgd-2"}
+    weights = load_file(tmp_path / "runs" / "both-0.9-s0" / "trained.safetensors")
+    matrices = [weight for weight in weights.values() if weight.ndim > 1]
+    assert abs(sum(int((w == 0).sum()) for w in matrices) / sum(w.numel() for w in matrices) - 0.9) < 1e-3
+    plain = load_file(tmp_path / "runs" / "plain-0.9-s0" / "trained.safetensors")
+    assert not torch.equal(plain["timm_model.fc.weight"], weights["timm_model.fc.weight"])
+
+    before = (tmp_path / "rows.jsonl").read_text()
+    assert (
+        "5 cells, 5 of them finished before" in ablation(tmp_path) and (tmp_path / "rows.jsonl").read_text() == before
+    )
+    assert "both-0.9-s0 gives the same row again" in ablation(tmp_path, check="both-0.9-s0")
+    (tmp_path / "rows.jsonl").write_text(before.replace('"n": 20', '"n": 19'))
+    with pytest.raises(SystemExit, match=r"not reproduced: {'n': \(19, 20\)}"):
+        ablation(tmp_path, check="both-0.9-s0")
+    with pytest.raises(SystemExit, match="other settings"):
+        ablation(tmp_path, learning_rate="0.5")
+    with pytest.raises(SystemExit, match="no finished cell 'both-0.7-s0'"):
+        ablation(tmp_path, check="both-0.7-s0")
+
+    (tmp_path / "rows.jsonl").write_text(before)
+    command = [sys.executable, RECIPES / "ablation_report.py", "--rows", tmp_path / "rows.jsonl", "--attack", "pgd-2"]
+    done = subprocess.run([*command, "--output", tmp_path / "report"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "| 90 % | both | 1 |" in (tmp_path / "report" / "ablation.md").read_text()
+    names = ("robustness", "conditioning", "robustness_over_conditioning")
+    assert all((tmp_path / "report" / f"ablation_{name}.png").stat().st_size > 10_000 for name in names)
+
+
+def test_sigterm_leaves_no_worker_behind(tmp_path):
+    command = [sys.executable, RECIPES / "ablation.py", *options(tmp_path, workers=2, max_steps=100_000)]
+    parent = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    for line in parent.stdout:  # the dense cell is over, two workers train
+        if line.startswith("[1/5]"):
+            break
+    time.sleep(1)
+    parent.terminate()
+    parent.terminate()
+    assert parent.wait(60) == 143 and len(read_rows(tmp_path / "rows.jsonl")) == 1
+    for _ in range(100):
+        try:
+            os.killpg(parent.pid, 0)  # the group has members as long as there is a worker
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
+    os.killpg(parent.pid, signal.SIGKILL)
+    raise AssertionError("workers outlived the run")
+
+
+def test_workers_give_the_rows_of_one_process(ablation, tmp_path):
+    ablation(tmp_path / "one", sparsities="0.9", cpu_threads=1)
+    command = [sys.executable, RECIPES / "ablation.py", *options(tmp_path / "two", sparsities="0.9", workers=2)]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [*command, "--cpu_threads", "1"], capture_output=True, text=True, timeout=280, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = ({(r["arm"], r["seed"]): r for r in read_rows(tmp_path / n / "rows.jsonl")} for n in ("one", "two"))
+    assert one.keys() == two.keys() and len(one) == 3
+    assert all(differences(one[key], two[key]) == {} for key in one)

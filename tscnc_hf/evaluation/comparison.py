@@ -1,0 +1,91 @@
+"""Arms of an ablation beside each other: means, spreads, and differences paired by seed with their intervals."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from scipy.stats import t
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Mean of paired differences, and its 95 % interval [low, high] (Student's t; infinite from a single pair)."""
+
+    mean: float
+    low: float
+    high: float
+    pairs: int
+
+
+def paired_difference(a: Sequence[float], b: Sequence[float], confidence: float = 0.95) -> Difference:
+    """
+    The mean of a - b, pair by pair, with its interval under Student's t of n - 1 degrees of freedom.
+
+    Raises:
+        ValueError: no pairs, or not as many of one as of the other.
+    """
+    if not a or len(a) != len(b):
+        raise ValueError(f"{len(a)} and {len(b)} values: pairs need as many of both, and one at least")
+    gaps = [x - y for x, y in zip(a, b, strict=True)]
+    mean = statistics.fmean(gaps)
+    if len(gaps) < 2:
+        return Difference(mean, -math.inf, math.inf, len(gaps))
+    half = t.ppf(0.5 + confidence / 2, len(gaps) - 1) * statistics.stdev(gaps) / math.sqrt(len(gaps))
+    return Difference(mean, mean - half, mean + half, len(gaps))
+
+
+def by_arm(rows: Iterable[Mapping]) -> dict[tuple[str, float], dict[str, dict[int, Mapping]]]:
+    """Rows of an ablation as (model, sparsity) -> arm -> seed -> row, sparsities rising, arms as they come."""
+    groups: dict[tuple[str, float], dict[str, dict[int, Mapping]]] = {}
+    for row in sorted(rows, key=lambda row: (row["model"], row["sparsity"])):
+        groups.setdefault((row["model"], row["sparsity"]), {}).setdefault(row["arm"], {})[row["seed"]] = row
+    return groups
+
+
+def comparison_markdown(rows: Iterable[Mapping], attack: str, baseline: str = "plain") -> str:
+    """
+    One table a model: an arm a line at each sparsity. Accuracies as mean ± standard deviation over seeds in percent,
+    their difference to `baseline` paired by seed in points with its 95 % interval, and medians over seeds of the
+    condition numbers, lost ranks and empty matrices.
+
+    Args:
+        attack: the name of the accuracy that counts, beside "clean".
+        baseline: the arm to compare with; at a sparsity where it has no rows differences are left out.
+    """
+    parts, last = [], None
+    for (model, sparsity), arms in by_arm(rows).items():
+        if model != last:
+            parts += [] if last is None else [""]
+            parts += [
+                f"**{model}**\n",
+                f"| sparsity | arm | seeds | clean | {attack} | {attack}, minus {baseline} | median kappa | largest "
+                "kappa | ranks lost | empty |",
+                "| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+            ]
+            last = model
+        for arm, seeds in arms.items():
+            cells = [f"{100 * sparsity:g} %", arm, str(len(seeds))]
+            cells += [_spread([row["accuracy"][name] for row in seeds.values()]) for name in ("clean", attack)]
+            cells.append(_minus(seeds, arms.get(baseline, {}), attack) if arm != baseline else "")
+            for key in ("median_kappa", "max_kappa", "lost_ranks", "empty_matrices"):
+                cells.append(f"{statistics.median(float(row[key]) for row in seeds.values()):.3g}")
+            parts.append(f"| {' | '.join(cells)} |")
+    return "\n".join(parts) + "\n"
+
+
+def _spread(values: Sequence[float]) -> str:
+    deviation = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{100 * statistics.fmean(values):.1f}{deviation}"
+
+
+def _minus(seeds: Mapping[int, Mapping], others: Mapping[int, Mapping], attack: str) -> str:
+    both = sorted(set(seeds) & set(others))
+    if not both:
+        return ""
+    gap = paired_difference(*([side[seed]["accuracy"][attack] for seed in both] for side in (seeds, others)))
+    if gap.pairs < 2:
+        return f"{100 * gap.mean:+.1f}"
+    return f"{100 * gap.mean:+.1f} ({100 * gap.low:+.1f} to {100 * gap.high:+.1f})"

@@ -1,0 +1,298 @@
+"""Many runs that differ in one thing: arms x sparsities x seeds, each cell measured alike, kept as a line of JSON."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from datetime import date
+from pathlib import Path
+
+import torch
+from transformers import set_seed
+
+from tscnc_hf.artifact.atomic import atomic_file
+from tscnc_hf.artifact.state import load_state, save_state
+from tscnc_hf.evaluation.robustness import evaluate_robustness
+from tscnc_hf.method.gates import folded_gates
+from tscnc_hf.method.sparsity import sparsity_report
+from tscnc_hf.method.spectrum import spectral_report
+from tscnc_hf.training.checkpoints import checkpoints
+from tscnc_hf.training.config import TSCNCConfig
+from tscnc_hf.training.results import measure
+from tscnc_hf.training.trainer import TSCNCTrainer
+
+
+DENSE = "dense"
+DENSE_OPTIONS = {"target_sparsity": 0.0, "tsc_weight": 0.0, "cnc_weight": 0.0, "tsc_on": "weights"}
+TRAINED = "trained.safetensors"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """
+    One run of the grid.
+
+    Attributes:
+        arm: its name.
+        sparsity: target, fraction of zeros in [0, 1).
+        seed: of weights, data order and noise.
+        options: of `TSCNCConfig`, over those that all cells share.
+        pretraining: options of the dense training that comes before, over those that all cells share; cells whose
+            dense trainings are the same share it. None: the cell trains from fresh weights.
+    """
+
+    arm: str
+    sparsity: float
+    seed: int
+    options: Mapping = field(default_factory=dict, hash=False)
+    pretraining: Mapping | None = field(default=None, hash=False)
+
+    @property
+    def name(self) -> str:
+        return f"{self.arm}-{self.sparsity:g}-s{self.seed}"
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether it is a dense training, which other cells may start from."""
+        return self.sparsity == 0 and self.pretraining is None
+
+
+def grid(
+    arms: Mapping[str, Mapping], sparsities: Sequence[float], seeds: Sequence[int], pretraining: Mapping | None
+) -> list[Cell]:
+    """
+    The dense trainings that are needed (arm "dense", or "dense-<arm>" where an arm has its own), then every arm at
+    every sparsity, seed by seed.
+
+    Args:
+        arms: name -> options of `TSCNCConfig`; the option "pretraining" is a map of options for the arm's own dense
+            training.
+        pretraining: options of the dense training that all arms start from; None trains each cell from fresh weights.
+
+    Raises:
+        ValueError: no arm, no seed or no sparsity; an option that does not exist.
+    """
+    if not arms or not sparsities or not seeds:
+        raise ValueError(
+            f"{len(arms)} arms, {len(sparsities)} sparsities, {len(seeds)} seeds: give one of each at least"
+        )
+    known = {f.name for f in fields(TSCNCConfig)}
+    dense, cells = {}, []
+    for arm, given in arms.items():
+        given = dict(given or {})
+        own = given.pop("pretraining", None)
+        for options in (given, own or {}, pretraining or {}):
+            if unknown := sorted(set(options) - known):
+                raise ValueError(f"arm {arm!r}: TSCNCConfig has no option {', '.join(unknown)}; see --help")
+        before = None if pretraining is None else dict(pretraining) | dict(own or {})
+        for seed in seeds:
+            if before is not None:
+                key = (json.dumps(before, sort_keys=True), seed)
+                dense.setdefault(key, Cell(f"{DENSE}-{arm}" if own else DENSE, 0.0, seed, before))
+            cells += [Cell(arm, sparsity, seed, given, before) for sparsity in sparsities]
+    return [*dense.values(), *sorted(cells, key=lambda cell: cell.seed)]
+
+
+@dataclass
+class Grid:
+    """
+    Runs cells and measures them.
+
+    Args:
+        config: what all cells share.
+        build: () -> (model, image processor), with fresh weights.
+        data: `ImageData`.
+        label: the model's name in the results.
+        split: "test", or "validation" for choosing settings.
+        attacks: see `make_attack`.
+        n: images, the first of the split.
+        save_models: leave a publishable folder with a card for every cell, not only its line.
+        about: what else decides the figures (data, model), plain JSON types; part of each cell's fingerprint.
+    """
+
+    config: TSCNCConfig
+    build: Callable[[], tuple]
+    data: object
+    label: str
+    split: str = "test"
+    attacks: Sequence[str] = ("clean", "pgd-20")
+    n: int | None = None
+    save_models: bool = False
+    about: Mapping = field(default_factory=dict)
+
+    def settings(self, cell: Cell) -> TSCNCConfig:
+        options = (DENSE_OPTIONS if cell.is_dense else {"target_sparsity": cell.sparsity}) | dict(cell.options)
+        folder = str(Path(self.config.output_dir) / cell.name)
+        return replace(self.config, output_dir=folder, seed=cell.seed, push_to_hub=False, **options)
+
+    def fingerprint(self, cell: Cell) -> str:
+        """Of everything that decides the cell's figures but the code: rows of other settings are not mixed with."""
+        return _digest(self._training(cell), self.split, list(self.attacks), self.n)
+
+    def _training(self, cell: Cell) -> list:
+        before = [] if cell.pretraining is None else self._training(self.dense(cell))
+        return [self.settings(cell).method_dict(), dict(self.about), *before]
+
+    @staticmethod
+    def dense(cell: Cell) -> Cell:
+        """The dense training that a cell starts from."""
+        return Cell(DENSE, 0.0, cell.seed, cell.pretraining)
+
+    def weights_file(self, cell: Cell) -> Path:
+        """Where the weights of a finished training lie; of a dense one, by what it was trained with."""
+        name = f"{DENSE}-{_digest(self._training(cell))}" if cell.is_dense else cell.name
+        return Path(self.config.output_dir) / name / TRAINED
+
+    def run(self, cell: Cell) -> dict:
+        """
+        Train the cell, or go on where its training was cut off, and measure it.
+
+        Raises:
+            ValueError: the dense training that it starts from has not been run.
+        """
+        start, config, trained = time.perf_counter(), self.settings(cell), self.weights_file(cell)
+        set_seed(config.seed)
+        model, processor = self.build()
+        if cell.pretraining is not None:
+            before = self.weights_file(self.dense(cell))
+            if not before.exists():
+                raise ValueError(f"{cell.name} starts from {before}, which is not there: run the dense cells first")
+            model.load_state_dict(load_state(before)[0])
+        trainer = TSCNCTrainer(
+            model, config, train_dataset=self.data.train, eval_dataset=self.data.validation, processing_class=processor
+        )
+        if trained.exists():
+            trainer.model.load_state_dict(load_state(trained)[0])
+        else:
+            resume = True if checkpoints(config.output_dir) else None
+            trainer.train(resume_from_checkpoint=resume)
+            save_state(dict(trainer.model.state_dict()), trained)
+        seconds = time.perf_counter() - start
+        row = {"model": self.label, "arm": cell.arm, "sparsity": cell.sparsity, "seed": cell.seed}
+        row |= {"split": self.split} | self.measure(trainer) | {"seconds": round(seconds, 1)}
+        row |= {"parameters": sum(parameter.numel() for parameter in model.parameters())}
+        row |= {"date": date.today().isoformat(), "commit": commit(), "torch": torch.__version__}
+        row |= {"device": device_name(trainer.args.device), "threads": torch.get_num_threads()}
+        return row | {"settings": self.fingerprint(cell)}
+
+    def measure(self, trainer: TSCNCTrainer) -> dict:
+        """The cell's figures: accuracies as fractions, zeros among the prunable weights, all spectra."""
+        args, dataset = trainer.args, getattr(self.data, self.split)
+        options = {
+            "epsilon": args.epsilon, "norm": args.norm, "attacks": self.attacks, "n": self.n, "seed": args.seed,
+            "batch_size": args.eval_batch_size, "processing_class": trainer.processing_class, "progress": False,
+            "state_folder": Path(args.output_dir) / "evaluation",
+        }  # fmt: skip
+        with folded_gates(trainer.model):
+            if self.save_models:
+                trainer.test_results = measure(trainer.model, dataset, exclude=args.pruning_exclude, **options)
+            else:
+                robustness = evaluate_robustness(trainer.model, dataset, masking=False, **options).to_dict()
+            spectrum = spectral_report(trainer.model)
+            zeros = sparsity_report(trainer.model, args.pruning_exclude).sparsity
+        if self.save_models:
+            robustness = trainer.test_results["robustness"]
+            trainer.card_options |= {"class_names": self.data.class_names, "dataset_name": self.data.name}
+            trainer.save_model()
+        return {
+            "n": robustness["n"],
+            "accuracy": {attack["name"]: attack["accuracy"] for attack in robustness["attacks"]},
+            "zeros": zeros,
+            "median_kappa": spectrum.median_effective_condition_number,
+            "max_kappa": spectrum.max_effective_condition_number,
+            "mean_cnc": statistics.fmean(row.cnc for row in spectrum.rows),
+            "lost_ranks": sum(row.full_rank - row.rank for row in spectrum.rows),
+            "empty_matrices": sum(row.rank == 0 for row in spectrum.rows),
+            "matrices": len(spectrum.rows),
+        }
+
+
+class Results:
+    """
+    Rows of a JSON-lines file, one a cell. The file is replaced as a whole, so that a kill leaves all that was there.
+
+    Raises:
+        ValueError: the file is not made of such lines.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = Path(path)
+        self.rows = read_rows(self.path) if self.path.exists() else []
+
+    def find(self, label: str, cell: Cell, fingerprint: str, split: str = "test") -> dict | None:
+        """
+        The row of a cell, None where there is none yet.
+
+        Raises:
+            ValueError: there is one of other settings.
+        """
+        key = (label, cell.arm, cell.sparsity, cell.seed, split)
+        for row in self.rows:
+            if tuple(row[name] for name in ("model", "arm", "sparsity", "seed", "split")) == key:
+                if row["settings"] != fingerprint:
+                    raise ValueError(
+                        f"{self.path} holds {cell.name} of {label} with other settings ({row['settings']}, now "
+                        f"{fingerprint}): give another results file, or remove its line to run it anew"
+                    )
+                return row
+        return None
+
+    def add(self, row: Mapping) -> None:
+        self.rows.append(dict(row))
+        with atomic_file(self.path) as temporary:
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
+
+
+def read_rows(path: str | os.PathLike) -> list[dict]:
+    """
+    The rows of a results file.
+
+    Raises:
+        ValueError: a line is not a row; it is named.
+    """
+    rows = []
+    for number, line in _lines(Path(path)):
+        try:
+            row = json.loads(line)
+            [row[key] for key in ("model", "arm", "sparsity", "seed", "split", "accuracy", "settings")]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}, line {number}: not a row of an ablation ({error!r})") from error
+        rows.append(row)
+    return rows
+
+
+def differences(before: Mapping, after: Mapping) -> dict[str, tuple]:
+    """What two rows of the same cell disagree in, but for time, date and code: {} when it was reproduced exactly."""
+    passing = {"seconds", "date", "commit", "device", "torch", "threads"}
+    keys = sorted((set(before) | set(after)) - passing)
+    return {key: (before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)}
+
+
+def _digest(*settings) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if line.strip():
+            yield number, line
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def commit() -> str | None:
+    """The revision of the code, with "-dirty" where files differ from it; None outside of a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    except OSError:
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None
