@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoModelForImageClassification, EvalPrediction, TrainerCallback
 
 from tscnc_hf.artifact.checkpoint import load_state
-from tscnc_hf.training import trainer as trainer_module
+from tscnc_hf.training import attacking
 from tscnc_hf.training.config import TSCNCConfig
 from tscnc_hf.training.image_datasets import ImageTensorDataset
 from tscnc_hf.training.metrics import robust_accuracy_metrics
@@ -282,7 +282,7 @@ def test_only_weights_of_layers_decay(kind, build, make_trainer):
 @pytest.fixture
 def crafted(monkeypatch):
     """One (key and places of the noise, epsilon, largest perturbation) per attack of training."""
-    calls, craft = [], trainer_module.craft
+    calls, craft = [], attacking.craft
 
     def record(adversary, logits_fn, x, y, *, epsilon, generator, **options):
         x_adv = craft(adversary, logits_fn, x, y, epsilon=epsilon, generator=generator, **options)
@@ -290,7 +290,7 @@ def crafted(monkeypatch):
         calls.append((noise, epsilon, float((x_adv - x).abs().max())))
         return x_adv
 
-    monkeypatch.setattr(trainer_module, "craft", record)
+    monkeypatch.setattr(attacking, "craft", record)
     return calls
 
 
@@ -356,13 +356,13 @@ def test_epsilon_grows_linearly_over_its_share_of_training(crafted, build, make_
 
 
 def test_a_step_size_grows_with_epsilon(build, make_trainer, monkeypatch):
-    sizes, craft = [], trainer_module.craft
+    sizes, craft = [], attacking.craft
 
     def record(*args, epsilon, step_size, **options):
         sizes.append((epsilon, step_size))
         return craft(*args, epsilon=epsilon, step_size=step_size, **options)
 
-    monkeypatch.setattr(trainer_module, "craft", record)
+    monkeypatch.setattr(attacking, "craft", record)
     options = {"adversary": "pgd", "objective": "pgd-at", "per_device_train_batch_size": 16, "epsilon": "8/255"}
     make_trainer(build("vit"), **options, epsilon_warmup=0.5, attack_step_size="2/255").train()
     assert [size / epsilon for epsilon, size in sizes] == pytest.approx([0.25] * 8)

@@ -75,8 +75,13 @@ def test_the_ways_to_write_epsilon(value, make_config):
 
 def test_deepspeed_is_refused(make_config, monkeypatch):
     monkeypatch.setattr(TrainingArguments, "__post_init__", lambda self: None)  # upstream's would import deepspeed
-    with pytest.raises(ValueError, match="deepspeed is not supported.*DDP"):
-        make_config(deepspeed={"zero_optimization": {"stage": 2}})
+    instead = "deepspeed is not supported.*Use DDP .*accelerate/ddp.yaml.*or FSDP2 .*accelerate/fsdp2.yaml"
+    for stage in (1, 2, 3):
+        with pytest.raises(ValueError, match=instead):
+            make_config(deepspeed={"zero_optimization": {"stage": stage}})
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")  # what `accelerate launch` says to the processes
+    with pytest.raises(ValueError, match=instead):
+        make_config()
 
 
 def assert_no_step(trainer, options_error: str) -> None:

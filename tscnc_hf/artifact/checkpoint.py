@@ -43,6 +43,7 @@ from tscnc_hf.artifact.weights import (
     read_weights,
     same_tensors,
 )
+from tscnc_hf.artifact.whole import unsharded_class
 
 
 __all__ = [
@@ -219,7 +220,7 @@ def load_weights(model: torch.nn.Module, folder: str | os.PathLike) -> None:
     """
     state = read_weights(Path(folder))
     if isinstance(model, PreTrainedModel):
-        state = build_exactly(type(model), copy.deepcopy(model.config), state, folder).state_dict()
+        state = build_exactly(unsharded_class(model), copy.deepcopy(model.config), state, folder).state_dict()
     load_exactly(model, state, folder)
 
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from tscnc_hf.artifact.narrowed import as_plain, narrowed
 from tscnc_hf.artifact.tensor_file import read_safetensors
+from tscnc_hf.method.sharding import copy_whole_, is_sharded
 
 
 WEIGHTS_FILE = "model.safetensors"
@@ -100,6 +101,8 @@ def build_exactly(
 def load_exactly(model: torch.nn.Module, state: dict[str, torch.Tensor], source: str | os.PathLike) -> None:
     """Strict `load_state_dict` that checks names and shapes first, so that an error leaves the model untouched.
 
+    A model that FSDP2 has sharded takes its parts of the whole tensors that every process gives.
+
     Raises:
         ValueError: missing, unexpected or mismatched keys; `source` is for the message.
     """
@@ -111,7 +114,11 @@ def load_exactly(model: torch.nn.Module, state: dict[str, torch.Tensor], source:
         if state[name].shape != own[name].shape
     ]
     _raise_if_different(source, type(model).__name__, own.keys() - both, state.keys() - both, mismatched)
-    model.load_state_dict(state, strict=True)
+    if not is_sharded(model):
+        model.load_state_dict(state, strict=True)
+        return
+    for name, tensor in own.items():  # they share memory with the parameters
+        copy_whole_(tensor, state[name])
 
 
 def _raise_if_different(source: Any, model: str, missing: Any, unexpected: Any, mismatched: Any) -> None:

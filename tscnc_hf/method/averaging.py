@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from tscnc_hf.method.sharding import copy_whole_, local
+
 
 class WeightAverage:
     """
@@ -31,10 +33,14 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int, masks: Mapping[str, Tensor] | None = None) -> None:
-        """After optimizer step `step` (counted from 1). Where a mask (parameter name -> bool) is False, it is zero."""
+        """
+        After optimizer step `step` (counted from 1). Where a mask (parameter name -> bool, sharded as its weight is)
+        is False, it is zero.
+        """
         decay, now = min(self.decay, (1 + step) / (10 + step)), _tensors(model)
         floating = [name for name, tensor in now.items() if tensor.is_floating_point()]
-        get_ema_multi_avg_fn(decay)([self.tensors[name] for name in floating], [now[name] for name in floating], step)
+        averages, values = ([local(tensors[name]) for name in floating] for tensors in (self.tensors, now))
+        get_ema_multi_avg_fn(decay)(averages, values, step)
         for name in now.keys() - set(floating):
             self.tensors[name].copy_(now[name])
         for name, mask in (masks or {}).items():
@@ -60,7 +66,7 @@ class WeightAverage:
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """
-        Take back what `tensors` was when it was saved.
+        Take back what `tensors` was when it was saved, whole.
 
         Raises:
             ValueError: the names are not those of this model.
@@ -69,7 +75,7 @@ class WeightAverage:
             odd = sorted(tensors.keys() ^ self.tensors.keys())
             raise ValueError(f"these are not the averages of this model: {len(odd)} names differ, such as {odd[0]!r}")
         for name, tensor in self.tensors.items():
-            tensor.copy_(tensors[name])
+            copy_whole_(tensor, tensors[name])
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

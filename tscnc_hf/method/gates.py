@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from tscnc_hf.method.constraints import transformed_l1
 from tscnc_hf.method.gate_sites import CONVOLUTIONS, GateSite, gate_sites, make_site
 from tscnc_hf.method.matrices import full_tensor
+from tscnc_hf.method.sharding import replicated
 
 
 LOW, HIGH = -0.1, 1.1  # the interval that a concrete variable is stretched to before it is clipped to [0, 1]
@@ -50,16 +51,16 @@ class HardConcreteGate(nn.Module):
 
     def open_probability(self) -> Tensor:
         """P(z != 0), float32 (count,): sigmoid(log_alpha - temperature log(-low / high))."""
-        return torch.sigmoid(self.log_alpha.float() - TEMPERATURE * math.log(-LOW / HIGH))
+        return torch.sigmoid(full_tensor(self.log_alpha).float() - TEMPERATURE * math.log(-LOW / HIGH))
 
     def deterministic(self) -> Tensor:
         """Float32 (count,) in [0, 1]: the stretched and clipped sigmoid(log_alpha); exactly 0 is closed."""
-        return (torch.sigmoid(self.log_alpha.float()) * (HIGH - LOW) + LOW).clamp(0, 1)
+        return (torch.sigmoid(full_tensor(self.log_alpha).float()) * (HIGH - LOW) + LOW).clamp(0, 1)
 
     def sampled(self) -> Tensor:
         """Float32 (count,) in [0, 1]: a hard-concrete variable, differentiable in log_alpha."""
         noise = self.noise.float().clamp(1e-6, 1 - 1e-6)
-        concrete = torch.sigmoid((torch.logit(noise) + self.log_alpha.float()) / TEMPERATURE)
+        concrete = torch.sigmoid((torch.logit(noise) + full_tensor(self.log_alpha).float()) / TEMPERATURE)
         return (concrete * (HIGH - LOW) + LOW).clamp(0, 1)
 
     def forward(self) -> Tensor:
@@ -197,8 +198,9 @@ def gate_sparse_constraint(model: nn.Module, a: float = 100.0, l0: float = 1e-3,
 
 @torch.no_grad()
 def _fold(layer: nn.Module) -> None:
-    factors = layer.gate.deterministic().repeat_interleave(layer.gate.channels).to(layer.weight)
-    layer.weight.mul_(factors.view(1, -1, *[1] * (layer.weight.ndim - 2)))
+    weight = layer.weight
+    factors = layer.gate.deterministic().repeat_interleave(layer.gate.channels).to(weight.device, weight.dtype)
+    weight.mul_(replicated(factors.view(1, -1, *[1] * (weight.ndim - 2)), weight))
 
 
 def fold_gates_(model: nn.Module) -> None:

@@ -25,6 +25,7 @@ from tscnc_hf.method.allocation import Allocation
 from tscnc_hf.method.criteria import find_criterion, initial_scores
 from tscnc_hf.method.layer_rates import LayerRates
 from tscnc_hf.method.matrices import WeightMatrix, full_tensor
+from tscnc_hf.method.sharding import laid_out
 
 
 class Pruner:
@@ -81,6 +82,11 @@ class Pruner:
     def masks(self) -> dict[str, Tensor]:
         """Bool, True = kept, whole also where weights are sharded; empty before the first `update`."""
         return {name: ~full_tensor(pruned) for name, pruned in self._pruned.items()}
+
+    @property
+    def local_masks(self) -> dict[str, Tensor]:
+        """`masks`, sharded as the weights are: without communication."""
+        return {name: ~pruned for name, pruned in self._pruned.items()}
 
     @property
     def prunable_count(self) -> int:
@@ -295,13 +301,7 @@ class Pruner:
     # ---- inside ----
 
     def _laid_out(self, name: str, tensor: Tensor) -> Tensor:
-        """As the weight is: sharded alike, or in its memory format, so that element by element runs are fast."""
-        weight = self._weight(name)
-        if hasattr(weight, "full_tensor"):
-            from torch.distributed.tensor import distribute_tensor
-
-            return distribute_tensor(tensor.to(weight.device), weight.device_mesh, weight.placements)
-        return torch.empty_like(weight, dtype=tensor.dtype).copy_(tensor)
+        return laid_out(tensor, self._weight(name))
 
     def _whole_records(self) -> dict[str, WeightMatrix]:
         """Records with the values that count: scores, latent weights, or the weights; whole, float32, no gradient."""

@@ -60,4 +60,4 @@ class MethodCallback(TrainerCallback):
         prune_after_step(self.trainer.pruner, args, state.global_step + 1, state.max_steps, optimizer)
         clamp_gates_(self.trainer.model)
         if self.trainer.average is not None:
-            self.trainer.average.update(self.trainer.model, state.global_step + 1, self.trainer.pruner.masks)
+            self.trainer.average.update(self.trainer.model, state.global_step + 1, self.trainer.pruner.local_masks)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from dataclasses import dataclass, field, fields
 
+from accelerate.utils import str_to_bool
 from transformers import TrainingArguments
 
 from tscnc_hf.method.adversary import ADVERSARIES
@@ -171,6 +173,13 @@ class TSCNCConfig(TrainingArguments):
     ddp_find_unused_parameters: bool | None = _knob(False, "Off: every parameter takes part in every step.")
 
     def __post_init__(self):
+        if self.deepspeed is not None or str_to_bool(os.environ.get("ACCELERATE_USE_DEEPSPEED", "false")):
+            raise ValueError(
+                "deepspeed is not supported, of no ZeRO stage: masks and constraints need whole weights, and its "
+                "engine takes the optimizer's steps on its own. Use DDP (accelerate launch --config_file "
+                "recipes/accelerate/ddp.yaml), or FSDP2 (recipes/accelerate/fsdp2.yaml) to share out weights and "
+                "moments"
+            )
         super().__post_init__()
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # torch would only warn
@@ -232,10 +241,6 @@ class TSCNCConfig(TrainingArguments):
                 "enable_jit_checkpoint saves in the middle of a step, which can not be resumed exactly, and then goes "
                 "on as if training were over: leave it off. On SIGTERM a single process ends its step, saves a "
                 "checkpoint and exits with status 143"
-            )
-        if self.deepspeed is not None:
-            raise ValueError(
-                "deepspeed is not supported: the constraints need whole weights; use DDP (accelerate launch)"
             )
 
     def _check_units(self) -> None:

@@ -69,7 +69,9 @@ def load_image_data(
     of train, class by class in proportion.
 
     Images are held decoded in memory (`ImageTensorDataset`), or decoded as they are read (`ImageStreamDataset`): then
-    memory grows with the data set by a label and a row number an image, 16 bytes.
+    no pixels are kept. For parquet files about 0.1 kB an image is, labels and row numbers and what `datasets` keeps;
+    of a folder of single files `datasets` keeps about 2.4 kB a file, and lists it anew at each start, at 0.6 ms a file
+    (measured with 60,000).
 
     Args:
         dataset: "digits" (scikit-learn's 1,797 8x8 images, no download), a Hub id, or a folder of parquet files or of

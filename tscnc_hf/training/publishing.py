@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
+import torch
 from huggingface_hub import CommitInfo, HfApi
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils import logging
@@ -19,20 +20,23 @@ from tscnc_hf.artifact.checkpoint import disk_state, load_weights
 from tscnc_hf.artifact.hub import push_folder
 from tscnc_hf.artifact.narrowed import width_record
 from tscnc_hf.artifact.repository import RESULTS_FILE
+from tscnc_hf.artifact.state import STATE_FILE, save_state
+from tscnc_hf.artifact.whole import whole_copy
 from tscnc_hf.evaluation.examples import adversarial_examples
 from tscnc_hf.method.averaging import WeightAverage
 from tscnc_hf.method.gates import detached_gates, folded_gates, gate_report
 from tscnc_hf.method.pruning import Pruner
+from tscnc_hf.method.sharding import is_sharded, reshard_
 from tscnc_hf.training.checkpoints import FILE_LIST, damage
 from tscnc_hf.training.checks import check_finite_weights
 from tscnc_hf.training.results import measure
 from tscnc_hf.training.saving import (
     failed_pushes,
     load_method_state,
+    method_state,
     push_in_background,
     run_facts,
     save_extras,
-    save_method_state,
     write_training_card,
 )
 from tscnc_hf.training.surviving import SurvivingTrainer
@@ -46,7 +50,8 @@ class PublishingTrainer(SurvivingTrainer):
     The part of `TSCNCTrainer` that knows files and the Hub. It needs `self.pruner`, `self.tsc_scales` and how pixels
     are normalised.
 
-    Whatever is written for others has the gates folded into the weights: a plain model.
+    Whatever is written for others has the gates folded into the weights: a plain model. Where FSDP2 has sharded the
+    model, it is gathered for that, so all processes save, test and push together.
     """
 
     pruner: Pruner
@@ -63,6 +68,21 @@ class PublishingTrainer(SurvivingTrainer):
     def averaged(self):
         """Inside, the model is the average of its weights, where there is one: what is evaluated and published."""
         return self.average.swapped(self.model) if self.average is not None else nullcontext()
+
+    @contextmanager
+    def published(self, everywhere: bool = False) -> Iterator[nn.Module | None]:
+        """
+        Inside, what others get: averaged and with gates folded. Of a sharded model it is a whole copy, which the
+        process that writes has, or each process if `everywhere`; None on the others.
+        """
+        with self.averaged(), folded_gates(self.model):
+            yield self._whole(everywhere or self.args.should_save)
+
+    def _whole(self, keep: bool) -> nn.Module | None:
+        if not is_sharded(self.model):
+            return self.model
+        whole = whole_copy(self.model, keep)
+        return whole if whole is None else whole.to(self.args.device)
 
     # ---- saving and loading ----
 
@@ -82,23 +102,30 @@ class PublishingTrainer(SurvivingTrainer):
                 normalised = {"image_mean": list(self.pixel_mean), "image_std": list(self.pixel_std)}
                 widths = width_record(self.model.config)
                 self.model.config.tscnc = self.args.method_dict() | normalised | widths
-            super()._save(str(folder), disk_state(self.model, None if self.average is not None else state_dict))
-            if not self.args.should_save:
+            model = self._whole(self.args.should_save)  # what was gathered before has gates, and no average
+            sharded = is_sharded(self.model)
+            if self.average is not None or sharded:
+                state_dict = model.state_dict() if sharded and model is not None else None
+            super()._save(str(folder), disk_state(self.model, state_dict))
+            if not (self.args.should_save or sharded):
                 return
-            if not is_checkpoint:
-                save_extras(folder, self.model, self.args, self.card_facts())
+            if not is_checkpoint and self.args.should_save:
+                save_extras(folder, model, self.args, self.card_facts())
         if is_checkpoint:
-            save_method_state(folder, self.model, self.pruner, self.tsc_scales, self.average)
+            state = method_state(self.model, self.pruner, self.tsc_scales, self.average)
+            if self.args.should_save:
+                save_state(state, folder / STATE_FILE)
         else:
             with self.writing("The card and the results", published):
-                if self.test_results is not None:
+                if self.args.should_save and self.test_results is not None:
                     write_json(self.test_results, folder / RESULTS_FILE)
-                elif self.state.global_step > 0:
+                elif self.args.should_save and self.state.global_step > 0:
                     (folder / RESULTS_FILE).unlink(missing_ok=True)  # of the weights that were here before
                 self._write_card(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         # upstream loads by the names on disk, which are not those in memory for ViT and others, and only warns
+        reshard_(self.model)
         with detached_gates(self.model):
             load_weights(self.model, resume_from_checkpoint)
         self.average = WeightAverage(self.model, self.args.ema_decay) if self.args.ema_decay > 0 else None
@@ -149,13 +176,18 @@ class PublishingTrainer(SurvivingTrainer):
         # upstream copies a fixed list of files, without ours but with a pickle: publish the whole folder instead
         if self.is_writing_checkpoint:
             return  # once it has its name
-        args, busy = self.args, self.push_in_progress is not None and not self.push_in_progress.is_done()
-        if not self.is_world_process_zero() or args.hub_strategy == HubStrategy.END:
-            return
-        if busy and not args.hub_always_push:
+        args, pushing = self.args, getattr(self, "push_in_progress", None)  # which the first process alone has
+        busy = pushing is not None and not pushing.is_done()
+        wanted = self.is_world_process_zero() and args.hub_strategy != HubStrategy.END
+        wanted = wanted and (not busy or args.hub_always_push)
+        if is_sharded(self.model):  # all gather if the first wants to push
+            wanted = bool(self.accelerator.reduce(torch.tensor(float(wanted), device=args.device)))
+        if not wanted:
             return
         self.callback_handler.on_push_begin(args, self.state, self.control)
         self._save(args.output_dir)
+        if not self.is_world_process_zero():
+            return
         self.push_in_progress = push_in_background(args, self.hub_model_id, self.state.global_step, checkpoint_folder)
 
     def _finish_current_push(self) -> None:
@@ -175,11 +207,10 @@ class PublishingTrainer(SurvivingTrainer):
             `dict`: {"robustness", "sparsity", "spectrum", "curve", "lipschitz", "gates"}, each the `to_dict()` of its
             report (the last three where something was attacked, in L-infinity, and where there are gates).
         """
-        args, model = self.args, self.accelerator.unwrap_model(self.model)
-        gates = gate_report(model)
-        with self.averaged(), folded_gates(model):
+        args, gates = self.args, gate_report(self.model)
+        with self.published(everywhere=True) as model:
             self.test_results = measure(
-                model,
+                self.accelerator.unwrap_model(model),
                 dataset,
                 processing_class=self.processing_class,
                 attacks=attacks,
@@ -227,10 +258,11 @@ class PublishingTrainer(SurvivingTrainer):
         self.card_options |= {key: value for key, value in options.items() if value}
 
     def _write_card(self, folder: Path) -> None:
-        if not self.is_world_process_zero():
+        if not (self.is_world_process_zero() or is_sharded(self.model)):
             return
         options = {"model_name": self.hub_model_id or folder.resolve().name} | self.card_options
         options |= {"robustness": None, **(self.test_results or {}), "config": self.args.method_dict()}
         options |= self.card_facts() | {"log_history": list(self.state.log_history)}
-        with self.averaged(), folded_gates(self.model):
-            write_training_card(folder, self.model, self.args.pruning_exclude, options)
+        with self.published() as model:
+            if self.is_world_process_zero():
+                write_training_card(folder, model, self.args.pruning_exclude, options)

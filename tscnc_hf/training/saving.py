@@ -25,36 +25,35 @@ from tscnc_hf.artifact.narrowed import recorded_widths
 from tscnc_hf.artifact.rebuilding import RUN_FACTS
 from tscnc_hf.artifact.repository import METHOD_FILE, folder_sizes, read_tensors
 from tscnc_hf.artifact.sizes import storage_limit
-from tscnc_hf.artifact.state import STATE_FILE, load_state, save_state
+from tscnc_hf.artifact.state import STATE_FILE, load_state
 from tscnc_hf.artifact.words import plain
 from tscnc_hf.method.averaging import WeightAverage
 from tscnc_hf.method.gates import gated_layers
+from tscnc_hf.method.matrices import full_tensor
 from tscnc_hf.method.pruning import Pruner
+from tscnc_hf.method.sharding import copy_whole_
 from tscnc_hf.method.sparsity import sparsity_report
 from tscnc_hf.method.spectrum import spectral_report
 from tscnc_hf.training.config import TSCNCConfig
 
 
-def save_method_state(
-    folder: Path,
-    model: nn.Module,
-    pruner: Pruner,
-    scales: Mapping[str, Tensor],
-    average: WeightAverage | None = None,
-) -> None:
+@torch.no_grad()
+def method_state(
+    model: nn.Module, pruner: Pruner, scales: Mapping[str, Tensor], average: WeightAverage | None = None
+) -> dict[str, Tensor]:
     """
     Masks and what chooses them, scales, gates and averages: what a resumed run needs beside the weights; schedules
-    follow from the step.
+    follow from the step. All tensors are whole: where the model is sharded, all processes call this.
 
     The checkpoint's own weights have the gates folded in, so that whoever loads it has the model that was evaluated;
     the unfolded weights of gated layers are kept here.
     """
     tensors = pruner.state() | {f"scale.{name}": scale for name, scale in scales.items()}
     for name, layer in gated_layers(model).items():
-        tensors |= {f"gate.{name}": layer.gate.log_alpha.detach(), f"gated.{name}": layer.weight.detach()}
+        tensors |= {f"gate.{name}": full_tensor(layer.gate.log_alpha), f"gated.{name}": full_tensor(layer.weight)}
     if average is not None:
-        tensors |= {f"average.{name}": tensor for name, tensor in average.tensors.items()}
-    save_state(tensors, folder / STATE_FILE)
+        tensors |= {f"average.{name}": full_tensor(tensor) for name, tensor in average.tensors.items()}
+    return {name: tensor.detach() for name, tensor in tensors.items()}
 
 
 @torch.no_grad()
@@ -89,8 +88,8 @@ def load_method_state(
         average.load(averages)
     pruner.load_state({name: value.to(device) for name, value in tensors.items()})
     for name, layer in layers.items():
-        layer.gate.log_alpha.copy_(gates[name])
-        layer.weight.copy_(weights[name])
+        copy_whole_(layer.gate.log_alpha, gates[name])
+        copy_whole_(layer.weight, weights[name])
     return part("scale.")
 
 

@@ -21,6 +21,7 @@ from tscnc_hf.training.checkpoints import (
     unfinished_folder,
     whole_checkpoint_text,
 )
+from tscnc_hf.training.sharding import check_optimizer_layout, save_sharded_optimizer
 from tscnc_hf.training.storage import check_writable, make_folder, writing
 from tscnc_hf.training.termination import EXIT_STATUS, Termination
 
@@ -83,6 +84,17 @@ class SurvivingTrainer(Trainer):
             rotate(run_folder, args.save_total_limit, {final, self.state.best_model_checkpoint or final})
         if self.termination.requested:
             self.termination.end()
+
+    def _save_optimizer_and_scheduler(self, output_dir):
+        if self.is_fsdp_enabled:  # upstream would write the weights once more, with gates and as a pickle
+            save_sharded_optimizer(self, output_dir)
+        else:
+            super()._save_optimizer_and_scheduler(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        if checkpoint is not None:
+            check_optimizer_layout(checkpoint, self.is_fsdp_enabled)
+        super()._load_optimizer_and_scheduler(checkpoint)
 
     def _record_best(self, run_folder: str, written: Path) -> None:
         """Where the best checkpoint is, or will be in a moment; upstream has looked beside the unfinished one."""

@@ -1,0 +1,73 @@
+"""Ways of computing, all of the method at once, on one process: masks hold, and training is what it was without."""
+
+import pytest
+import torch
+
+from tscnc_hf.method.matrices import weight_matrices
+
+
+# 30 images in micro-batches of 8, two to a step: the last step of an epoch has 14, its last micro-batch 6
+EVERYTHING = {
+    "per_device_train_batch_size": 8,
+    "gradient_accumulation_steps": 2,
+    "optim": "sgd",
+    "learning_rate": 0.05,
+    "num_train_epochs": 3,
+    "tsc_on": "gates",
+    "tsc_weight": 1e-2,
+    "cnc_weight": 1e-2,
+    "pruning_criterion": "learned",
+    "pruning_start": 0.3,
+    "pruning_end": 0.7,
+    "ema_decay": 0.9,
+    "eval_strategy": "epoch",
+    "report_to": "none",
+}
+
+
+def train(build, make_trainer, watcher, **options):
+    steps = []
+
+    def after_step(event, state, model):
+        pruner = trainer.pruner
+        assert all((pruner.weights[name][~mask] == 0).all() for name, mask in pruner.masks.items())
+        steps.append(pruner.pruned_count)
+
+    trainer = make_trainer(
+        build("vit"), train=30, callbacks=[watcher(after_step, ["on_optimizer_step"])], **(EVERYTHING | options)
+    )
+    trainer.train()
+    assert len(steps) == 6 and steps[-1] == trainer.pruner.target_count(0.9)
+    weights = [record.weight for record in weight_matrices(trainer.model)]
+    assert all(weight.dtype == torch.float32 and weight.isfinite().all() for weight in weights)
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}, losses, trainer
+
+
+@pytest.fixture
+def plain(build, make_trainer, watcher):
+    return train(build, make_trainer, watcher)
+
+
+def difference(one: dict, other: dict) -> float:
+    assert one.keys() == other.keys()
+    return max(float((one[name] - other[name]).abs().max()) for name in one)
+
+
+def test_activation_checkpointing(plain, build, make_trainer, watcher):
+    weights, losses, trainer = train(build, make_trainer, watcher, activation_checkpointing=True)
+    assert trainer.model.is_gradient_checkpointing
+    assert difference(weights, plain[0]) < 1e-6 and losses == pytest.approx(plain[1], rel=1e-5)
+
+
+def test_bf16(plain, build, make_trainer, watcher):
+    weights, losses, _ = train(build, make_trainer, watcher, bf16=True)
+    assert losses == pytest.approx(plain[1], rel=1e-2) and losses != plain[1]
+
+
+def test_compiled(plain, build, make_trainer, watcher):
+    weights, losses, trainer = train(
+        build, make_trainer, watcher, torch_compile=True, torch_compile_backend="aot_eager"
+    )
+    assert type(trainer.model_wrapped).__name__ == "OptimizedModule"
+    assert difference(weights, plain[0]) < 1e-5 and losses == pytest.approx(plain[1], rel=1e-5)
