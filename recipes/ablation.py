@@ -9,7 +9,6 @@ Started again it goes on where it was: finished cells are skipped. `--check` run
 Every option is in `--help`; the YAML file sets defaults, the command line wins.
 """
 
-import json
 import multiprocessing
 import os
 import signal
@@ -19,6 +18,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 
+from tscnc_hf.training.parser import json_option
 from tscnc_hf.training.recipe import load_data, parse, set_cpu_threads
 
 
@@ -52,12 +52,7 @@ class AblationArguments:
 
     def __post_init__(self):
         for name in ("model_args", "arms", "pretraining"):
-            value = getattr(self, name)
-            if isinstance(value, str):
-                try:
-                    setattr(self, name, json.loads(value))
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{name}={value!r} is not JSON: {error}") from error
+            setattr(self, name, json_option(name, getattr(self, name)))
         if self.workers < 1:
             raise ValueError(f"workers={self.workers}: at least 1 cell runs at a time")
 
@@ -80,6 +75,7 @@ def make_grid(config, data_arguments, arguments):
         return timm_model(arguments.architecture, *shape, model_args=arguments.model_args)
 
     about = {"data": data.description, "augmentation": data_arguments.augmentation}
+    about |= {"augmentation_seed": config.seed}
     about |= {"architecture": arguments.architecture, "model_args": arguments.model_args}
     return Grid(
         config,
@@ -104,20 +100,29 @@ def start_worker(*options) -> None:
     _grid = make_grid(*options)
 
 
-def run_in_worker(cell) -> dict:
-    return _grid.run(cell)
+def run_in_worker(cell):
+    return outcome(_grid, cell)
 
 
-def run_cells(cells, workers: int, options, grid):
-    """Yield rows as cells finish: in this process, or in several beside each other."""
+def outcome(grid, cell):
+    """The row of a cell, or the error that it ended with: the others are to go on."""
+    try:
+        return cell, grid.run(cell)
+    except Exception as error:
+        return cell, f"{type(error).__name__}: {error}"
+
+
+def run_cells(parts, workers: int, options, grid):
+    """Yield outcomes as cells finish, part by part: in this process, or in several beside each other."""
     if workers == 1:
-        yield from map(grid.run, cells)
+        yield from (outcome(grid, cell) for part in parts for cell in part)
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(cells)), context, start_worker, options) as pool:
+    with ProcessPoolExecutor(min(workers, max(map(len, parts))), context, start_worker, options) as pool:
         try:
-            for done in as_completed([pool.submit(run_in_worker, cell) for cell in cells]):
-                yield done.result()
+            for part in parts:
+                for done in as_completed([pool.submit(run_in_worker, cell) for cell in part]):
+                    yield done.result()
         except BaseException:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough
             pool.shutdown(wait=False, cancel_futures=True)
@@ -138,6 +143,8 @@ def say(row: dict, done: int, total: int, start: float, begun: int) -> None:
 
 def main(args: list[str] | None = None) -> None:
     config, data_arguments, arguments = options = parse(AblationArguments, args)
+    if config.world_size > 1:
+        raise SystemExit("error: each cell is one process; run several beside each other with --workers")
 
     from tscnc_hf.training.ablation import Results, differences
     from tscnc_hf.training.ablation import grid as grid_of
@@ -170,11 +177,18 @@ def main(args: list[str] | None = None) -> None:
     todo = [cell for cell in kept if found[cell] is None]
     if arguments.workers > 1:  # else the trainer has its own way to end, with a checkpoint
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    for part in ([cell for cell in todo if cell.is_dense], [cell for cell in todo if not cell.is_dense]):
-        for row in run_cells(part, arguments.workers, options, grid) if part else ():
-            results.add(row)
-            done += 1
-            say(row, done, len(kept), start, begun)
+    parts = [[cell for cell in todo if cell.is_dense], [cell for cell in todo if not cell.is_dense]]  # those first
+    failed = []
+    for cell, row in run_cells(parts, arguments.workers, options, grid) if todo else ():
+        if isinstance(row, str):
+            failed.append(f"{cell.name}: {row}")
+            print(f"FAILED {failed[-1]}", flush=True)
+            continue
+        results.add(row)
+        done += 1
+        say(row, done, len(kept), start, begun)
+    if failed:
+        raise SystemExit(f"error: {len(failed)} of {len(kept)} cells failed, the others are kept; {'; '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -7,9 +7,9 @@ Train any timm model adversarially, prune it, test it and pack it.
 Every option is in `--help`; the YAML file sets defaults, the command line wins.
 """
 
-import json
 from dataclasses import dataclass, field
 
+from tscnc_hf.training.parser import json_option
 from tscnc_hf.training.recipe import load_data, parse, run, set_cpu_threads
 
 
@@ -24,11 +24,7 @@ class ModelArguments:
     pretrained: bool = field(default=False, metadata={"help": "Start from timm's weights (downloads them)."})
 
     def __post_init__(self):
-        if isinstance(self.model_args, str):
-            try:
-                self.model_args = json.loads(self.model_args)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"model_args={self.model_args!r} is not JSON: {error}") from error
+        self.model_args = json_option("model_args", self.model_args)
 
 
 def main(args: list[str] | None = None) -> None:

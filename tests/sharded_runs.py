@@ -49,13 +49,15 @@ EVERY_TERM = {
     "report_to": "none",
 }
 GATES = {"tsc_on": "gates", "tsc_weight": 1e-2, "pruning_criterion": "learned"}
-BEST = {"load_best_model_at_end": True, "metric_for_best_model": "robust_accuracy", "save_strategy": "steps"}
+BEST = {"load_best_model_at_end": True, "metric_for_best_model": "robust_accuracy", "eval_steps": 2}
+BEST |= {"save_strategy": "steps", "save_steps": 2}
 SAVING = {"optim": "adamw_torch", "learning_rate": 1e-3, "save_strategy": "steps", "save_steps": 5}
 PUSHING = {"push_to_hub": True, "hub_model_id": "tester/shared", "hub_strategy": "checkpoint"}
 REPOSITORY = PUSHING["hub_model_id"]
 CASES = {  # with the micro-batches in which each process takes its share of 8 images
-    "weights": (EVERY_TERM, 1),
-    "gates": (EVERY_TERM | GATES | BEST | {"eval_steps": 2, "save_steps": 2, "activation_checkpointing": True}, 2),
+    # an evaluation right before latent weights are copied, with no average or checkpoint that would shard weights anew
+    "weights": (EVERY_TERM | {"ema_decay": 0.0, "eval_steps": 2, "pruning_latent": True}, 1),
+    "gates": (EVERY_TERM | GATES | BEST | {"activation_checkpointing": True}, 2),
     # its checkpoint is of the time when scores are learned
     "adamw": (EVERY_TERM | GATES | SAVING | {"bf16": True, "eval_on_start": True}, 1),
 }
@@ -94,6 +96,8 @@ class Watch(TrainerCallback):
         self.trainer, self.steps, self.sharded, self.gradients, self.weights = None, 0, 0, {}, {}
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
+        with torch.no_grad():
+            model(torch.zeros(2, 3, 8, 8))  # leaves some weights whole, in the dtype of the computation
         sum(self.trainer.constraints(model).values()).backward()
         for name, parameter in model.named_parameters():
             if parameter.grad is not None:

@@ -16,6 +16,8 @@ import torch
 from safetensors.torch import load_file
 from scipy.stats import ttest_rel
 
+from tscnc_hf.artifact.ablation_figures import kappa, over_sparsity_figure
+from tscnc_hf.artifact.checkpoint import load_sparse
 from tscnc_hf.evaluation.comparison import comparison_markdown, paired_difference
 from tscnc_hf.training.ablation import Cell, Results, differences, grid, read_rows
 
@@ -48,6 +50,11 @@ def ablation(capsys):
         return capsys.readouterr().out
 
     return run
+
+
+def trained(folder: Path, name: str) -> Path:
+    (found,) = (folder / "runs").glob(f"{name}-*/trained.safetensors")
+    return found
 
 
 # ---- the grid ----
@@ -122,6 +129,20 @@ def test_table_pairs_by_seed():
     assert "| 90 % | plain | 3 | 50.0 ± 0.0 | 20.0 ± 10.0 |  |" in table
 
 
+def test_two_rows_of_a_cell_are_not_averaged():
+    with pytest.raises(ValueError, match=r"two rows of plain of m at 0.9, seed 0 \(split validation\)"):
+        comparison_markdown([a_row(), a_row(split="validation")], "pgd-20")
+
+
+def test_figures_say_what_they_cannot_show():
+    rows = [a_row(sparsity=s, seed=i, median_kappa=k) for s in (0.9, 0.99) for i, k in ((0, 3.0), (1, "inf"))]
+    (axes,) = over_sparsity_figure(rows, kappa, "condition number", log=True).axes
+    assert axes.get_xlabel() == "zeros among the prunable weights (2 runs without a finite value)"
+    (axes,) = over_sparsity_figure(rows, lambda row: row["accuracy"]["pgd-20"], "accuracy", log=False).axes
+    assert axes.get_xlabel() == "zeros among the prunable weights"
+    assert list(axes.lines[0].get_ydata()) == [0.2, 0.2]
+
+
 # ---- the script ----
 
 
@@ -134,10 +155,10 @@ def test_cells_are_trained_measured_resumed_and_reproduced(ablation, tmp_path):
     assert set(rows) == {("dense", 0)} | {(arm, sparsity) for arm in ARMS for sparsity in (0.5, 0.9)}
     for (_, sparsity), row in rows.items():
         assert abs(row["zeros"] - sparsity) < 1e-3 and row["n"] == 20 and set(row["accuracy"]) == {"clean", "pgd-2"}
-    weights = load_file(tmp_path / "runs" / "both-0.9-s0" / "trained.safetensors")
+    weights = load_file(trained(tmp_path, "both-0.9-s0"))
     matrices = [weight for weight in weights.values() if weight.ndim > 1]
     assert abs(sum(int((w == 0).sum()) for w in matrices) / sum(w.numel() for w in matrices) - 0.9) < 1e-3
-    plain = load_file(tmp_path / "runs" / "plain-0.9-s0" / "trained.safetensors")
+    plain = load_file(trained(tmp_path, "plain-0.9-s0"))
     assert not torch.equal(plain["timm_model.fc.weight"], weights["timm_model.fc.weight"])
 
     before = (tmp_path / "rows.jsonl").read_text()
@@ -160,6 +181,51 @@ def test_cells_are_trained_measured_resumed_and_reproduced(ablation, tmp_path):
     assert "| 90 % | both | 1 |" in (tmp_path / "report" / "ablation.md").read_text()
     names = ("robustness", "conditioning", "robustness_over_conditioning")
     assert all((tmp_path / "report" / f"ablation_{name}.png").stat().st_size > 10_000 for name in names)
+
+
+def test_other_settings_are_trained_anew_in_the_same_folder(ablation, tmp_path):
+    """Not read from what lies there: neither the weights nor the evaluation nor the dense training."""
+    one = {"arms": '{"plain": {}}', "sparsities": "0.5"}
+    ablation(tmp_path, **one)
+    changed = one | {"arms": '{"plain": {"learning_rate": 0.05}}', "results": tmp_path / "changed.jsonl"}
+    ablation(tmp_path, **changed)
+    ablation(tmp_path / "fresh", **(changed | {"results": tmp_path / "fresh.jsonl"}))
+    before, after, fresh = (read_rows(tmp_path / f"{name}.jsonl") for name in ("rows", "changed", "fresh"))
+    assert [differences(a, b) for a, b in zip(after, fresh, strict=True)] == [{}, {}]
+    assert differences(before[0], after[0]) == {} and "mean_cnc" in differences(before[1], after[1])
+    ablation(tmp_path, **(one | {"split": "validation", "results": tmp_path / "validation.jsonl"}))
+    rows = read_rows(tmp_path / "validation.jsonl")  # the same weights on other images
+    assert rows[1]["n"] != before[1]["n"] and rows[1]["mean_cnc"] == before[1]["mean_cnc"]
+
+
+def test_a_cell_that_fails_does_not_stop_the_others(ablation, tmp_path, capsys):
+    arms = '{"broken": {"pruning_layer_floor": 0.9}, "plain": {}}'  # floors that leave too few weights to prune
+    with pytest.raises(SystemExit, match="1 of 3 cells failed, the others are kept; broken-0.5-s0: ValueError"):
+        ablation(tmp_path, arms=arms, sparsities="0.5")
+    assert "FAILED broken-0.5-s0" in capsys.readouterr().out
+    assert {row["arm"] for row in read_rows(tmp_path / "rows.jsonl")} == {"dense", "plain"}
+
+
+def test_a_time_limit_ends_it_and_it_goes_on_from_there(ablation, tmp_path):
+    """Models are published as well; each row is that of a run which was not interrupted."""
+    long = {"sparsities": "0.5", "arms": '{"plain": {}}', "max_steps": 120, "pretraining": '{"max_steps": 120}'}
+    long |= {"save_strategy": "steps", "save_steps": 20, "save_total_limit": 1, "cpu_threads": 1, "test_limit": 12}
+    command = [sys.executable, RECIPES / "ablation.py", *options(tmp_path, **long), "--time_limit", "1"]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment)
+    assert done.returncode in (143, -signal.SIGTERM), done.stderr[-3000:]  # while training, or while measuring
+    kept = read_rows(tmp_path / "rows.jsonl") if (tmp_path / "rows.jsonl").exists() else []
+    assert len(kept) < 2 and (list((tmp_path / "runs").glob("*/checkpoint-*")) or kept)
+    ablation(tmp_path, **long, save_models="true")
+    ablation(tmp_path / "whole", **long)
+    for one, two in zip(*(read_rows(folder / "rows.jsonl") for folder in (tmp_path, tmp_path / "whole")), strict=True):
+        assert differences(one, two) == {}
+    folder = trained(tmp_path, "plain-0.5-s0").parent
+    model = load_sparse(folder)
+    zeros = sum(int((p == 0).sum()) for p in model.parameters() if p.ndim > 1)
+    results = json.loads((folder / "results.json").read_text())
+    assert zeros == results["sparsity"]["zeros"] > 0 and results["robustness"]["n"] == 12
+    assert "50.0 %" in (folder / "README.md").read_text() and (folder / "figures").is_dir()
 
 
 def test_sigterm_leaves_no_worker_behind(tmp_path):

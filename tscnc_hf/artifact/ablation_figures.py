@@ -7,11 +7,12 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from tscnc_hf.artifact.figures import INK, LIGHT, LINES, MUTED, WIDTH, number
+from tscnc_hf.artifact.figures import INK, LIGHT, LINES, MUTED, WIDTH, format_kappa, number
 
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 
@@ -34,12 +35,15 @@ def over_sparsity_figure(rows: Sequence[Mapping], value: Callable[[Mapping], flo
             points = {level: [value(row) for row in theirs if row["sparsity"] == level] for level in levels}
             at = [i + 0.06 * (index - len(arms) / 2) for i, level in enumerate(levels) if points[level]]
             means = [statistics.fmean(points[level]) for level in levels if points[level]]
+            means = [mean if math.isfinite(mean) else math.nan for mean in means]
             axes.plot(at, means, lw=1.6, ms=5, label=arm, **style)
             for x, level in zip(at, [level for level in levels if points[level]], strict=True):
                 axes.scatter([x] * len(points[level]), points[level], s=9, color=style["color"], alpha=0.45, lw=0)
         axes.set_xticks(range(len(levels)), [f"{100 * level:g} %" for level in levels])
         axes.set_yscale("log" if log else "linear")
-        _finish(axes, f"{title}: {model}", "zeros among the prunable weights")
+        missing = sum(not math.isfinite(value(row)) for row in own)
+        label = "zeros among the prunable weights" + (f" ({missing} runs without a finite value)" if missing else "")
+        _finish(axes, f"{title}: {model}", label, axes.yaxis if log else None)
     return fig
 
 
@@ -57,7 +61,7 @@ def scatter_figure(
             if shown:
                 axes.scatter(*zip(*shown, strict=True), alpha=0.8, lw=0, label=arm, **style)
         axes.set_xscale("log")
-        _finish(axes, f"{title}: {model}", label)
+        _finish(axes, f"{title}: {model}", f"{label} (larger: sparser)", axes.xaxis)
     return fig
 
 
@@ -90,11 +94,17 @@ def _by(rows: Iterable[Mapping], key: str) -> dict[str, list[Mapping]]:
     return groups
 
 
-def _finish(axes: Axes, title: str, label: str) -> None:
+def _finish(axes: Axes, title: str, label: str, condition_numbers: Axis | None = None) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     axes.set_title(title, loc="left", fontsize=10.5, fontweight="bold", color=INK)
     axes.set_xlabel(label, fontsize=9, color=MUTED)
     axes.legend(frameon=False, fontsize=8.5, labelcolor=INK)
     axes.grid(color=LIGHT, lw=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(LIGHT)
-    axes.tick_params(length=0, labelsize=8.5, labelcolor=MUTED)
+    axes.tick_params(which="both", length=0, labelsize=8.5, labelcolor=MUTED)
+    if condition_numbers is not None:  # as numbers, where powers of ten would stand
+        condition_numbers.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        condition_numbers.set_major_formatter(lambda kappa, _: format_kappa(kappa))
+        condition_numbers.set_minor_formatter(NullFormatter())

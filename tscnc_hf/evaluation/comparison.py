@@ -38,10 +38,19 @@ def paired_difference(a: Sequence[float], b: Sequence[float], confidence: float 
 
 
 def by_arm(rows: Iterable[Mapping]) -> dict[tuple[str, float], dict[str, dict[int, Mapping]]]:
-    """Rows of an ablation as (model, sparsity) -> arm -> seed -> row, sparsities rising, arms as they come."""
+    """
+    Rows of an ablation as (model, sparsity) -> arm -> seed -> row, sparsities rising, arms as they come.
+
+    Raises:
+        ValueError: two rows of one cell, such as those of the validation and the test split.
+    """
     groups: dict[tuple[str, float], dict[str, dict[int, Mapping]]] = {}
     for row in sorted(rows, key=lambda row: (row["model"], row["sparsity"])):
-        groups.setdefault((row["model"], row["sparsity"]), {}).setdefault(row["arm"], {})[row["seed"]] = row
+        seeds = groups.setdefault((row["model"], row["sparsity"]), {}).setdefault(row["arm"], {})
+        if row["seed"] in seeds:
+            cell = f"{row['arm']} of {row['model']} at {row['sparsity']:g}, seed {row['seed']}"
+            raise ValueError(f"there are two rows of {cell} (split {row['split']}): compare the rows of one file")
+        seeds[row["seed"]] = row
     return groups
 
 

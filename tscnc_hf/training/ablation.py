@@ -41,7 +41,7 @@ class Cell:
     Attributes:
         arm: its name.
         sparsity: target, fraction of zeros in [0, 1).
-        seed: of weights, data order and noise.
+        seed: of weights, data order and noise; the augmentation of an image is the same in all cells.
         options: of `TSCNCConfig`, over those that all cells share.
         pretraining: options of the dense training that comes before, over those that all cells share; cells whose
             dense trainings are the same share it. None: the cell trains from fresh weights.
@@ -127,13 +127,18 @@ class Grid:
     about: Mapping = field(default_factory=dict)
 
     def settings(self, cell: Cell) -> TSCNCConfig:
+        """The options of the cell's training, but for its folder."""
         options = (DENSE_OPTIONS if cell.is_dense else {"target_sparsity": cell.sparsity}) | dict(cell.options)
-        folder = str(Path(self.config.output_dir) / cell.name)
-        return replace(self.config, output_dir=folder, seed=cell.seed, push_to_hub=False, **options)
+        return replace(self.config, seed=cell.seed, push_to_hub=False, **options)
 
     def fingerprint(self, cell: Cell) -> str:
         """Of everything that decides the cell's figures but the code: rows of other settings are not mixed with."""
         return _digest(self._training(cell), self.split, list(self.attacks), self.n)
+
+    def folder(self, cell: Cell) -> Path:
+        """Of the cell's weights and checkpoints. Named also by what decides them: other settings, another folder."""
+        name = f"{DENSE}-s{cell.seed}" if cell.is_dense else cell.name  # arms share a dense training
+        return Path(self.config.output_dir) / f"{name}-{_digest(self._training(cell))}"
 
     def _training(self, cell: Cell) -> list:
         before = [] if cell.pretraining is None else self._training(self.dense(cell))
@@ -144,11 +149,6 @@ class Grid:
         """The dense training that a cell starts from."""
         return Cell(DENSE, 0.0, cell.seed, cell.pretraining)
 
-    def weights_file(self, cell: Cell) -> Path:
-        """Where the weights of a finished training lie; of a dense one, by what it was trained with."""
-        name = f"{DENSE}-{_digest(self._training(cell))}" if cell.is_dense else cell.name
-        return Path(self.config.output_dir) / name / TRAINED
-
     def run(self, cell: Cell) -> dict:
         """
         Train the cell, or go on where its training was cut off, and measure it.
@@ -156,11 +156,12 @@ class Grid:
         Raises:
             ValueError: the dense training that it starts from has not been run.
         """
-        start, config, trained = time.perf_counter(), self.settings(cell), self.weights_file(cell)
+        start, folder = time.perf_counter(), self.folder(cell)
+        config, trained = replace(self.settings(cell), output_dir=str(folder)), folder / TRAINED
         set_seed(config.seed)
         model, processor = self.build()
         if cell.pretraining is not None:
-            before = self.weights_file(self.dense(cell))
+            before = self.folder(self.dense(cell)) / TRAINED
             if not before.exists():
                 raise ValueError(f"{cell.name} starts from {before}, which is not there: run the dense cells first")
             model.load_state_dict(load_state(before)[0])
@@ -170,31 +171,34 @@ class Grid:
         if trained.exists():
             trainer.model.load_state_dict(load_state(trained)[0])
         else:
-            resume = True if checkpoints(config.output_dir) else None
-            trainer.train(resume_from_checkpoint=resume)
+            trainer.train(resume_from_checkpoint=True if checkpoints(folder) else None)
             save_state(dict(trainer.model.state_dict()), trained)
         seconds = time.perf_counter() - start
         row = {"model": self.label, "arm": cell.arm, "sparsity": cell.sparsity, "seed": cell.seed}
-        row |= {"split": self.split} | self.measure(trainer) | {"seconds": round(seconds, 1)}
+        figures = self.measure(trainer, folder / f"evaluation-{self.fingerprint(cell)}")
+        row |= {"split": self.split} | figures | {"seconds": round(seconds, 1)}
         row |= {"parameters": sum(parameter.numel() for parameter in model.parameters())}
         row |= {"date": date.today().isoformat(), "commit": commit(), "torch": torch.__version__}
         row |= {"device": device_name(trainer.args.device), "threads": torch.get_num_threads()}
         return row | {"settings": self.fingerprint(cell)}
 
-    def measure(self, trainer: TSCNCTrainer) -> dict:
-        """The cell's figures: accuracies as fractions, zeros among the prunable weights, all spectra."""
+    def measure(self, trainer: TSCNCTrainer, state_folder: Path) -> dict:
+        """
+        The cell's figures, plain JSON types: accuracies as fractions, zeros among the prunable weights, all spectra.
+        An evaluation that was cut off goes on from `state_folder`.
+        """
         args, dataset = trainer.args, getattr(self.data, self.split)
         options = {
             "epsilon": args.epsilon, "norm": args.norm, "attacks": self.attacks, "n": self.n, "seed": args.seed,
             "batch_size": args.eval_batch_size, "processing_class": trainer.processing_class, "progress": False,
-            "state_folder": Path(args.output_dir) / "evaluation",
+            "state_folder": state_folder,
         }  # fmt: skip
         with folded_gates(trainer.model):
             if self.save_models:
                 trainer.test_results = measure(trainer.model, dataset, exclude=args.pruning_exclude, **options)
             else:
                 robustness = evaluate_robustness(trainer.model, dataset, masking=False, **options).to_dict()
-            spectrum = spectral_report(trainer.model)
+            spectrum = spectral_report(trainer.model).to_dict()
             zeros = sparsity_report(trainer.model, args.pruning_exclude).sparsity
         if self.save_models:
             robustness = trainer.test_results["robustness"]
@@ -204,12 +208,12 @@ class Grid:
             "n": robustness["n"],
             "accuracy": {attack["name"]: attack["accuracy"] for attack in robustness["attacks"]},
             "zeros": zeros,
-            "median_kappa": spectrum.median_effective_condition_number,
-            "max_kappa": spectrum.max_effective_condition_number,
-            "mean_cnc": statistics.fmean(row.cnc for row in spectrum.rows),
-            "lost_ranks": sum(row.full_rank - row.rank for row in spectrum.rows),
-            "empty_matrices": sum(row.rank == 0 for row in spectrum.rows),
-            "matrices": len(spectrum.rows),
+            "median_kappa": spectrum["median_effective_condition_number"],
+            "max_kappa": spectrum["max_effective_condition_number"],
+            "mean_cnc": statistics.fmean(row["cnc"] for row in spectrum["rows"]),
+            "lost_ranks": sum(row["full_rank"] - row["rank"] for row in spectrum["rows"]),
+            "empty_matrices": sum(row["rank"] == 0 for row in spectrum["rows"]),
+            "matrices": len(spectrum["rows"]),
         }
 
 
@@ -245,8 +249,9 @@ class Results:
 
     def add(self, row: Mapping) -> None:
         self.rows.append(dict(row))
+        lines = [json.dumps(row, allow_nan=False) + "\n" for row in self.rows]
         with atomic_file(self.path) as temporary:
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
+            temporary.write_text("".join(lines), encoding="utf-8")
 
 
 def read_rows(path: str | os.PathLike) -> list[dict]:

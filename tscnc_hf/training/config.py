@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -21,6 +20,7 @@ from tscnc_hf.method.schedule import SCHEDULES
 from tscnc_hf.method.structures import KINDS
 from tscnc_hf.method.threat import NORMS
 from tscnc_hf.method.unit_allocation import UNIT_SCOPES
+from tscnc_hf.training.parser import json_option
 
 
 UNSTRUCTURED = "unstructured"
@@ -289,11 +289,7 @@ def pattern(structure: str) -> tuple[int, int] | None:
 
 
 def _layer_sparsity(value: dict | str | None) -> dict[str, float]:
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"pruning_layer_sparsity={value!r} is not JSON: {error}") from error
+    value = json_option("pruning_layer_sparsity", value)
     value = {} if value is None else value
     if not isinstance(value, dict):
         raise ValueError(f"pruning_layer_sparsity={value!r}: give a map from parts of names to fractions of zeros")

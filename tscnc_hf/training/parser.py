@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 from transformers import HfArgumentParser
@@ -60,6 +62,20 @@ class ConfigParser(HfArgumentParser):
                 value = str(value)  # a string default goes through the option's own type
             action.required = False
             self.set_defaults(**{name: value})
+
+
+def json_option(name: str, value: Any) -> Any:
+    """The value of an option that is JSON on the command line and may be a map in YAML.
+
+    Raises:
+        ValueError: a text that is not JSON.
+    """
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{name}={value!r} is not JSON: {error}") from error
 
 
 def _config_path(args: Sequence[str]) -> str | None:
