@@ -116,6 +116,7 @@ def test_weights_that_are_not_there_are_not_drawn_at_random(tmp_path):
     store({name: tensor for name, tensor in weights.items() if not name.startswith("classifier")})  # a backbone
     assert load_model(folder, DIGITS)[0].classifier.weight.shape == (10, 16)
     assert load_for_finetuning(folder, NAMES, (16, 16))[0].num_labels == 3
+    assert "new head for 3 classes, it had none" in load_for_finetuning(folder, NAMES, (16, 16))[2]
     with pytest.raises(ValueError, match=r"Missing or of another shape: classifier.bias \(3,\); classifier.weight"):
         load_model(folder)
     inner = next(name for name in weights if name.endswith("pwconv1.weight"))
@@ -127,6 +128,21 @@ def test_weights_that_are_not_there_are_not_drawn_at_random(tmp_path):
     )  # that a new head may differ is no licence for others
     with pytest.raises(ValueError, match=r"pwconv1.weight \(.*\), there \("):
         load_model(folder, DIGITS)
+
+
+@pytest.mark.parametrize("class_names", [None, DIGITS])
+def test_statistics_of_batch_norms_are_weights_too(class_names, tmp_path):
+    folder = saved("timm", tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    counts = {name: tensor for name, tensor in weights.items() if not name.endswith("num_batches_tracked")}
+    save_file(counts, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    load_model(folder, class_names)
+    name = next(name for name in counts if name.endswith("running_var"))
+    save_file(
+        {k: v for k, v in counts.items() if k != name}, tmp_path / "model.safetensors", metadata={"format": "pt"}
+    )
+    with pytest.raises(ValueError, match=f"Missing or of another shape: .*{name.split('.', 1)[1]}"):
+        load_model(folder, class_names)
 
 
 # ---- the recipe ----

@@ -27,8 +27,8 @@ def load_for_finetuning(
     """
     A classifier with its weights, for the classes and the image size of a data set.
 
-    A model with another number of classes gets a new head. One with as many keeps it: under its own names where the
-    data set only numbers its classes, otherwise under those of the data set.
+    A model with another number of classes, or without a head, gets a new one. One with as many keeps it: under its own
+    names where the data set only numbers its classes, otherwise under those of the data set.
 
     Args:
         name_or_folder (`str`): Hub id or folder, dense or packed.
@@ -50,13 +50,22 @@ def load_for_finetuning(
             f"{name_or_folder} has the classes {', '.join(old)}; the data set has them in another order: "
             f"{', '.join(new)}. Reorder the labels of the data set"
         )
-    model, processor = load_model(name_or_folder, class_names)
-    if len(old) != len(new):
-        head = f"new head for {len(new)} classes in place of one for {len(old)}"
-    elif old == new or _only_numbered(new):
+    kept, had_none = len(old) == len(new), ""
+    if kept:
+        try:
+            model, processor = load_model(name_or_folder)
+        except ValueError:  # of a backbone; anything else is raised again below
+            kept, had_none = False, ", it had none"
+    if not kept:
+        model, processor = load_model(name_or_folder, class_names)
+    renamed = kept and old != new and not _only_numbered(new)
+    if renamed:
+        head = f"head for {len(old)} classes kept, renamed from {', '.join(old[:3])} ... to {', '.join(new[:3])} ..."
+    elif kept:
         head = f"head for {len(old)} classes kept"
     else:
-        head = f"head for {len(old)} classes kept, renamed from {', '.join(old[:3])} ... to {', '.join(new[:3])} ..."
+        head = f"new head for {len(new)} classes" + (had_none or f" in place of one for {len(old)}")
+    if renamed or not kept:
         for key, value in label_fields(class_names).items():
             setattr(model.config, key, value)
     side, channels = input_format(model, processor)

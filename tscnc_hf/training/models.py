@@ -174,7 +174,8 @@ def load_model(name_or_folder: str, class_names: Sequence[str] | None = None) ->
 
 def _check_complete(name: str, model: PreTrainedModel, found: dict, may_lack_head: bool) -> None:
     """Whatever the file lacks, transformers has drawn at random, with no more than a warning."""
-    shapes = {key: tuple(parameter.shape) for key, parameter in model.named_parameters()}
+    state = model.state_dict()  # statistics of batch norms too, but for their counts, which old files do not have
+    shapes = {key: tuple(tensor.shape) for key, tensor in state.items() if not key.endswith("num_batches_tracked")}
     lacking = {key: None for key in found["missing_keys"] if key in shapes}
     lacking |= {key: tuple(stored) for key, stored, _ in found["mismatched_keys"]}
     wrong = [
