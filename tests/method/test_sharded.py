@@ -8,6 +8,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from tests.processes import run_processes
 from tscnc_hf.method.adversary import craft, seeded_generator
 from tscnc_hf.method.constraints import CNC_FORMS, constraint_terms, weight_scales
 from tscnc_hf.method.matrices import weight_matrices
@@ -50,25 +51,22 @@ def attacks_agree(single: nn.Module, wrapped: nn.Module) -> None:
 
 def compare(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    try:
-        assert dist.get_world_size() == 2
-        single = build()
-        sharded, mesh = build(), init_device_mesh("cpu", (2,))
-        for layer in sharded:
-            if isinstance(layer, nn.Linear | nn.Conv2d):
-                fully_shard(layer, mesh=mesh)
-        fully_shard(sharded, mesh=mesh)
-        for form in CNC_FORMS:
-            assert all(isinstance(record.weight, DTensor) for record in weight_matrices(sharded))
-            expected, found = terms_and_gradients(single, form), terms_and_gradients(sharded, form)
-            assert expected.keys() == found.keys() and {"tsc_loss", "cnc_loss", "2.weight"} <= expected.keys()
-            for name in expected:
-                torch.testing.assert_close(found[name], expected[name], rtol=1e-6, atol=1e-7, msg=f"{form} {name}")
-        for wrapped in (sharded, DistributedDataParallel(build())):
-            attacks_agree(single, wrapped)
-    finally:
-        dist.destroy_process_group()
+    assert dist.get_world_size() == 2
+    single = build()
+    sharded, mesh = build(), init_device_mesh("cpu", (2,))
+    for layer in sharded:
+        if isinstance(layer, nn.Linear | nn.Conv2d):
+            fully_shard(layer, mesh=mesh)
+    fully_shard(sharded, mesh=mesh)
+    for form in CNC_FORMS:
+        assert all(isinstance(record.weight, DTensor) for record in weight_matrices(sharded))
+        expected, found = terms_and_gradients(single, form), terms_and_gradients(sharded, form)
+        assert expected.keys() == found.keys() and {"tsc_loss", "cnc_loss", "2.weight"} <= expected.keys()
+        for name in expected:
+            torch.testing.assert_close(found[name], expected[name], rtol=1e-6, atol=1e-7, msg=f"{form} {name}")
+    for wrapped in (sharded, DistributedDataParallel(build())):
+        attacks_agree(single, wrapped)
 
 
 def test_sharded_weights_give_the_single_process_values_and_gradients(tmp_path):
-    torch.multiprocessing.spawn(compare, args=(str(tmp_path),), nprocs=2)
+    run_processes(compare, str(tmp_path))

@@ -9,6 +9,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from tests.processes import run_processes
 from tscnc_hf.method.allocation import Allocation
 from tscnc_hf.method.matrices import full_tensor, weight_matrices
 from tscnc_hf.method.pruning import Pruner
@@ -59,44 +60,41 @@ def on_every_rank(tensor: torch.Tensor) -> bool:
 
 def compare(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    try:
-        assert dist.get_world_size() == 2
-        mine = slice(4 * rank, 4 * rank + 4)
-        for way, options in WAYS.items():
-            exclude = ["4."] if way == "pattern" else []  # it reads eleven inputs
-            single, replicated, sharded = build(), build(), build()
-            pruners = [Pruner(weight_matrices(model, exclude), **options) for model in (single, replicated, sharded)]
-            train(single, pruners[0], slice(0, 8))
-            train(DistributedDataParallel(replicated), pruners[1], mine)
-            mesh = init_device_mesh("cpu", (2,))
-            for layer in sharded:
-                if isinstance(layer, nn.Linear | nn.Conv2d):
-                    fully_shard(layer, mesh=mesh)
-            fully_shard(sharded, mesh=mesh)
-            assert all(isinstance(weight, DTensor) for weight in pruners[2].weights.values())
-            train(sharded, pruners[2], mine)
+    assert dist.get_world_size() == 2
+    mine = slice(4 * rank, 4 * rank + 4)
+    for way, options in WAYS.items():
+        exclude = ["4."] if way == "pattern" else []  # it reads eleven inputs
+        single, replicated, sharded = build(), build(), build()
+        pruners = [Pruner(weight_matrices(model, exclude), **options) for model in (single, replicated, sharded)]
+        train(single, pruners[0], slice(0, 8))
+        train(DistributedDataParallel(replicated), pruners[1], mine)
+        mesh = init_device_mesh("cpu", (2,))
+        for layer in sharded:
+            if isinstance(layer, nn.Linear | nn.Conv2d):
+                fully_shard(layer, mesh=mesh)
+        fully_shard(sharded, mesh=mesh)
+        assert all(isinstance(weight, DTensor) for weight in pruners[2].weights.values())
+        train(sharded, pruners[2], mine)
 
-            alone = pruners[0].state()
-            assert pruners[0].pruned_count == round(0.7 * pruners[0].prunable_count)
-            for pruner, kind in ((pruners[1], "DDP"), (pruners[2], "FSDP2")):
-                state = pruner.state()
-                assert state.keys() == alone.keys()
-                for name, tensor in state.items():
-                    assert on_every_rank(tensor.float()), f"{way}, {kind}: {name} differs between processes"
-                    torch.testing.assert_close(tensor, alone[name], rtol=1e-4, atol=1e-5, msg=f"{way}, {kind}: {name}")
-                for name, weight in pruner.weights.items():
-                    expected = pruners[0].weights[name]
-                    torch.testing.assert_close(full_tensor(weight), expected, rtol=1e-4, atol=1e-5)
-            again = Pruner(weight_matrices(sharded, exclude), **options)
-            again.load_state(pruners[2].state())
-            for name, tensor in again.state().items():
-                assert torch.equal(tensor, pruners[2].state()[name])
-            again.finish()
-            again.apply_()
-            assert sum(int((full_tensor(w) == 0).sum()) for w in again.weights.values()) == again.pruned_count
-    finally:
-        dist.destroy_process_group()
+        alone = pruners[0].state()
+        assert pruners[0].pruned_count == round(0.7 * pruners[0].prunable_count)
+        for pruner, kind in ((pruners[1], "DDP"), (pruners[2], "FSDP2")):
+            state = pruner.state()
+            assert state.keys() == alone.keys()
+            for name, tensor in state.items():
+                assert on_every_rank(tensor.float()), f"{way}, {kind}: {name} differs between processes"
+                torch.testing.assert_close(tensor, alone[name], rtol=1e-4, atol=1e-5, msg=f"{way}, {kind}: {name}")
+            for name, weight in pruner.weights.items():
+                expected = pruners[0].weights[name]
+                torch.testing.assert_close(full_tensor(weight), expected, rtol=1e-4, atol=1e-5)
+        again = Pruner(weight_matrices(sharded, exclude), **options)
+        again.load_state(pruners[2].state())
+        for name, tensor in again.state().items():
+            assert torch.equal(tensor, pruners[2].state()[name])
+        again.finish()
+        again.apply_()
+        assert sum(int((full_tensor(w) == 0).sum()) for w in again.weights.values()) == again.pruned_count
 
 
 def test_masks_and_scores_are_those_of_one_process(tmp_path):
-    torch.multiprocessing.spawn(compare, args=(str(tmp_path),), nprocs=2)
+    run_processes(compare, str(tmp_path))

@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 from transformers.testing_utils import CaptureLogger
 from transformers.utils import logging
 
+from tests.processes import run_processes
 from tscnc_hf.training.config import TSCNCConfig
 from tscnc_hf.training.data import load_image_data
 from tscnc_hf.training.models import vit_from_config
@@ -117,7 +118,6 @@ def on_a_process(rank: int, folder: str, port: int) -> None:
         found |= {"world": dist.get_world_size(), "rank": dist.get_rank(), "backend": dist.get_backend()}
         save_file({name: tensor.contiguous() for name, tensor in done["tensors"].items()}, f"{folder}/{case}.{rank}")
         Path(f"{folder}/{case}.{rank}.json").write_text(json.dumps(found))
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +128,7 @@ def two_processes(tmp_path_factory) -> dict[str, list[dict]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(on_a_process, args=(str(folder), port), nprocs=2)
+    run_processes(on_a_process, str(folder), port)
     found = {case: [] for case in (*CASES, "resumed")}
     for case, ranks in found.items():
         for rank in range(2):

@@ -171,3 +171,11 @@ def test_help_lists_every_option(recipe):
         missing = [f.name for f in fields(one) if f.init and f"--{f.name}" not in listed]
         assert not missing
     assert "--config" in listed
+
+
+def test_a_later_file_wins_over_an_earlier_one_and_the_command_line_over_both(tmp_path, parsed):
+    for name, text in (("first", "depth: 3\nneeded: 4\nseed: 5\n"), ("second", "needed: 6\nseed: 7\n")):
+        (tmp_path / f"{name}.yaml").write_text(text)
+    files = ["--config", str(tmp_path / "first.yaml"), f"--config={tmp_path / 'second.yaml'}"]
+    config, _, extra = parsed(None, *files, "--seed", "8")
+    assert (extra.depth, extra.needed, config.seed) == (3, 6, 8)

@@ -14,7 +14,7 @@ from transformers import HfArgumentParser
 
 class ConfigParser(HfArgumentParser):
     """
-    `HfArgumentParser` with `--config FILE.yaml`.
+    `HfArgumentParser` with `--config FILE.yaml`, which may be given several times: later files win.
 
     A key of the file is the name of an option; its value becomes the option's default and is converted like one typed
     on the command line (YAML reads `5e-5` as a string). Options that the dataclasses require may come from either.
@@ -22,13 +22,12 @@ class ConfigParser(HfArgumentParser):
 
     def __init__(self, dataclass_types, **kwargs):
         super().__init__(dataclass_types, allow_abbrev=False, **kwargs)
-        self.add_argument("--config", metavar="FILE.yaml", help="YAML file with defaults; the command line wins.")
+        self.add_argument("--config", metavar="FILE.yaml", help="YAML file with defaults; may be repeated.")
 
     def parse(self, args: Sequence[str] | None = None) -> tuple:
         """One instance per dataclass. Ends with exit code 2 and a message on unknown options, keys or wrong values."""
         args = list(sys.argv[1:] if args is None else args)
-        path = _config_path(args)
-        if path is not None:
+        for path in _config_paths(args):
             self._apply_yaml(Path(path))
         try:
             *instances, _ = self.parse_args_into_dataclasses(args, look_for_args_file=False)
@@ -78,10 +77,11 @@ def json_option(name: str, value: Any) -> Any:
         raise ValueError(f"{name}={value!r} is not JSON: {error}") from error
 
 
-def _config_path(args: Sequence[str]) -> str | None:
+def _config_paths(args: Sequence[str]) -> list[str]:
+    paths = []
     for position, arg in enumerate(args):
         if arg == "--config" and position + 1 < len(args):
-            return args[position + 1]
-        if arg.startswith("--config="):
-            return arg.split("=", 1)[1]
-    return None
+            paths.append(args[position + 1])
+        elif arg.startswith("--config="):
+            paths.append(arg.split("=", 1)[1])
+    return paths
