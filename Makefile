@@ -8,7 +8,8 @@ PEERS := .peers
 PEER_PACKAGES := torchattacks==3.5.1 foolbox==3.3.4 eagerpy==0.30.0 GitPython gitdb smmap \
 	adversarial-robustness-toolbox==1.20.1 six
 
-.PHONY: demo test test-faults test-peers lint bench-constraints bench-slimming bench-adversary bench-packing bench-pruning bench-inputs clean
+.PHONY: demo test test-faults test-peers lint bench bench-constraints bench-slimming bench-adversary bench-packing \
+	bench-pruning bench-training bench-inputs clean
 
 demo: $(STAMP)
 	$(BIN)/python recipes/vit_cifar10.py --config recipes/configs/vit_digits_demo.yaml
@@ -21,6 +22,9 @@ test-faults: $(STAMP)
 
 test-peers: $(STAMP) $(PEERS)/.installed
 	PYTHONPATH=$(PEERS) $(BIN)/python -m pytest tests/peers
+
+# All figures of speed, memory and size that the README states, one after the other: 20 to 40 minutes of an idle machine.
+bench: bench-constraints bench-training bench-adversary bench-pruning bench-packing bench-slimming bench-inputs
 
 bench-adversary: $(STAMP) $(PEERS)/.installed
 	PYTHONPATH=$(PEERS) $(BIN)/python tests/benchmarks/adversary.py
@@ -36,6 +40,9 @@ bench-slimming: $(STAMP)
 
 bench-packing: $(STAMP)
 	$(BIN)/python tests/benchmarks/packing.py
+
+bench-training: $(STAMP)
+	$(BIN)/python tests/benchmarks/training.py
 
 bench-inputs: $(STAMP)
 	$(BIN)/python tests/benchmarks/large_inputs.py

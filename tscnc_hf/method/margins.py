@@ -46,8 +46,8 @@ def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
 
 def cw_margin(logits: Tensor, y: Tensor) -> Tensor:
     """The best wrong logit minus the right one (Carlini and Wagner 2017, f_6 without its floor): > 0 iff wrong."""
-    true = F.one_hot(y, logits.shape[-1]).bool()
-    return logits.masked_fill(true, -torch.inf).amax(-1) - logits.gather(-1, y[:, None]).squeeze(-1)
+    right = y[:, None]
+    return logits.scatter(-1, right, -torch.inf).amax(-1) - logits.gather(-1, right).squeeze(-1)
 
 
 def dlr(logits: Tensor, y: Tensor) -> Tensor:

@@ -51,8 +51,7 @@ def mart(
     """
     clean, adversarial = forward(torch.cat([x, x_adv])).chunk(2)
     log_clean, log_adv = F.log_softmax(clean, dim=-1), F.log_softmax(adversarial, dim=-1)
-    true = F.one_hot(y, clean.shape[-1]).bool()
-    wrong = log_adv.masked_fill(true, -torch.inf).argmax(-1, keepdim=True)
+    wrong = log_adv.scatter(-1, y[:, None], -torch.inf).argmax(-1, keepdim=True)
     # log(1 - p) as a sum over the other classes: finite and with a gradient where p rounds to 1
     others = log_adv.scatter(-1, wrong, -torch.inf).logsumexp(-1)
     divergence = F.kl_div(log_adv, log_clean, reduction="none", log_target=True).sum(-1)
