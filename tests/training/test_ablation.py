@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from scipy.stats import ttest_rel
 
@@ -23,7 +24,8 @@ from tscnc_hf.training.ablation import Cell, Results, differences, grid, read_ro
 
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-CONFIG = RECIPES / "configs" / "ablation_cnn.yaml"
+CONFIGS = RECIPES / "configs"
+CONFIG = CONFIGS / "ablation_cnn.yaml"
 ARMS = {"plain": {}, "both": {"cnc_weight": 0.01, "tsc_weight": 1e-6}}
 TINY = {
     "dataset": "digits", "augmentation": "none", "train_limit": 64, "test_limit": 20, "validation_fraction": 0.2,
@@ -39,8 +41,12 @@ def options(folder: Path, **changed) -> list[str]:
     del given["attack"]
     found = ["--config", str(CONFIG)]
     for name, value in given.items():
-        found += [f"--{name}", *(str(value).split() if name in ("test_attacks", "seeds", "sparsities") else [value])]
+        found += [f"--{name}", *words(name, value)]
     return [str(text) for text in found]
+
+
+def words(name: str, value) -> list[str]:
+    return str(value).split() if name in ("test_attacks", "seeds", "sparsities", "only") else [str(value)]
 
 
 @pytest.fixture
@@ -259,3 +265,43 @@ def test_workers_give_the_rows_of_one_process(ablation, tmp_path):
     one, two = ({(r["arm"], r["seed"]): r for r in read_rows(tmp_path / n / "rows.jsonl")} for n in ("one", "two"))
     assert one.keys() == two.keys() and len(one) == 3
     assert all(differences(one[key], two[key]) == {} for key in one)
+
+
+# ---- the other files of settings ----
+
+TINY_VIT = json.dumps({"patch_size": 4, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2})
+# files over each other -> cells to run, of all that they say
+FILES = {
+    ("ablation_vit.yaml",): ("dense TSC", {"TSC", "TSC + CNC"}),
+    ("ablation_cnn.yaml", "ablation_baselines.yaml"): ("dense learned latent", {"learned", "latent"}),
+    ("ablation_vit.yaml", "ablation_search.yaml"): ("dense-0 plain", {"plain"}),
+    ("resnet18_gpu.yaml",): ("dense TSC", {"TSC + CNC"}),
+    ("vit_small_gpu.yaml",): ("dense TSC", {"TSC + CNC"}),
+}
+
+
+@pytest.mark.parametrize("files", FILES, ids="+".join)
+def test_files_of_settings_run(files, tmp_path, capsys):
+    only, arms = FILES[files]
+    said = [yaml.safe_load((CONFIGS / name).read_text()) for name in files]
+    merged = {name: value for values in said for name, value in values.items()}
+    given = TINY | {"results": tmp_path / "rows.jsonl", "output_dir": tmp_path / "runs", "sparsities": "0.9"}
+    given |= {"only": only, "channels_last": "false", "logging_steps": 1}
+    if merged["architecture"] == "vit":
+        given |= {"model_args": TINY_VIT}
+    for name in ("attack", "arms"):
+        del given[name]
+    command = [text for name in files for text in ("--config", str(CONFIGS / name))]
+    command += [text for name, value in given.items() for text in (f"--{name}", *words(name, value))]
+    runpy.run_path(str(RECIPES / "ablation.py"))["main"](command)
+    rows = read_rows(tmp_path / "rows.jsonl")
+    assert {row["arm"] for row in rows} == {"dense"} | arms
+    assert {row["split"] for row in rows} == {merged.get("split", "test")}
+    assert {row["model"] for row in rows} == {merged["label"]}
+    for arm in arms:  # the options of the arm, and those that all share, were used
+        (folder,) = (tmp_path / "runs").glob(f"{arm}-0.9-s0-*")
+        if merged.get("save_models"):
+            used = json.loads((folder / "tscnc_config.json").read_text())
+            assert used["cnc_weight"] == float(merged["arms"][arm]["cnc_weight"]) > 0
+            assert (used["bf16"], used["ema_decay"]) == (True, float(merged["ema_decay"]))
+            assert "90.0 %" in (folder / "README.md").read_text()
