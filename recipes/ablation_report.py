@@ -17,7 +17,9 @@ class ReportArguments:
     rows: list[str] = field(metadata={"help": "Files of rows that recipes/ablation.py has written."})
     output: str = field(default="outputs/ablation", metadata={"help": "Folder of ablation.md and the figures."})
     attack: str = field(default="pgd-20", metadata={"help": "The accuracy that counts, beside the clean one."})
-    baseline: str = field(default="plain", metadata={"help": "The arm that the others are compared with."})
+    baselines: list[str] = field(
+        default_factory=lambda: ["plain"], metadata={"help": "The arms that the others are compared with."}
+    )
     name: str = field(default="ablation", metadata={"help": "Beginning of the names of the files written."})
 
 
@@ -37,7 +39,7 @@ def main(args: list[str] | None = None) -> None:
         if missing := [row for row in rows if arguments.attack not in row["accuracy"]]:
             known = ", ".join(missing[0]["accuracy"])
             raise ValueError(f"attack {arguments.attack!r} was not measured in every cell; there are {known}")
-        table = comparison_markdown(rows, arguments.attack, arguments.baseline)
+        table = comparison_markdown(rows, arguments.attack, arguments.baselines)
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
 

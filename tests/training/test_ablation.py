@@ -133,6 +133,9 @@ def test_table_pairs_by_seed():
     half = 100 * 4.302653 * 0.01 / math.sqrt(3)  # t of two degrees of freedom
     assert f"| 25.0 ± 11.0 | +5.0 ({5 - half:+.1f} to {5 + half:+.1f}) |" in table
     assert "| 90 % | plain | 3 | 50.0 ± 0.0 | 20.0 ± 10.0 |  |" in table
+    both = comparison_markdown(rows, "pgd-20", ["plain", "CNC"])
+    assert "pgd-20, minus plain | pgd-20, minus CNC |" in both
+    assert f"| 20.0 ± 10.0 |  | -5.0 ({-5 - half:+.1f} to {-5 + half:+.1f}) |" in both
 
 
 def test_two_rows_of_a_cell_are_not_averaged():

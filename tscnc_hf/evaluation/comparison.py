@@ -54,31 +54,32 @@ def by_arm(rows: Iterable[Mapping]) -> dict[tuple[str, float], dict[str, dict[in
     return groups
 
 
-def comparison_markdown(rows: Iterable[Mapping], attack: str, baseline: str = "plain") -> str:
+def comparison_markdown(rows: Iterable[Mapping], attack: str, baselines: Sequence[str] = ("plain",)) -> str:
     """
     One table a model: an arm a line at each sparsity. Accuracies as mean ± standard deviation over seeds in percent,
-    their difference to `baseline` paired by seed in points with its 95 % interval, and medians over seeds of the
+    the difference to each baseline paired by seed in points with its 95 % interval, and medians over seeds of the
     condition numbers, lost ranks and empty matrices.
 
     Args:
         attack: the name of the accuracy that counts, beside "clean".
-        baseline: the arm to compare with; at a sparsity where it has no rows differences are left out.
+        baselines: the arms to compare with; at a sparsity where one has no rows its differences are left out.
     """
     parts, last = [], None
+    minus = " | ".join(f"{attack}, minus {baseline}" for baseline in baselines)
     for (model, sparsity), arms in by_arm(rows).items():
         if model != last:
             parts += [] if last is None else [""]
             parts += [
                 f"**{model}**\n",
-                f"| sparsity | arm | seeds | clean | {attack} | {attack}, minus {baseline} | median kappa | largest "
-                "kappa | ranks lost | empty |",
-                "| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+                f"| sparsity | arm | seeds | clean | {attack} | {minus} | median kappa | largest kappa | ranks lost | "
+                "empty |",
+                f"| ---: | --- | ---: | ---: | ---: |{' ---: |' * len(baselines)} ---: | ---: | ---: | ---: |",
             ]
             last = model
         for arm, seeds in arms.items():
             cells = [f"{100 * sparsity:g} %", arm, str(len(seeds))]
             cells += [_spread([row["accuracy"][name] for row in seeds.values()]) for name in ("clean", attack)]
-            cells.append(_minus(seeds, arms.get(baseline, {}), attack) if arm != baseline else "")
+            cells += [_minus(seeds, arms.get(name, {}), attack) if arm != name else "" for name in baselines]
             for key in ("median_kappa", "max_kappa", "lost_ranks", "empty_matrices"):
                 cells.append(f"{statistics.median(float(row[key]) for row in seeds.values()):.3g}")
             parts.append(f"| {' | '.join(cells)} |")
