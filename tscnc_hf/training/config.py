@@ -60,7 +60,7 @@ class TSCNCConfig(TrainingArguments):
 
     Parameters that control the constraints:
         tsc_weight (`float`, *optional*, defaults to 0): coefficient of the Transformed Sparse Constraint.
-        tsc_a (`float`, *optional*, defaults to 1): shape of transformed l1, > 0.
+        tsc_a (`float`, *optional*, defaults to 10): shape of transformed l1, > 0.
         tsc_on (`str`, *optional*, defaults to `"weights"`): what TSC makes sparse, "weights" or "gates" (hard-concrete
             gates on hidden units, heads and channels, attached before training and folded into what is published).
         gate_layers (`list[str]`, *optional*): names (or their ends) of the layers whose inputs get gates; found by
@@ -126,7 +126,7 @@ class TSCNCConfig(TrainingArguments):
     eval_attack_steps: int = _knob(10, "PGD steps behind eval_robust_accuracy; 0 leaves it out.")
 
     tsc_weight: float = _knob(0.0, "Coefficient of the Transformed Sparse Constraint (a sum over weights).")
-    tsc_a: float = _knob(1.0, "Shape of transformed l1: towards 0 like l0, large like l1.")
+    tsc_a: float = _knob(10.0, "Shape of transformed l1: towards 0 like l0, large like l1.")
     tsc_on: str = _knob(
         "weights", "What the Transformed Sparse Constraint makes sparse.", choices=("weights", "gates")
     )
