@@ -20,6 +20,7 @@ class ReportArguments:
     baselines: list[str] = field(
         default_factory=lambda: ["plain"], metadata={"help": "The arms that the others are compared with."}
     )
+    figures: bool = field(default=True, metadata={"help": "Draw figures too; for many arms a table says more."})
     name: str = field(default="ablation", metadata={"help": "Beginning of the names of the files written."})
 
 
@@ -47,16 +48,18 @@ def main(args: list[str] | None = None) -> None:
         return 100 * row["accuracy"][arguments.attack]
 
     folder, label = Path(arguments.output), "median effective condition number"
-    figures = {
-        "robustness": over_sparsity_figure(rows, robust, f"{arguments.attack} accuracy, %", log=False),
-        "conditioning": over_sparsity_figure(rows, kappa, label, log=True),
-        "robustness_over_conditioning": scatter_figure(rows, kappa, robust, f"{arguments.attack} accuracy, %", label),
-    }
-    for name, figure in figures.items():
-        save_figure(figure, folder / f"{arguments.name}_{name}.png")
+    if arguments.figures:
+        accuracy = f"{arguments.attack} accuracy, %"
+        figures = {
+            "robustness": over_sparsity_figure(rows, robust, accuracy, log=False),
+            "conditioning": over_sparsity_figure(rows, kappa, label, log=True),
+            "robustness_over_conditioning": scatter_figure(rows, kappa, robust, accuracy, label),
+        }
+        for name, figure in figures.items():
+            save_figure(figure, folder / f"{arguments.name}_{name}.png")
     with atomic_file(folder / f"{arguments.name}.md") as temporary:
         temporary.write_text(table, encoding="utf-8")
-    print(f"{table}\nTable and figures: {folder.resolve()}")
+    print(f"{table}\n{'Table and figures' if arguments.figures else 'Table'}: {folder.resolve()}")
 
 
 if __name__ == "__main__":
