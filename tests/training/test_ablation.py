@@ -276,10 +276,10 @@ TINY_VIT = json.dumps({"patch_size": 4, "hidden_size": 32, "num_hidden_layers": 
 # files over each other -> cells to run, of all that they say
 FILES = {
     ("ablation_vit.yaml",): ("dense TSC", {"TSC", "TSC + CNC"}),
-    ("ablation_cnn.yaml", "ablation_baselines.yaml"): ("dense learned latent", {"learned", "latent"}),
+    ("ablation_cnn.yaml", "ablation_baselines.yaml"): ("dense-0 learned latent", {"learned", "latent"}),
     ("ablation_vit.yaml", "ablation_search.yaml"): ("dense-0 plain", {"plain"}),
-    ("resnet18_gpu.yaml",): ("dense TSC", {"TSC + CNC"}),
-    ("vit_small_gpu.yaml",): ("dense TSC", {"TSC + CNC"}),
+    ("resnet18_gpu.yaml",): ("dense TSC", {"TSC"}),
+    ("vit_small_gpu.yaml",): ("dense-0 plain", {"plain"}),
 }
 
 
@@ -298,13 +298,13 @@ def test_files_of_settings_run(files, tmp_path, capsys):
     command += [text for name, value in given.items() for text in (f"--{name}", *words(name, value))]
     runpy.run_path(str(RECIPES / "ablation.py"))["main"](command)
     rows = read_rows(tmp_path / "rows.jsonl")
-    assert {row["arm"] for row in rows} == {"dense"} | arms
+    assert {row["arm"] for row in rows if row["sparsity"]} == arms
     assert {row["split"] for row in rows} == {merged.get("split", "test")}
     assert {row["model"] for row in rows} == {merged["label"]}
     for arm in arms:  # the options of the arm, and those that all share, were used
         (folder,) = (tmp_path / "runs").glob(f"{arm}-0.9-s0-*")
         if merged.get("save_models"):
             used = json.loads((folder / "tscnc_config.json").read_text())
-            assert used["cnc_weight"] == float(merged["arms"][arm]["cnc_weight"]) > 0
+            assert used["tsc_weight"] == float(merged["arms"][arm].get("tsc_weight", 0))
             assert (used["bf16"], used["ema_decay"]) == (True, float(merged["ema_decay"]))
             assert "90.0 %" in (folder / "README.md").read_text()
