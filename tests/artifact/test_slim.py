@@ -154,7 +154,7 @@ def test_other_widths_are_recorded_and_come_back(kind, tmp_path):
     for again in (load_slim(tmp_path), load_sparse(tmp_path)):
         assert type(again) is type(model) and not again.training
         assert all(torch.equal(a, b) for a, b in zip(again.parameters(), small.parameters(), strict=True))
-        torch.testing.assert_close(logits(again, x), expected, rtol=0, atol=0)
+        torch.testing.assert_close(logits(again, x), expected, rtol=0, atol=1e-5)  # some CPUs sum by where tensors lie
         assert again.config.tscnc["slim"] == small.config.tscnc["slim"]
     assert "load_slim" in json.loads((tmp_path / "config.json").read_text())["tscnc"]["slim"]["note"]
 
