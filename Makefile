@@ -23,7 +23,7 @@ test-faults: $(STAMP)
 test-peers: $(STAMP) $(PEERS)/.installed
 	PYTHONPATH=$(PEERS) $(BIN)/python -m pytest tests/peers
 
-# All figures of speed, memory and size that the README states, one after the other: 20 to 40 minutes of an idle machine.
+# All figures of speed, memory and size that the README states, one after the other, on an idle machine.
 bench: bench-constraints bench-training bench-adversary bench-pruning bench-packing bench-slimming bench-inputs
 
 bench-adversary: $(STAMP) $(PEERS)/.installed

@@ -138,6 +138,11 @@ def test_table_pairs_by_seed():
     assert f"| 20.0 ± 10.0 |  | -5.0 ({-5 - half:+.1f} to {-5 + half:+.1f}) |" in both
 
 
+def test_a_baseline_that_was_never_run_is_refused():
+    with pytest.raises(ValueError, match="no row is of the baseline ERK; the arms are plain, CNC"):
+        comparison_markdown([a_row(), a_row("CNC")], "pgd-20", ["plain", "ERK"])
+
+
 def test_two_rows_of_a_cell_are_not_averaged():
     with pytest.raises(ValueError, match=r"two rows of plain of m at 0.9, seed 0 \(split validation\)"):
         comparison_markdown([a_row(), a_row(split="validation")], "pgd-20")
@@ -276,7 +281,7 @@ TINY_VIT = json.dumps({"patch_size": 4, "hidden_size": 32, "num_hidden_layers": 
 # files over each other -> cells to run, of all that they say
 FILES = {
     ("ablation_vit.yaml",): ("dense TSC", {"TSC", "TSC + CNC"}),
-    ("ablation_cnn.yaml", "ablation_baselines.yaml"): ("dense-0 learned latent", {"learned", "latent"}),
+    ("ablation_cnn.yaml", "ablation_baselines.yaml"): ("dense-0 learned latent", {"learned", "latent", "latent, ERK"}),
     ("ablation_vit.yaml", "ablation_search.yaml"): ("dense-0 plain", {"plain"}),
     ("resnet18_gpu.yaml",): ("dense TSC", {"TSC"}),
     ("vit_small_gpu.yaml",): ("dense-0 plain", {"plain"}),

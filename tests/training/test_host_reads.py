@@ -1,6 +1,7 @@
 """What makes the host wait for a device: reading a value, or a size that depends on values. None of it in a step."""
 
 import pytest
+import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
@@ -74,6 +75,17 @@ def test_no_step_reads_from_the_device_but_those_that_choose_masks(case, make_co
     steps = steps_of(OnADevice, tiny_resnet, digits.train, config)
     assert set(steps) == set(range(1, 13))
     assert {step: found for step, found in steps.items() if found and step not in (1, 6)} == {}
+
+
+@pytest.mark.parametrize("device, looks", [("cpu", 1), ("cuda", 0)])
+def test_terms_are_looked_at_in_each_step_on_a_cpu_only(device, looks, make_config, tiny_resnet, digits, monkeypatch):
+    model, processor = tiny_resnet
+    trainer = TSCNCTrainer(model, make_config(), train_dataset=digits.train, processing_class=processor)
+    seen = []
+    monkeypatch.setattr(trainer, "check_terms", lambda: seen.append(1))
+    monkeypatch.setattr(type(trainer.args), "device", property(lambda args: torch.device(device)))
+    trainer._record({"robust_loss": torch.ones(())})
+    assert len(seen) == looks
 
 
 def test_a_step_that_looks_at_its_terms_is_seen(make_config, tiny_resnet, digits):

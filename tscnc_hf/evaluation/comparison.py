@@ -63,7 +63,14 @@ def comparison_markdown(rows: Iterable[Mapping], attack: str, baselines: Sequenc
     Args:
         attack: the name of the accuracy that counts, beside "clean".
         baselines: the arms to compare with; at a sparsity where one has no rows its differences are left out.
+
+    Raises:
+        ValueError: a baseline that no row is of.
     """
+    rows = list(rows)
+    known = list(dict.fromkeys(row["arm"] for row in rows))
+    if unknown := [name for name in baselines if name not in known]:
+        raise ValueError(f"no row is of the baseline {', '.join(unknown)}; the arms are {', '.join(known)}")
     parts, last = [], None
     minus = " | ".join(f"{attack}, minus {baseline}" for baseline in baselines)
     for (model, sparsity), arms in by_arm(rows).items():

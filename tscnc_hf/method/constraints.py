@@ -276,7 +276,7 @@ def constraint_terms(
     scales: Mapping[str, Tensor],
     *,
     tsc_weight: float = 0.0,
-    tsc_a: float = 1.0,
+    tsc_a: float = 10.0,
     cnc_weight: float = 0.0,
     cnc_ridge: float = 1e-3,
     cnc_form: str = "scale-invariant",

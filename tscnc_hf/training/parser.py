@@ -22,7 +22,11 @@ class ConfigParser(HfArgumentParser):
 
     def __init__(self, dataclass_types, **kwargs):
         super().__init__(dataclass_types, allow_abbrev=False, **kwargs)
-        self.add_argument("--config", metavar="FILE.yaml", help="YAML file with defaults; may be repeated.")
+        self.add_argument(
+            "--config",
+            metavar="FILE.yaml",
+            help="YAML file with defaults; of several the later win, and the command line over all.",
+        )
 
     def parse(self, args: Sequence[str] | None = None) -> tuple:
         """One instance per dataclass. Ends with exit code 2 and a message on unknown options, keys or wrong values."""
