@@ -44,6 +44,7 @@ def over_sparsity_figure(rows: Sequence[Mapping], value: Callable[[Mapping], flo
         missing = sum(not math.isfinite(value(row)) for row in own)
         label = "zeros among the prunable weights" + (f" ({missing} runs without a finite value)" if missing else "")
         _finish(axes, f"{title}: {model}", label, axes.yaxis if log else None)
+    _legend(fig, panels)
     return fig
 
 
@@ -62,6 +63,7 @@ def scatter_figure(
                 axes.scatter(*zip(*shown, strict=True), alpha=0.8, lw=0, label=arm, **style)
         axes.set_xscale("log")
         _finish(axes, f"{title}: {model}", f"{label} (larger: sparser)", axes.xaxis)
+    _legend(fig, panels)
     return fig
 
 
@@ -94,12 +96,22 @@ def _by(rows: Iterable[Mapping], key: str) -> dict[str, list[Mapping]]:
     return groups
 
 
+def _legend(fig: Figure, panels: Sequence[Axes]) -> None:
+    """One for all panels, below them: among many arms there is no free corner."""
+    found = {}
+    for axes in panels:
+        for handle, name in zip(*axes.get_legend_handles_labels(), strict=True):
+            found.setdefault(name, handle)
+    fig.legend(
+        found.values(), found.keys(), loc="outside lower center", ncols=5, frameon=False, fontsize=8.5, labelcolor=INK
+    )
+
+
 def _finish(axes: Axes, title: str, label: str, condition_numbers: Axis | None = None) -> None:
     from matplotlib.ticker import LogLocator, NullFormatter
 
     axes.set_title(title, loc="left", fontsize=10.5, fontweight="bold", color=INK)
     axes.set_xlabel(label, fontsize=9, color=MUTED)
-    axes.legend(frameon=False, fontsize=8.5, labelcolor=INK)
     axes.grid(color=LIGHT, lw=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(LIGHT)

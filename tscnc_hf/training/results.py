@@ -79,8 +79,8 @@ def comparison_table(results: Mapping[str, Mapping]) -> str:
         rows.append(["worst case accuracy", *worst])
     rows.append(["sparsity", *(f"{results[name]['sparsity']['sparsity']:.2%}" for name in names)])
     for key, label in (
-        ("median_condition_number", "median condition number"),
-        ("max_condition_number", "largest condition number"),
+        ("median_effective_condition_number", "median effective condition number"),
+        ("max_effective_condition_number", "largest effective condition number"),
         ("rank_deficient", "rank-deficient matrices"),
     ):
         rows.append([label, *(_number(results[name]["spectrum"][key]) for name in names)])
