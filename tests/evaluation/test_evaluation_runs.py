@@ -13,6 +13,7 @@ from torch import nn
 from tscnc_hf.evaluation import robustness
 from tscnc_hf.evaluation.attacks import make_attack
 from tscnc_hf.evaluation.robustness import evaluate_robustness
+from tscnc_hf.method.pixels import attack_mode
 
 
 ATTACKS = ("clean", "fgsm", "pgd-5x2", "cw-5", "apgd-dlr")
@@ -199,6 +200,29 @@ def test_autoattack(norm, epsilon, evaluate):
     assert report["autoattack"].parameters["implementation"] == "pyautoattack"
     assert report["autoattack"].parameters["version"] and pyautoattack
     assert evaluate(attacks=attacks[-1:], norm=norm, epsilon=epsilon, n=16)["square"] == report["square"]
+
+
+def test_autoattack_goes_on_within_a_batch(evaluate, robust_network, digits, tmp_path):
+    """It is kept part by part, and the parts find what pyautoattack's own run of them all does."""
+    pytest.importorskip("pyautoattack", reason="pyautoattack is not installed (tscnc-hf[eval])")
+    options = {"attacks": ("clean", "autoattack"), "n": 6, "batch_size": 6, "epsilon": 0.1}
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(Fuse(robust_network, 1500), state_folder=tmp_path, **options)
+    (file,) = tmp_path.glob("batch-*.json")
+    kept = json.loads(file.read_text())
+    assert "autoattack: apgd-ce" in kept and "autoattack: square" not in kept and "autoattack" not in kept
+    again = evaluate(Fuse(robust_network, -1), state_folder=tmp_path, **options)
+    uncut = evaluate(Fuse(robust_network, -1), **options)
+    assert json.dumps(again.to_dict()) == json.dumps(uncut.to_dict())
+    assert kept.items() <= json.loads(file.read_text()).items()
+    batch = digits.test.__getitems__(list(range(6)))
+    x, y = batch["pixel_values"], batch["labels"]
+    with attack_mode(robust_network):
+        survived = robust_network(x).argmax(-1) == y
+        places = torch.arange(6)[survived]
+        x_adv = make_attack("autoattack", 0.1).run(robust_network, x[survived], y[survived], places, 0)
+        survived[survived.clone()] = robust_network(x_adv).argmax(-1) == y[survived]
+    assert survived.int().tolist() == json.loads(file.read_text())["autoattack"] and 0 < survived.sum() < 6
 
 
 def test_autoattack_without_its_package(monkeypatch):

@@ -8,7 +8,7 @@ size nor the number of processes nor an interruption changes what an image meets
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
@@ -29,7 +29,11 @@ KNOWN_ATTACKS = (
 )
 OURS = {"implementation": "tscnc_hf", "version": __version__}
 APGD_STEPS = 100
+AUTOATTACK_PARTS = ("apgd-ce", "apgd-t", "fab-t", "square")
 INSTALL = 'pip install "tscnc-hf[eval]"'
+
+
+Run = Callable[[LogitsFn, Tensor, Tensor, Tensor, int], Tensor]
 
 
 @dataclass(frozen=True)
@@ -40,11 +44,18 @@ class Attack:
         parameters: everything that decides its strength, plain JSON types.
         run: (logits_fn, x, y, index, seed) -> x_adv; x (b, c, h, w) in [0, 1], y and index (b,), int64: labels, and
             places of the images in the data set. None for "clean".
+        parts: name -> what `run` does one after the other, each to the images that withstood those before; one that
+            is called like the attack unless said otherwise. An evaluation keeps what each of them found.
     """
 
     name: str
     parameters: dict = field(default_factory=dict)
-    run: Callable[[LogitsFn, Tensor, Tensor, Tensor, int], Tensor] | None = None
+    run: Run | None = None
+    parts: Mapping[str, Run] = field(default_factory=dict)
+
+    def __post_init__(self):
+        if self.run is not None and not self.parts:
+            object.__setattr__(self, "parts", {self.name: self.run})
 
 
 def make_attack(name: str, epsilon: float, norm: str = "linf") -> Attack:
@@ -136,24 +147,24 @@ def _from_pyautoattack(name: str, epsilon: float, norm: str) -> Attack:
     except ImportError as error:
         raise ImportError(f"attack {name!r} needs the package pyautoattack: {INSTALL}") from error
     parameters = {"implementation": "pyautoattack", "version": version("pyautoattack")}
+    run = partial(_autoattack, AutoAttack, name=name, epsilon=epsilon, norm=norm)
     if name == "square":
-        kind = {"version": "custom", "attacks": ["square"]}
-        parameters |= {"queries": 5000, "restarts": 1}
-    else:
-        kind = {"version": "standard"}
-        parameters |= {"attacks": ["apgd-ce", "apgd-t", "fab-t", "square"], "steps": 100, "queries": 5000}
-    return Attack(name, parameters, partial(_autoattack, AutoAttack, kind=kind, name=name, epsilon=epsilon, norm=norm))
+        return Attack(name, parameters | {"queries": 5000, "restarts": 1}, partial(run, attacks=["square"]))
+    names = list(AUTOATTACK_PARTS)
+    parameters |= {"attacks": names, "steps": 100, "queries": 5000}
+    parts = {f"{name}: {part}": partial(run, attacks=[part]) for part in names}
+    return Attack(name, parameters, partial(run, attacks=names), parts)
 
 
-def _autoattack(autoattack, forward, x, y, index, seed, *, kind, name, epsilon, norm) -> Tensor:
+def _autoattack(autoattack, forward, x, y, index, seed, *, attacks, name, epsilon, norm) -> Tensor:
     with torch.no_grad():
         classes = forward(x[:1]).shape[-1]
     if classes < 4 and name == "autoattack":
         raise ValueError(f"autoattack needs at least 4 classes (its targeted losses), the model has {classes}")
-    key = seeded_generator("cpu", seed, name, *index.tolist()).initial_seed() % 2**31
-    attack = autoattack(
-        _Logits(forward), norm={"linf": "Linf", "l2": "L2"}[norm], eps=epsilon, seed=key, device=x.device, **kind
-    )
+    key = seeded_generator("cpu", seed, name).initial_seed() % 2**31  # the same for all batches, as in the reference
+    norm = {"linf": "Linf", "l2": "L2"}[norm]
+    attack = autoattack(_Logits(forward), norm=norm, eps=epsilon, seed=key, device=x.device, version="standard")
+    attack.attacks_to_run = attacks
     for part in (attack.apgd_targeted, attack.fab):  # nine wrong classes by default, an index error with fewer
         part.n_target_classes = min(part.n_target_classes, classes - 1)
     devices = [x.device] if x.device.type == "cuda" else []

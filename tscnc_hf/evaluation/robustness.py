@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 
 import torch
@@ -59,7 +59,8 @@ def evaluate_robustness(
         processing_class (*optional*): image processor that says how inputs are normalised, unless the config does.
         device (*optional*): defaults to where the model is.
         progress (`bool`): show a progress bar with the time left.
-        state_folder (*optional*): finished batches are kept there, and an evaluation that was cut off goes on.
+        state_folder (*optional*): what each attack (each part of "autoattack") found on a batch is kept there, and an
+            evaluation that was cut off goes on.
         masking (`bool`): run the gradient-masking checks (`tscnc_hf.evaluation.masking`) on up to 64 images.
         dense_model (`nn.Module`, *optional*): the model before pruning, whose adversarial images must not be stronger.
         distributed (`bool`): share the batches among the processes of `accelerate launch`; all of them must call this
@@ -94,7 +95,8 @@ def evaluate_robustness(
     state = EvaluationState(state_folder, settings)
     batches = [list(range(first, min(first + batch_size, n))) for first in range(0, n, batch_size)]
     found = {index: state.read(index) for index in range(rank, len(batches), world)}
-    todo = [index for index, result in found.items() if result is None]
+    names = {attack.name for attack in made}
+    todo = [index for index, result in found.items() if result is None or not names <= result.keys()]
     # a loader draws a seed from torch's global generator unless it has one of its own
     loader = DataLoader(
         dataset, batch_sampler=[batches[i] for i in todo], collate_fn=collate, generator=torch.Generator()
@@ -105,10 +107,13 @@ def evaluate_robustness(
     with attack_mode(model), bar:
         for index, batch in zip(todo, loader, strict=True):
             x, y = batch["pixel_values"].to(device), batch["labels"].to(device)
-            found[index] = _attack_batch(forward, made, x, y, torch.tensor(batches[index]), seed, in_parts)
-            state.write(index, found[index])
+            for flags, part in _attack_batch(forward, made, x, y, batches[index], seed, in_parts, found[index] or {}):
+                if flags != found[index]:
+                    state.write(index, flags)
+                found[index] = flags
+                bar.set_description(f"Robust evaluation: {part}" if part else "Robust evaluation")
             bar.update(min(len(y) * world, n - bar.n))
-            done = [result for result in found.values() if result is not None]
+            done = [result for result in found.values() if result is not None and names <= result.keys()]
             bar.set_postfix({attack.name: f"{_share(done, attack.name):.1%}" for attack in made})
     if world > 1:
         found = dict(gather_object(list(found.items())))
@@ -131,26 +136,37 @@ def _processes(device: torch.device) -> tuple[int, int]:
     return state.process_index, state.num_processes
 
 
-def _attack_batch(forward, attacks: Sequence[Attack], x, y, index, seed, in_parts) -> dict[str, list[int]]:
-    """Per image: its label, and for each attack whether it is right after it (1) or not (0)."""
+def _attack_batch(
+    forward, attacks: Sequence[Attack], x, y, places: list[int], seed, in_parts, flags: Mapping
+) -> Iterator[tuple[dict[str, list[int]], str | None]]:
+    """
+    Per image: its label, and for each attack and each of its parts whether it is right after it (1) or not (0); what
+    there is, `flags` to begin with, is yielded before each part, with the part's name, and at last with None.
+    """
     with torch.no_grad():
         logits = in_parts(lambda part: forward(x[part]), len(x))
     check_logits(logits, y)
-    right = logits.argmax(-1) == y
-    flags = {"labels": y.tolist()}
+    right, index = logits.argmax(-1) == y, torch.tensor(places)
+    flags = {"labels": y.tolist(), **flags}
     for attack in attacks:
         survived = right.clone()
-        if attack.run is not None and right.any():
-            images, labels, places = x[right], y[right], index[right.cpu()]
+        for name, run in attack.parts.items():
+            if name in flags:
+                survived = torch.tensor(flags[name], device=y.device) == 1
+                continue
+            yield dict(flags), name
+            if survived.any():
+                images, labels, kept = x[survived], y[survived], index[survived.cpu()]
 
-            def survives(part, attack=attack, images=images, labels=labels, places=places):
-                x_adv = attack.run(forward, images[part], labels[part], places[part], seed)
-                with torch.no_grad():
-                    return forward(x_adv).argmax(-1) == labels[part]
+                def survives(part, run=run, images=images, labels=labels, kept=kept):
+                    x_adv = run(forward, images[part], labels[part], kept[part], seed)
+                    with torch.no_grad():
+                        return forward(x_adv).argmax(-1) == labels[part]
 
-            survived[right] = in_parts(survives, len(labels))
+                survived[survived.clone()] = in_parts(survives, len(labels))
+            flags[name] = survived.int().tolist()
         flags[attack.name] = survived.int().tolist()
-    return flags
+    yield dict(flags), None
 
 
 class _InParts:

@@ -1,4 +1,4 @@
-"""Where an evaluation stands: a folder with one small file for each finished batch, so that it can go on later."""
+"""Where an evaluation stands: a folder with one small file for each batch, so that it can go on later."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def model_digest(model: nn.Module) -> str:
 
 class EvaluationState:
     """
-    Finished batches on disk, each written atomically; any number of processes may share a folder.
+    What was found of each batch on disk, each written atomically; any number of processes may share a folder.
 
     Args:
         folder (*optional*): None keeps nothing.
