@@ -115,7 +115,9 @@ def outcome(grid, cell):
 def run_cells(parts, workers: int, options, grid):
     """Yield outcomes as cells finish, part by part: in this process, or in several beside each other."""
     if workers == 1:
-        yield from (outcome(grid, cell) for part in parts for cell in part)
+        for cell in (cell for part in parts for cell in part):
+            print(f"{cell.name} ...", flush=True)
+            yield outcome(grid, cell)
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(workers, max(map(len, parts))), context, start_worker, options) as pool:
@@ -167,12 +169,17 @@ def main(args: list[str] | None = None) -> None:
             raise SystemExit(f"{cell.name} was not reproduced: {different}")
         print(f"{cell.name} gives the same row again")
         return
-    if arguments.time_limit:
-        timer = threading.Timer(arguments.time_limit, os.kill, (os.getpid(), signal.SIGTERM))
-        timer.daemon = True
-        timer.start()
     begun, start = sum(row is not None for row in found.values()), time.perf_counter()
     done = begun
+
+    def stop():
+        print(f"time limit: {done} of {len(kept)} cells are finished, the same command goes on from here", flush=True)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    if arguments.time_limit:
+        timer = threading.Timer(arguments.time_limit, stop)
+        timer.daemon = True
+        timer.start()
     print(f"{len(kept)} cells, {begun} of them finished before; rows in {arguments.results}", flush=True)
     todo = [cell for cell in kept if found[cell] is None]
     if arguments.workers > 1:  # else the trainer has its own way to end, with a checkpoint

@@ -228,6 +228,7 @@ def test_a_time_limit_ends_it_and_it_goes_on_from_there(ablation, tmp_path):
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment)
     assert done.returncode in (143, -signal.SIGTERM), done.stderr[-3000:]  # while training, or while measuring
+    assert "dense-0-s0 ...\n" in done.stdout and "of 2 cells are finished, the same command goes on" in done.stdout
     kept = read_rows(tmp_path / "rows.jsonl") if (tmp_path / "rows.jsonl").exists() else []
     assert len(kept) < 2 and (list((tmp_path / "runs").glob("*/checkpoint-*")) or kept)
     ablation(tmp_path, **long, save_models="true")

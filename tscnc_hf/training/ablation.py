@@ -175,7 +175,8 @@ class Grid:
             save_state(dict(trainer.model.state_dict()), trained)
         seconds = time.perf_counter() - start
         row = {"model": self.label, "arm": cell.arm, "sparsity": cell.sparsity, "seed": cell.seed}
-        figures = self.measure(trainer, folder / f"evaluation-{self.fingerprint(cell)}")
+        state = f"evaluation-{self.fingerprint(cell)}-{config.eval_batch_size}"  # AutoAttack draws batch by batch
+        figures = self.measure(trainer, folder / state)
         row |= {"split": self.split} | figures | {"seconds": round(seconds, 1)}
         row |= {"parameters": sum(parameter.numel() for parameter in model.parameters())}
         row |= {"date": date.today().isoformat(), "commit": commit(), "torch": torch.__version__}
