@@ -13,6 +13,7 @@ from transformers import AutoModelForImageClassification, ViTModel
 import tscnc_hf
 from tscnc_hf.artifact import checkpoint
 from tscnc_hf.artifact.checkpoint import SPARSE_FILE, config_digest, load_sparse, load_weights, save_dense, save_sparse
+from tscnc_hf.artifact.quantizer import SparseHfQuantizer
 from tscnc_hf.artifact.sizes import storage_limit
 from tscnc_hf.artifact.sparse_file import GAPS, pack_tensors, read_sparse_file, unpack_tensors, write_sparse_file
 
@@ -227,3 +228,14 @@ def test_transformers_never_loads_another_model(tmp_path):
 def test_importing_the_package_loads_neither_torch_nor_transformers():
     code = "import sys, tscnc_hf; assert not {'torch', 'transformers'} & set(sys.modules), 'slow'"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_versions_of_transformers_that_do_not_pass_the_model(tmp_path, monkeypatch):
+    """To the hook in which the converters are made."""
+    hook = SparseHfQuantizer.update_weight_conversions
+    monkeypatch.setattr(
+        SparseHfQuantizer, "update_weight_conversions", lambda self, conversions, model=None: hook(self, conversions)
+    )
+    model = vit()
+    save_sparse(model, tmp_path)
+    assert_same_weights(through_transformers(tmp_path), model)

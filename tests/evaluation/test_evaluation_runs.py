@@ -12,6 +12,8 @@ from torch import nn
 
 from tscnc_hf.evaluation import robustness
 from tscnc_hf.evaluation.attacks import make_attack
+from tscnc_hf.evaluation.examples import adversarial_examples
+from tscnc_hf.evaluation.lipschitz import evaluate_lipschitz
 from tscnc_hf.evaluation.robustness import evaluate_robustness
 from tscnc_hf.method.pixels import attack_mode
 
@@ -83,6 +85,34 @@ def test_a_state_of_another_evaluation_is_refused(evaluate, robust_network, plai
             evaluate(state_folder=tmp_path, **({"n": 20} | options))
 
 
+@pytest.mark.parametrize("changed", ["pixel_values", "labels"])
+def test_a_state_of_other_data_is_refused(changed, evaluate, digits, tmp_path):
+    """As long, as wide: finished batches must not answer for images that nobody attacked."""
+    data = [digits.test[index] for index in range(20)]
+    evaluate(data=data, state_folder=tmp_path, n=20)
+    other = {"pixel_values": data[0]["pixel_values"].flip(-1), "labels": (data[0]["labels"] + 1) % 10}
+    data[0] = data[0] | {changed: other[changed]}
+    with pytest.raises(ValueError, match="holds an evaluation with another data; give another folder"):
+        evaluate(data=data, state_folder=tmp_path, n=20)
+
+
+def test_labels_that_changed_in_an_unfinished_batch(evaluate, digits, robust_network, tmp_path):
+    data = [digits.test[index] for index in range(100)]
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(Fuse(robust_network, 20), data=data, state_folder=tmp_path, batch_size=100)
+    data[3]["labels"] = (data[3]["labels"] + 1) % 10  # not among the images that are looked at first
+    with pytest.raises(ValueError, match="other labels for images 0 to 99: the data set has changed"):
+        evaluate(state_of(robust_network), data=data, state_folder=tmp_path, batch_size=100)
+
+
+def test_a_damaged_file_of_a_batch_is_computed_anew(evaluate, tmp_path):
+    whole = evaluate(state_folder=tmp_path)
+    first, second, *_ = sorted(tmp_path.glob("batch-*.json"))
+    first.write_text("")
+    second.write_text(second.read_text()[:20])
+    assert evaluate(state_folder=tmp_path).to_dict() == whole.to_dict()
+
+
 # ---- what the answer does not depend on ----
 
 
@@ -93,7 +123,7 @@ def test_the_batch_size_changes_no_count(batch_size, evaluate):
     assert 0 < min(counts) < counts[0]
 
 
-def test_a_batch_that_does_not_fit_is_halved(evaluate, robust_network):
+def test_a_batch_that_does_not_fit_is_halved(evaluate, robust_network, digits, as_they_are):
     sizes = []
 
     class Small(nn.Module):
@@ -109,6 +139,14 @@ def test_a_batch_that_does_not_fit_is_halved(evaluate, robust_network):
 
     assert evaluate(Small()).attacks == evaluate().attacks
     assert sorted(set(sizes), reverse=True)[:3] == [16, 8, 4] and sizes.count(16) == 1
+    options = {"epsilon": 0.15, "processing_class": as_they_are}
+    checks = evaluate(Small(), attacks=("pgd-2",), masking=True).masking  # on four images
+    assert 0 < checks["n"] <= 4 and len(checks["checks"]) > 4
+    found, expected = (evaluate_lipschitz(m, digits.test, n=20, **options) for m in (Small(), robust_network))
+    assert len(found.local) == 20 and found.summary()["product_log10"] == expected.summary()["product_log10"]
+    found, expected = (adversarial_examples(m, digits.test, **options) for m in (Small(), robust_network))
+    assert torch.equal(found.clean, expected.clean) and torch.equal(found.labels, expected.labels)
+    torch.testing.assert_close(found.adversarial, expected.adversarial)
 
 
 def test_an_error_that_is_not_memory_is_not_hidden(evaluate, robust_network):

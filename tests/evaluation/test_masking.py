@@ -1,5 +1,7 @@
 """Models that only hide their gradients are told from models that do not, each by the check that should see it."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -82,3 +84,21 @@ def test_nothing_is_right(images):
     model = nn.Sequential(nn.Flatten(), nn.Linear(192, 10))
     report = masking_report(model, images[0], (model(images[0]).argmin(-1)), epsilon=0.1)
     assert report.n == 0 and not report.suspicious and report.checks == ()
+
+
+def test_the_dense_model_is_normalised_as_it_says(robust_network, plain_network, digits, as_they_are):
+    class Centred(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, x):
+            return self.model(x / 2 + 0.5)
+
+    halves = SimpleNamespace(image_mean=[0.5], image_std=[0.5])
+    options = {"attacks": ("pgd-2",), "epsilon": 0.1, "n": 16, "processing_class": as_they_are, "progress": False}
+    one = evaluate_robustness(plain_network, digits.test, dense_model=robust_network, **options)
+    dense = {"dense_model": Centred(robust_network), "dense_processing_class": halves}
+    two = evaluate_robustness(plain_network, digits.test, **dense, **options)
+    assert one.masking == two.masking and len(one.masking["checks"]) == 8
+    assert evaluate_robustness(plain_network, digits.test, dense_model=dense["dense_model"], **options) != one

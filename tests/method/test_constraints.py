@@ -1,6 +1,7 @@
 """The constraints against float64 singular values and finite differences."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -68,6 +69,20 @@ def test_value_agrees_with_singular_values(case, ridge):
 def test_gradient_agrees_with_finite_differences(shape):
     matrix = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda m: condition_number_constraint(m, 1e-3), matrix)
+
+
+@pytest.mark.parametrize("ridge", [1e-3, 1e-4, 1e-5])
+@pytest.mark.parametrize("n", [128, 512, 1024])
+def test_a_large_matrix_of_rank_one_is_finite_at_every_ridge(n, ridge):
+    """The Gram matrix's rounding grows with n: it must not make a rank-deficient matrix indefinite."""
+    generator = torch.Generator().manual_seed(n)
+    flat = torch.ones(n, n) + 1e-4 * torch.randn(n, n, generator=generator)
+    outer = torch.randn(n, 1, generator=generator) @ torch.randn(1, n, generator=generator)
+    for matrix in (flat, outer):
+        value = condition_number_constraint(matrix.requires_grad_(), ridge)
+        assert value.item() == pytest.approx(reference_cnc(matrix, ridge), abs=1e-2)
+        value.backward()
+        assert matrix.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -313,6 +328,14 @@ def test_tsc_agrees_with_autograd_through_its_formula(a, dtype):
 
 def small_model() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(6, 5), nn.Linear(5, 6))
+
+
+def test_no_layer_drops_out_of_tsc_by_its_name():
+    weights = list(weight_matrices(small_model()))
+    scales = weight_scales(weights)
+    renamed = [replace(record, name=f"_orig_mod.{record.name}") for record in weights]
+    with pytest.raises(ValueError, match="scale for 0.weight, 3.weight, 4.weight, which is not among the weights"):
+        constraint_terms(renamed, scales, tsc_weight=1.0)
 
 
 def all_terms(model: nn.Module, scales: dict) -> torch.Tensor:

@@ -1,5 +1,7 @@
 """A folded copy against the network that it was made of; networks that must not be folded are left alone."""
 
+import copy
+
 import pytest
 import timm
 import torch
@@ -83,7 +85,31 @@ class Twice(nn.Module):
 
 @pytest.mark.parametrize("shared", [True, False])
 def test_an_output_that_goes_to_two_places_is_not_folded(shared):
+    """Nor as training begins, when a batch norm hardly does anything and a wrong fold would not show."""
     assert folded_copy(warmed(Twice(shared)), torch.rand(2, 3, 32, 32)) is None
+    torch.manual_seed(0)
+    assert folded_copy(Twice(shared), torch.rand(2, 3, 32, 32)) is None
+    silent = Twice(shared)
+    nn.init.zeros_(silent.norm.weight)
+    assert folded_copy(silent, torch.rand(2, 3, 32, 32)) is None
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_fresh_networks_are_folded_as_those_in_training_are(name):
+    torch.manual_seed(0)
+    model, x = timm.create_model(name, num_classes=10, **SMALL[name]), torch.rand(2, 3, 32, 32)
+    before = copy.deepcopy(model.state_dict())
+    fresh = folded_copy(model, x)
+    assert all(torch.equal(before[key], tensor) for key, tensor in model.state_dict().items())
+    assert fresh.pairs == folded_copy(warmed(model), x).pairs
+
+
+def test_a_fresh_network_whose_block_cannot_be_folded():
+    """A convolution of CoAtNet's is read by a batch norm and by a skip connection."""
+    torch.manual_seed(0)
+    options = {"img_size": 32, "num_classes": 10, "depths": (1, 1, 1, 1), "embed_dim": (32, 32, 64, 64)}
+    model = timm.create_model("coatnet_pico_rw_224", stem_width=(8, 16), **options)
+    assert folded_copy(model, torch.rand(2, 3, 32, 32)) is None
 
 
 def test_nothing_to_fold_and_hooks():

@@ -65,9 +65,30 @@ def test_bf16(plain, build, make_trainer, watcher):
     assert losses == pytest.approx(plain[1], rel=1e-2) and losses != plain[1]
 
 
+def test_figures_of_a_model_trained_in_bf16_are_those_of_the_saved_one(build, make_trainer, digits, tmp_path):
+    """Which computes in float32; training goes on in bf16."""
+    trainer = make_trainer(build("vit"), max_steps=2, bf16=True, tsc_weight=0.0, eval_attack_steps=0)
+    trainer.train()
+    dtypes = []
+    trainer.model.classifier.register_forward_hook(lambda module, args, output: dtypes.append(output.dtype))
+    trainer.test(digits.test, ("clean", "pgd-2"), n=8)
+    assert set(dtypes) == {torch.float32}
+    dtypes.clear()
+    trainer.evaluate()
+    assert set(dtypes) == {torch.bfloat16}
+
+
 def test_compiled(plain, build, make_trainer, watcher):
     weights, losses, trainer = train(
         build, make_trainer, watcher, torch_compile=True, torch_compile_backend="aot_eager"
     )
     assert type(trainer.model_wrapped).__name__ == "OptimizedModule"
     assert difference(weights, plain[0]) < 1e-5 and losses == pytest.approx(plain[1], rel=1e-5)
+
+
+def test_compiled_with_constraints_on_weights(build, make_trainer, watcher):
+    options = {"tsc_on": "weights", "tsc_weight": 1e-5, "pruning_criterion": "magnitude", "num_train_epochs": 3}
+    eager = train(build, make_trainer, watcher, **options)
+    compiled = train(build, make_trainer, watcher, torch_compile=True, torch_compile_backend="aot_eager", **options)
+    assert difference(compiled[0], eager[0]) < 1e-5 and compiled[1] == pytest.approx(eager[1], rel=1e-5)
+    assert all("tsc_loss" in entry for entry in compiled[2].state.log_history if "loss" in entry)

@@ -62,7 +62,7 @@ class SparseHfQuantizer(HfQuantizer):
 
     def __init__(self, quantization_config: SparseConfig, **kwargs: Any):
         super().__init__(quantization_config, **(kwargs | {"pre_quantized": True}))
-        self.path = Path()
+        self.path, self.model = Path(), None
         self.state: dict[str, torch.Tensor] = {}
 
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
@@ -72,9 +72,10 @@ class SparseHfQuantizer(HfQuantizer):
                 f"SparseConfig reads {SPARSE_FILE}, but the weights asked for are {[file.name for file in files]}. "
                 'Pass variant="sparse" with it, or leave quantization_config out for the dense weights.'
             )
-        self.path = files[0]
+        self.path, self.model = files[0], model
 
-    def update_weight_conversions(self, weight_conversions, model):
+    def update_weight_conversions(self, weight_conversions, model=None):  # which not all versions pass
+        model, self.model = self.model, None
         # not earlier: the hook above runs where new tensors are on the meta device
         self.state = load_sparse(self.path.parent).state_dict()
         if self.state.keys() != model.state_dict().keys():

@@ -8,6 +8,7 @@ size nor the number of processes nor an interruption changes what an image meets
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -167,6 +168,9 @@ def _autoattack(autoattack, forward, x, y, index, seed, *, attacks, name, epsilo
     attack.attacks_to_run = attacks
     for part in (attack.apgd_targeted, attack.fab):  # nine wrong classes by default, an index error with fewer
         part.n_target_classes = min(part.n_target_classes, classes - 1)
-    devices = [x.device] if x.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):  # it seeds torch's global generator
-        return attack.run_standard_evaluation(x, y, batch_size=len(x))[0]
+    devices, tracer = [x.device] if x.device.type == "cuda" else [], sys.gettrace()
+    try:
+        with torch.random.fork_rng(devices):  # it seeds torch's global generator
+            return attack.run_standard_evaluation(x, y, batch_size=len(x))[0]
+    finally:
+        sys.settrace(tracer)  # it has one of its own, which an error would leave behind

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tscnc_hf.evaluation.attacks import make_attack
+from tscnc_hf.evaluation.memory import InParts
 from tscnc_hf.method.batches import collate
 from tscnc_hf.method.pixels import attack_mode, normalisation, pixel_logits, pixel_quantity
 
@@ -78,10 +79,13 @@ def adversarial_examples(
     x, y = batch["pixel_values"].to(device), batch["labels"].to(device)
     with attack_mode(model):
         with torch.no_grad():
-            right = (forward(x).argmax(-1) == y).nonzero().flatten()[:count]
+            guesses = InParts()(lambda part: forward(x[part]), len(x)).argmax(-1)
+        right = (guesses == y).nonzero().flatten()[:count]
         if len(right) == 0:
             return None
-        x_adv = run(forward, x[right], y[right], right.cpu(), seed)
+        x_adv = InParts()(
+            lambda part: run(forward, x[right[part]], y[right[part]], right[part].cpu(), seed), len(right)
+        )
         with torch.no_grad():
-            predictions = forward(x_adv).argmax(-1)
+            predictions = InParts()(lambda part: forward(x_adv[part]), len(x_adv)).argmax(-1)
     return AdversarialExamples(x[right].cpu(), x_adv.cpu(), y[right].cpu(), predictions.cpu(), attack, norm, epsilon)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 
+from tscnc_hf.evaluation.memory import halving
 from tscnc_hf.method.adversary import seeded_generator
 from tscnc_hf.method.batches import collate
 from tscnc_hf.method.lipschitz import LipschitzProduct, lipschitz_product, local_lipschitz
@@ -76,7 +77,7 @@ def evaluate_lipschitz(
         epsilon (`float` or `str`): radius of the ball around each image, in pixel units, above 0.
         n (`int`): the first n images, or all where there are fewer.
         steps (`int`): gradient steps of the search; costs steps forwards and backwards of n images.
-        seed, batch_size (`int`): the starts of the search depend on both.
+        seed, batch_size (`int`): the starts of the search depend on both; halved by itself where memory runs out.
         processing_class (*optional*): image processor that says how inputs are normalised, unless the config does.
 
     Raises:
@@ -88,13 +89,17 @@ def evaluate_lipschitz(
         raise ValueError(f"n={n} of a data set of {size} images: at least one image is needed")
     device = next(model.parameters()).device
     forward = pixel_logits(model, *normalisation(model, processing_class))
-    shuffle_free = torch.Generator().manual_seed(seed)  # a loader draws from torch's global generator otherwise
     images = Subset(dataset, range(min(n, size)))
-    loader = DataLoader(images, batch_size, collate_fn=collate, generator=shuffle_free)
-    local = []
-    with attack_mode(model):
+
+    def search(batch_size: int) -> list[float]:
+        generator = torch.Generator().manual_seed(seed)  # a loader draws from torch's global generator otherwise
+        loader, found = DataLoader(images, batch_size, collate_fn=collate, generator=generator), []
         for index, batch in enumerate(loader):
             x = batch["pixel_values"].to(device)
             generator = seeded_generator(device, seed, "lipschitz", index)
-            local += local_lipschitz(forward, x, epsilon=epsilon, steps=steps, generator=generator).tolist()
+            found += local_lipschitz(forward, x, epsilon=epsilon, steps=steps, generator=generator).tolist()
+        return found
+
+    with attack_mode(model):
+        local = halving(search, batch_size)
     return LipschitzReport(lipschitz_product(model), epsilon, steps, tuple(local))

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from importlib.metadata import version
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from tscnc_hf import __version__
 from tscnc_hf.evaluation.attacks import KNOWN_ATTACKS, Attack, make_attack
-from tscnc_hf.evaluation.masking import masking_report
+from tscnc_hf.evaluation.masking import MaskingReport, masking_report
+from tscnc_hf.evaluation.memory import InParts, halving
 from tscnc_hf.evaluation.report import AttackResult, RobustnessReport
-from tscnc_hf.evaluation.state import EvaluationState, model_digest
+from tscnc_hf.evaluation.state import EvaluationState, data_digest, model_digest
 from tscnc_hf.method.batches import collate
 from tscnc_hf.method.pixels import LogitsFn, attack_mode, normalisation, pixel_logits, pixel_quantity
 from tscnc_hf.method.threat import check_norm
@@ -40,6 +41,7 @@ def evaluate_robustness(
     state_folder: str | os.PathLike | None = None,
     masking: bool = True,
     dense_model: nn.Module | None = None,
+    dense_processing_class: object | None = None,
     distributed: bool = False,
 ) -> RobustnessReport:
     """
@@ -63,6 +65,7 @@ def evaluate_robustness(
             evaluation that was cut off goes on.
         masking (`bool`): run the gradient-masking checks (`tscnc_hf.evaluation.masking`) on up to 64 images.
         dense_model (`nn.Module`, *optional*): the model before pruning, whose adversarial images must not be stronger.
+        dense_processing_class (*optional*): its image processor; defaults to `processing_class`.
         distributed (`bool`): share the batches among the processes of `accelerate launch`; all of them must call this
             and all get the whole report.
 
@@ -91,7 +94,8 @@ def evaluate_robustness(
     attack_parameters = {attack.name: attack.parameters for attack in made}
     settings = threat_model | {"n": n, "images": size, "batch_size": batch_size, "attacks": attack_parameters}
     if state_folder is not None:
-        settings |= {"model": model_digest(model), "mean_std": mean_std, "versions": versions}
+        settings |= {"model": model_digest(model), "data": data_digest(dataset, n), "mean_std": mean_std}
+        settings |= {"versions": versions}
     state = EvaluationState(state_folder, settings)
     batches = [list(range(first, min(first + batch_size, n))) for first in range(0, n, batch_size)]
     found = {index: state.read(index) for index in range(rank, len(batches), world)}
@@ -103,7 +107,7 @@ def evaluate_robustness(
     )
     bar = tqdm(total=n, initial=sum(len(batches[i]) for i in found if i not in todo) * world, unit="img",
                desc="Robust evaluation", disable=not progress or rank > 0)  # fmt: skip
-    in_parts = _InParts()
+    in_parts = InParts()
     with attack_mode(model), bar:
         for index, batch in zip(todo, loader, strict=True):
             x, y = batch["pixel_values"].to(device), batch["labels"].to(device)
@@ -120,7 +124,11 @@ def evaluate_robustness(
     results = [found[index] for index in range(len(batches))]
     checks = None
     if masking and epsilon > 0 and len(made) > (made[0].name == "clean"):
-        checks = _masking(forward, dataset, epsilon, norm, n, seed, device, model, dense_model, mean_std).to_dict()
+        options = {"epsilon": epsilon, "norm": norm, "seed": seed}
+        if dense_model is not None:
+            processor = processing_class if dense_processing_class is None else dense_processing_class
+            options["dense_fn"] = pixel_logits(dense_model, *normalisation(dense_model, processor))
+        checks = _masking(forward, dataset, n, device, [model, dense_model], options).to_dict()
     return _report(results, made, threat_model, versions, checks)
 
 
@@ -147,7 +155,14 @@ def _attack_batch(
         logits = in_parts(lambda part: forward(x[part]), len(x))
     check_logits(logits, y)
     right, index = logits.argmax(-1) == y, torch.tensor(places)
+    if "clean" in flags:  # what attacks were run on; another kernel may decide a tie otherwise
+        right = torch.tensor(flags["clean"], device=y.device) == 1
     flags = {"labels": y.tolist(), **flags}
+    if flags["labels"] != y.tolist():
+        raise ValueError(
+            f"the state folder has other labels for images {places[0]} to {places[-1]}: the data set has changed "
+            "since. Give another folder"
+        )
     for attack in attacks:
         survived = right.clone()
         for name, run in attack.parts.items():
@@ -167,24 +182,6 @@ def _attack_batch(
             flags[name] = survived.int().tolist()
         flags[attack.name] = survived.int().tolist()
     yield dict(flags), None
-
-
-class _InParts:
-    """Calls a function on slices of a batch, halved for good whenever memory runs out."""
-
-    def __init__(self) -> None:
-        self.limit: int | None = None
-
-    def __call__(self, function: Callable[[slice], Tensor], count: int) -> Tensor:
-        while True:
-            limit = min(count, self.limit or count)
-            try:
-                return torch.cat([function(slice(first, first + limit)) for first in range(0, count, limit)])
-            except RuntimeError as error:
-                if limit == 1 or not should_reduce_batch_size(error):
-                    raise
-                self.limit = limit // 2
-            clear_device_cache(garbage_collection=True)  # outside the handler, which keeps the failed tensors alive
 
 
 def check_logits(logits: Tensor, y: Tensor) -> None:
@@ -217,16 +214,15 @@ def _share(results: list[dict], name: str) -> float:
     return sum(flags) / len(flags)
 
 
-def _masking(forward: LogitsFn, dataset, epsilon, norm, n, seed, device, model, dense_model, mean_std):
+def _masking(forward: LogitsFn, dataset, n: int, device, models: Sequence[nn.Module | None], options) -> MaskingReport:
+    """On the first 64 images; on fewer where memory runs out."""
     batch = collate([dataset[index] for index in range(min(n, 64))])
     x, y = batch["pixel_values"].to(device), batch["labels"].to(device)
-    if dense_model is None:
-        with attack_mode(model):
-            return masking_report(forward, x, y, epsilon=epsilon, norm=norm, seed=seed)
-    dense_model.to(device)
-    with attack_mode(model), attack_mode(dense_model):
-        dense = pixel_logits(dense_model, *mean_std)
-        return masking_report(forward, x, y, epsilon=epsilon, norm=norm, seed=seed, dense_fn=dense)
+    with ExitStack() as stack:
+        for model in models:
+            if model is not None:
+                stack.enter_context(attack_mode(model.to(device)))
+        return halving(lambda count: masking_report(forward, x[:count], y[:count], **options), len(x))
 
 
 def _report(results, attacks, threat_model, versions, checks) -> RobustnessReport:

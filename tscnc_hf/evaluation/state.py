@@ -5,25 +5,40 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from tscnc_hf.artifact.atomic import write_json
+from tscnc_hf.method.batches import collate
 
 
 SETTINGS = "evaluation.json"
+FORMAT = 2  # of what is in a batch's file, and of how attacks draw: counted up with either
 
 
 def model_digest(model: nn.Module) -> str:
     """BLAKE2 of the names and bytes of everything in the state dict."""
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        _add(digest, name, tensor)
     return digest.hexdigest()
+
+
+def data_digest(dataset: Iterable, n: int, images: int = 16) -> str:
+    """BLAKE2 of the pixels and labels of up to `images` of the first n items, evenly spaced, both ends among them."""
+    places = sorted({round(part * (n - 1) / max(images - 1, 1)) for part in range(images)})
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(collate([dataset[place] for place in places]).items()):
+        _add(digest, name, tensor)
+    return digest.hexdigest()
+
+
+def _add(digest, name: str, tensor: torch.Tensor) -> None:
+    digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+    digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
 
 
 class EvaluationState:
@@ -42,22 +57,27 @@ class EvaluationState:
         self.folder = None if folder is None else Path(folder)
         if self.folder is None:
             return
-        path, settings = self.folder / SETTINGS, json.loads(json.dumps(settings))
+        path, settings = self.folder / SETTINGS, json.loads(json.dumps({"format": FORMAT, **settings}))
         if path.exists():
             found = json.loads(path.read_text(encoding="utf-8"))
             odd = [key for key in {**settings, **found} if settings.get(key) != found.get(key)]
             if odd:
+                digests = odd[0] in ("model", "data")
+                shown = "" if digests else f" ({odd[0]}: {found.get(odd[0])!r} there, {settings.get(odd[0])!r} now)"
                 raise ValueError(
-                    f"{self.folder} holds an evaluation with another {', '.join(odd)} "
-                    f"({odd[0]}: {found.get(odd[0])!r} there, {settings.get(odd[0])!r} now); give another folder"
+                    f"{self.folder} holds an evaluation with another {', '.join(odd)}{shown}; give another folder, or "
+                    "remove that one"
                 )
         else:
             write_json(settings, path)
 
     def read(self, batch: int) -> dict | None:
-        """What `write` was given for this batch, or None."""
+        """What `write` was given for this batch, or None; also where a crash of the machine left a damaged file."""
         path = self._path(batch)
-        return json.loads(path.read_text(encoding="utf-8")) if path is not None and path.exists() else None
+        try:
+            return None if path is None else json.loads(path.read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            return None
 
     def write(self, batch: int, result: Mapping) -> None:
         if (path := self._path(batch)) is not None:

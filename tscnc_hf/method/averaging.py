@@ -44,7 +44,7 @@ class WeightAverage:
         for name in now.keys() - set(floating):
             self.tensors[name].copy_(now[name])
         for name, mask in (masks or {}).items():
-            self.tensors[name].mul_(mask.view_as(self.tensors[name]))
+            self.tensors[name].mul_(mask.view_as(self.tensors[name])).add_(0.0)  # no negative zeros
 
     @torch.no_grad()
     def copy_to_(self, model: nn.Module) -> None:

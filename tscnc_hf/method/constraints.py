@@ -20,7 +20,7 @@ from tscnc_hf.method.matrices import WeightMatrix, full_tensor
 STACK_LIMIT = 2**17
 CNC_FORMS = ("scale-invariant", "reference")
 BLOCK_ROWS = 128  # of a Gram matrix on a CPU: smaller blocks make slower products
-FLOAT32_RIDGE = 1e-5  # the least for which float32 is exact enough
+FLOAT32_ERROR = 4 * torch.finfo(torch.float32).eps  # of a Gram matrix of size n, n times: a smaller ridge drowns in it
 SMALLEST = 1e-15  # root mean square singular value; below it float32 cannot hold the Gram matrix: taken for zero
 REFERENCE_RIDGE = 1e-12
 
@@ -133,9 +133,9 @@ class _LogMeanRatio(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, matrix: Tensor, ridge: float) -> Tensor:
-        # below this ridge float32's Cholesky of a rank-deficient Gram matrix may fail
-        exact = matrix.double() if ridge < FLOAT32_RIDGE else _at_least_float32(matrix)
         n = matrix.shape[-2]
+        # float32's Cholesky of a rank-deficient Gram matrix may fail otherwise
+        exact = matrix.double() if ridge < FLOAT32_ERROR * n else _at_least_float32(matrix)
         gram = _lower_gram(exact)
         mean_square = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
         mean_square = torch.where(mean_square > SMALLEST**2, mean_square, torch.ones_like(mean_square))
@@ -287,10 +287,18 @@ def constraint_terms(
     Args:
         weights (`Sequence[WeightMatrix]`): all that CNC looks at; TSC takes those that have a scale.
         scales (`Mapping[str, Tensor]`): from `weight_scales`, taken before training.
+
+    Raises:
+        ValueError: a scale is of no weight.
     """
     terms = {}
     if tsc_weight > 0:
         prunable = [record for record in weights if record.name in scales]
+        if len(prunable) < len(scales):
+            lost = sorted(scales.keys() - {record.name for record in prunable})
+            raise ValueError(
+                f"TSC has a scale for {', '.join(lost)}, which is not among the weights: pass all of them"
+            )
         terms["tsc_loss"] = tsc_weight * transformed_sparse_constraint(prunable, scales, tsc_a)
     if cnc_weight > 0:
         terms["cnc_loss"] = cnc_weight * condition_number_penalty(weights, cnc_ridge, cnc_form)

@@ -201,6 +201,7 @@ def _fold(layer: nn.Module) -> None:
     weight = layer.weight
     factors = layer.gate.deterministic().repeat_interleave(layer.gate.channels).to(weight.device, weight.dtype)
     weight.mul_(replicated(factors.view(1, -1, *[1] * (weight.ndim - 2)), weight))
+    weight.add_(0.0)  # no negative zeros: a packed file would keep each of them
 
 
 def fold_gates_(model: nn.Module) -> None:

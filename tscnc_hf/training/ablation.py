@@ -24,7 +24,7 @@ from tscnc_hf.method.sparsity import sparsity_report
 from tscnc_hf.method.spectrum import spectral_report
 from tscnc_hf.training.checkpoints import checkpoints
 from tscnc_hf.training.config import TSCNCConfig
-from tscnc_hf.training.results import measure
+from tscnc_hf.training.results import as_published, measure
 from tscnc_hf.training.trainer import TSCNCTrainer
 
 
@@ -194,7 +194,7 @@ class Grid:
             "batch_size": args.eval_batch_size, "processing_class": trainer.processing_class, "progress": False,
             "state_folder": state_folder,
         }  # fmt: skip
-        with folded_gates(trainer.model):
+        with folded_gates(trainer.model), as_published(trainer.model):
             if self.save_models:
                 trainer.test_results = measure(trainer.model, dataset, exclude=args.pruning_exclude, **options)
             else:

@@ -257,16 +257,24 @@ class TSCNCConfig(TrainingArguments):
                 )
 
     def method_dict(self) -> dict:
-        """The options of this class and those of `TrainingArguments` that shape a run, as plain JSON types."""
+        """
+        The options of this class and those of `TrainingArguments` that shape a run, as plain JSON types; those that
+        are seldom changed only where they were.
+        """
         own = [f.name for f in fields(type(self)) if f.name in TSCNCConfig.__annotations__]
         upstream = (
             "seed", "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps",
             "optim", "learning_rate", "weight_decay", "max_grad_norm", "lr_scheduler_type", "warmup_steps",
             "label_smoothing_factor", "bf16", "fp16",
         )  # fmt: skip
+        seldom = (
+            "adam_beta1", "adam_beta2", "adam_epsilon", "optim_args", "optim_target_modules", "lr_scheduler_kwargs",
+            "dataloader_drop_last", "data_seed", "neftune_noise_alpha", "full_determinism", "tf32",
+        )  # fmt: skip
         hidden = ("remove_unused_columns", "logging_nan_inf_filter", "ddp_find_unused_parameters")
-        plain = self.to_dict()
-        return {name: plain[name] for name in (*own, *upstream) if name not in hidden}
+        plain, usual = self.to_dict(), {f.name: f.default for f in fields(type(self))}
+        changed = [name for name in seldom if name in plain and plain[name] not in (usual[name], {})]
+        return {name: plain[name] for name in (*own, *upstream, *changed) if name not in hidden}
 
 
 def pattern(structure: str) -> tuple[int, int] | None:

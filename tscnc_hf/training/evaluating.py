@@ -110,7 +110,7 @@ def evaluate_model(arguments: EvaluationArguments) -> dict:
         for name in arguments.attacks:
             make_attack(name, epsilon, arguments.norm)
         model, processor = _load(load_model, arguments.model)
-        dense = _load(load_model, arguments.dense_model)[0] if arguments.dense_model else None
+        dense, of_dense = _load(load_model, arguments.dense_model) if arguments.dense_model else (None, None)
         data = _load_data(arguments, model, processor)
     except (ValueError, OSError, ImportError) as error:  # the message says what to do; a traceback would hide it
         raise SystemExit(f"error: {error}") from None
@@ -128,6 +128,7 @@ def evaluate_model(arguments: EvaluationArguments) -> dict:
             batch_size=arguments.batch_size,
             state_folder=folder / "state",
             dense_model=dense,
+            dense_processing_class=of_dense,
             distributed=processes.num_processes > 1,
             **options,
         )

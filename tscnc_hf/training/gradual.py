@@ -99,7 +99,11 @@ def before_optimizer_step(pruner: Pruner, model: nn.Module, args: TSCNCConfig, a
     if not pruner.active:
         return
     if args.fp16 and not args.max_grad_norm:  # clipping would have done it
-        accelerator.unscale_gradients()
+        try:
+            accelerator.unscale_gradients()
+        except RuntimeError as error:  # versions that log the gradients' norm have done it by now
+            if "has already been called" not in str(error):
+                raise
     pruner.freeze_others(model)
     pruner.before_step()
 

@@ -29,7 +29,7 @@ from tscnc_hf.method.pruning import Pruner
 from tscnc_hf.method.sharding import is_sharded, reshard_
 from tscnc_hf.training.checkpoints import FILE_LIST, damage
 from tscnc_hf.training.checks import check_finite_weights
-from tscnc_hf.training.results import measure
+from tscnc_hf.training.results import as_published, measure
 from tscnc_hf.training.saving import (
     failed_pushes,
     load_method_state,
@@ -208,9 +208,9 @@ class PublishingTrainer(SurvivingTrainer):
             report (the last three where something was attacked, in L-infinity, and where there are gates).
         """
         args, gates = self.args, gate_report(self.model)
-        with self.published(everywhere=True) as model:
+        with self.published(everywhere=True) as trained, as_published(trained) as model:
             self.test_results = measure(
-                self.accelerator.unwrap_model(model),
+                model,
                 dataset,
                 processing_class=self.processing_class,
                 attacks=attacks,

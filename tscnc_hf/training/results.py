@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
+from accelerate.utils import extract_model_from_parallel
 from torch import nn
 
 from tscnc_hf.evaluation.curve import default_epsilons, security_curve
@@ -14,6 +16,18 @@ from tscnc_hf.method.spectrum import spectral_report
 
 
 FEW_IMAGES = 256  # for what costs many steps an image
+
+
+@contextmanager
+def as_published(model: nn.Module) -> Iterator[nn.Module]:
+    """Inside, the model computes as the saved one will: without the autocast that training in bf16 or fp16 leaves."""
+    patched = {name: vars(model)[name] for name in ("forward", "_original_forward") if name in vars(model)}
+    extract_model_from_parallel(model, keep_fp32_wrapper=False)
+    try:
+        yield model
+    finally:
+        for name, value in patched.items():
+            setattr(model, name, value)
 
 
 def measure(

@@ -125,7 +125,7 @@ class TSCNCTrainer(AttackingTrainer):
             share = len(x) * self._accumulation() / self._images
             terms = {name: share * value for name, value in terms.items()}
         if self._micro_batch == 0:  # the same in every micro-batch: paid for once a step
-            terms |= self.constraints(inner)
+            terms |= self.constraints(self.accelerator.unwrap_model(model, keep_torch_compile=False))
         self._record(terms)
         loss = sum(terms.values())
         return (loss, {"loss": loss}) if return_outputs else loss
