@@ -173,27 +173,32 @@ def main(args: list[str] | None = None) -> None:
     done = begun
 
     def stop():
-        print(f"time limit: {done} of {len(kept)} cells are finished, the same command goes on from here", flush=True)
-        os.kill(os.getpid(), signal.SIGTERM)
+        try:
+            print(f"time limit: {done} of {len(kept)} cells are finished, the same command goes on", flush=True)
+        finally:  # also where nobody reads what is printed
+            os.kill(os.getpid(), signal.SIGTERM)
 
-    if arguments.time_limit:
-        timer = threading.Timer(arguments.time_limit, stop)
-        timer.daemon = True
-        timer.start()
     print(f"{len(kept)} cells, {begun} of them finished before; rows in {arguments.results}", flush=True)
     todo = [cell for cell in kept if found[cell] is None]
     if arguments.workers > 1:  # else the trainer has its own way to end, with a checkpoint
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    timer = threading.Timer(arguments.time_limit, stop)
+    timer.daemon = True
+    if arguments.time_limit:
+        timer.start()
     parts = [[cell for cell in todo if cell.is_dense], [cell for cell in todo if not cell.is_dense]]  # those first
     failed = []
-    for cell, row in run_cells(parts, arguments.workers, options, grid) if todo else ():
-        if isinstance(row, str):
-            failed.append(f"{cell.name}: {row}")
-            print(f"FAILED {failed[-1]}", flush=True)
-            continue
-        results.add(row)
-        done += 1
-        say(row, done, len(kept), start, begun)
+    try:
+        for cell, row in run_cells(parts, arguments.workers, options, grid) if todo else ():
+            if isinstance(row, str):
+                failed.append(f"{cell.name}: {row}")
+                print(f"FAILED {failed[-1]}", flush=True)
+                continue
+            results.add(row)
+            done += 1
+            say(row, done, len(kept), start, begun)
+    finally:
+        timer.cancel()
     if failed:
         raise SystemExit(f"error: {len(failed)} of {len(kept)} cells failed, the others are kept; {'; '.join(failed)}")
 

@@ -31,6 +31,7 @@ from tscnc_hf.artifact.checkpoint import (
     save_sparse,
     save_state,
 )
+from tscnc_hf.artifact.model_config import read_config
 
 
 NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
@@ -535,3 +536,11 @@ def test_damaged_state_files_are_refused(tmp_path):
     for wrong in ({"step": 12}, {"tscnc_sha256": "x"}):
         with pytest.raises(ValueError, match="text to text"):
             save_state({}, path, wrong)
+
+
+def test_a_timm_config_does_not_choose_files_to_load(tmp_path):
+    config = resnet().config
+    config.model_args = config.model_args | {"checkpoint_path": str(tmp_path / "evil.pth"), "cache_dir": "elsewhere"}
+    config.save_pretrained(tmp_path)
+    assert "evil" in (tmp_path / "config.json").read_text()
+    assert read_config(tmp_path).model_args == resnet().config.model_args

@@ -571,6 +571,8 @@ IMAGE = torch.zeros(3, 2, 2)
         ([{"pixel_values": IMAGE, "labels": 0}, {"pixel_values": IMAGE[:1], "labels": 0}], "differ: shapes"),
         ([{"pixel_values": IMAGE.long(), "labels": 0}], "dtype torch.int64"),
         ([{"pixel_values": IMAGE, "labels": 0.5}], "integer class ids"),
+        ([{"pixel_values": IMAGE, "label": "cat"}], "'label' is the text 'cat'; give integer class ids"),
+        ([(IMAGE, 0)], "a batch item is a tuple; give a dict"),
     ],
 )
 def test_collate_refuses(items, message):

@@ -2,6 +2,8 @@
 
 import copy
 import shutil
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from transformers import AutoModelForImageClassification
 from tscnc_hf import slim
 from tscnc_hf.method.criteria import register_criterion
 from tscnc_hf.method.matrices import weight_matrices
+from tscnc_hf.training.gradual import before_optimizer_step
 from tscnc_hf.training.image_datasets import ImageTensorDataset
 
 
@@ -213,3 +216,24 @@ def test_units_that_training_has_pruned_are_cut_out_by_slim(kind, build, make_tr
     before, after = (sum(parameter.numel() for parameter in one.parameters()) for one in (trainer.model, small))
     assert before - after >= trainer.pruner.pruned_count  # with the biases and norms of what is gone
     assert report.macs_after < report.macs_before
+
+
+@pytest.mark.parametrize(
+    "text", ["unscale_() has already been called on this optimizer since the last update().", "x"]
+)
+def test_fp16_gradients_are_unscaled_once(text, build, make_trainer):
+    """Without clipping, newer Trainers have unscaled them to log their norm, older ones have not."""
+    trainer, calls = make_trainer(build("vit"), pruning_criterion="movement"), []
+
+    def unscale_gradients():
+        calls.append(text)
+        raise RuntimeError(text)
+
+    trainer.pruner.begin(trainer.create_optimizer())
+    for parameter in trainer.model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    args = SimpleNamespace(fp16=True, max_grad_norm=0)
+    with pytest.raises(RuntimeError, match=text) if text == "another" else nullcontext():
+        accelerator = SimpleNamespace(unscale_gradients=unscale_gradients)
+        before_optimizer_step(trainer.pruner, trainer.model, args, accelerator)
+    assert calls == [text]

@@ -35,6 +35,7 @@ from tscnc_hf.training.trainer import TSCNCTrainer
         ({"target_sparsity": -0.1}, ["target_sparsity=-0.1", "[0, 1)"]),
         ({"target_sparsity": 1.5}, ["target_sparsity=1.5", "[0, 1)"]),
         ({"pruning_start": 0.6, "pruning_end": 0.4}, ["pruning_end=0.4", "pruning_start=0.6", "start first"]),
+        ({"target_sparsity": "90%"}, ["target_sparsity='90%' is a str", "number"]),
         ({"pruning_start": -0.1}, ["pruning_start=-0.1", "[0, 1]"]),
         ({"pruning_end": 1.1}, ["pruning_end=1.1", "[0, 1]"]),
         ({"pruning_interval": 0}, ["pruning_interval=0", "[1, infinity)"]),
@@ -175,6 +176,18 @@ def test_a_model_with_nothing_to_prune(make_config):
 def test_everything_excluded(build, make_trainer):
     with pytest.raises(ValueError, match="nothing to prune"):
         make_trainer(build("vit"), pruning_exclude=["weight"])
+
+
+def test_excluding_what_is_not_there(build, make_trainer):
+    with pytest.raises(ValueError, match="pruning_exclude names 'nosuch', which no parameter has in its name"):
+        make_trainer(build("vit"), pruning_exclude=["classifier", "nosuch"])
+
+
+def test_pairs_instead_of_dicts(build, make_config):
+    model, processor = build("vit")
+    pairs = torch.utils.data.TensorDataset(torch.rand(8, 3, 8, 8), torch.arange(8))
+    with pytest.raises(ValueError, match="train_dataset: a batch item is a tuple; give a dict with pixel_values"):
+        TSCNCTrainer(model, make_config(), None, pairs, processing_class=processor)
 
 
 def test_a_normalisation_that_nobody_tells(build, make_config):

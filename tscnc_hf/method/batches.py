@@ -52,6 +52,11 @@ def collate(items: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> dict[str,
 
 
 def _read_pixels(item: Mapping[str, Any]) -> torch.Tensor:
+    if not isinstance(item, Mapping):
+        raise ValueError(
+            f"a batch item is a {type(item).__name__}; give a dict with pixel_values (c, h, w), floats in [0, 1], and "
+            "labels, one class id. Wrap a data set of (image, label) pairs so that it returns such dicts."
+        )
     if "pixel_values" not in item:
         raise ValueError(
             f"a batch item has no 'pixel_values', only {sorted(item)}. Give pixel_values, floats in [0, 1], and "
@@ -69,6 +74,8 @@ def _read_labels(item: Mapping[str, Any]) -> torch.Tensor:
             break
     else:
         raise ValueError(f"a batch item has neither 'labels' nor 'label', only {sorted(item)}. Give one class id.")
+    if isinstance(item[key], str):
+        raise ValueError(f"{key!r} is the text {item[key]!r}; give integer class ids.")
     labels = torch.as_tensor(item[key])
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise ValueError(f"{key!r} has dtype {labels.dtype}; give integer class ids.")

@@ -14,6 +14,7 @@ from datetime import date
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from transformers import set_seed
 
 from tscnc_hf.artifact.atomic import atomic_file
@@ -220,7 +221,8 @@ class Grid:
 
 class Results:
     """
-    Rows of a JSON-lines file, one a cell. The file is replaced as a whole, so that a kill leaves all that was there.
+    Rows of a JSON-lines file, one a cell. The file is replaced as a whole, so that a kill leaves all that was there;
+    several processes may add to it.
 
     Raises:
         ValueError: the file is not made of such lines.
@@ -249,10 +251,12 @@ class Results:
         return None
 
     def add(self, row: Mapping) -> None:
-        self.rows.append(dict(row))
-        lines = [json.dumps(row, allow_nan=False) + "\n" for row in self.rows]
-        with atomic_file(self.path) as temporary:
-            temporary.write_text("".join(lines), encoding="utf-8")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.path.with_name(f".{self.path.name}.lock")):
+            self.rows = [*(read_rows(self.path) if self.path.exists() else []), dict(row)]
+            lines = [json.dumps(row, allow_nan=False) + "\n" for row in self.rows]
+            with atomic_file(self.path) as temporary:
+                temporary.write_text("".join(lines), encoding="utf-8")
 
 
 def read_rows(path: str | os.PathLike) -> list[dict]:

@@ -314,6 +314,8 @@ def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 def _check_range(
     name: str, value: float, low: float, high: float = float("inf"), low_open: bool = False, high_open: bool = False
 ) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"{name}={value!r} is a {type(value).__name__}; give a number")
     inside = (
         math.isfinite(value)
         and (value > low if low_open else value >= low)

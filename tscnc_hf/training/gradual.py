@@ -27,9 +27,16 @@ def build_pruner(model: nn.Module, args: TSCNCConfig) -> Pruner:
     The pruner of a run. With `keep_masks` it takes over the zeros of the model.
 
     Raises:
-        ValueError: nothing to prune; a target that cannot be reached; `keep_masks` for a model without zeros, or with
-            more of them than the target.
+        ValueError: nothing to prune; `pruning_exclude` names what is not there; a target that cannot be reached;
+            `keep_masks` for a model without zeros, or with more of them than the target.
     """
+    names = [name for name, _ in model.named_parameters()]
+    for part in args.pruning_exclude:
+        if not any(part in name for name in names):
+            raise ValueError(
+                f"pruning_exclude names {part!r}, which no parameter has in its name; print(weight_matrices(model)) "
+                f"shows them, e.g. {', '.join(record.name for record in list(weight_matrices(model))[:3])}"
+            )
     records = list(weight_matrices(model, args.pruning_exclude))
     if args.pruning_structure in UNITS:
         allocation = unit_allocation(model, records, UNITS[args.pruning_structure], args.pruning_scope)

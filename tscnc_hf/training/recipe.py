@@ -151,8 +151,9 @@ def train(config: TSCNCConfig, model, processor, data, resume: bool = False):
     trainer.card_options |= {"class_names": class_names, "command": command_line(), "dataset_name": data.name}
     goal = f"to {config.target_sparsity:.1%} sparsity" if config.target_sparsity else "dense"
     parameters = sum(parameter.numel() for parameter in model.parameters())
+    adversary = f"with {config.adversary}, epsilon {config.epsilon:.4g}"
     print(
-        f"Training {goal}: {config.objective} with {config.adversary}, epsilon {config.epsilon:.4g}, "
+        f"Training {goal}: {config.objective} {adversary if config.objective != 'natural' else '(no adversary)'}, "
         f"TSC {config.tsc_weight:g}, CNC {config.cnc_weight:g}; {parameters:,} parameters",
         flush=True,
     )
