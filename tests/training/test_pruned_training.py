@@ -218,9 +218,7 @@ def test_units_that_training_has_pruned_are_cut_out_by_slim(kind, build, make_tr
     assert report.macs_after < report.macs_before
 
 
-@pytest.mark.parametrize(
-    "text", ["unscale_() has already been called on this optimizer since the last update().", "x"]
-)
+@pytest.mark.parametrize("text", ["unscale_() has already been called on this optimizer since", "another"])
 def test_fp16_gradients_are_unscaled_once(text, build, make_trainer):
     """Without clipping, newer Trainers have unscaled them to log their norm, older ones have not."""
     trainer, calls = make_trainer(build("vit"), pruning_criterion="movement"), []
