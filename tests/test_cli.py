@@ -141,6 +141,11 @@ def test_what_can_not_be_done_is_exit_code_1_with_a_reason_in_one_line(capsys, c
     assert "digest" in go(damaged)
 
 
+def test_a_file_is_no_folder(capsys, folders):
+    folder = folders("ours")
+    assert "give the folder that holds it" in refused(capsys, "inspect", folder / PACKED)
+
+
 # ---- inspect ----
 
 
@@ -241,6 +246,9 @@ def test_pack_and_unpack_give_the_same_bits_back(capsys, kind, folders, tmp_path
 def test_pack_in_place_and_with_rounded_values(capsys, folders, tmp_path):
     folder = folders("transformers")
     (folder / "results.json").write_text("{}")
+    (folder / "robustness.md").write_text("# of the unrounded weights")
+    (folder / "state").mkdir()
+    (folder / "state" / "evaluation.json").write_text("{}")
     assert run(capsys, "pack", folder)[0] == 0 and (folder / PACKED).is_file()
     assert "other weights" in refused(capsys, "pack", folder, "--value-dtype", "bf16")
     assert run(capsys, "pack", folder, "--value-dtype", "bf16", "--output", tmp_path / "small")[0] == 0

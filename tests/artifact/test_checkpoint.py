@@ -351,6 +351,9 @@ def test_load_sparse_says_what_is_not_there(tmp_path):
     (tmp_path / "config.json").unlink()
     with pytest.raises(FileNotFoundError, match="no config.json"):
         load_sparse(tmp_path)
+    (tmp_path / SPARSE_FILE).touch()
+    with pytest.raises(FileNotFoundError, match="is a file; give the folder that holds it"):
+        load_sparse(tmp_path / SPARSE_FILE)
     with pytest.raises(FileNotFoundError, match="neither a folder"):
         load_sparse(tmp_path / "elsewhere")
 

@@ -296,6 +296,8 @@ def _locate(source: str | os.PathLike, revision: str | None, token: str | bool |
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{folder} has no {name}. {advice}.")
         return folder
+    if folder.is_file():
+        raise FileNotFoundError(f"{folder} is a file; give the folder that holds it.")
     try:
         path = Path(hf_hub_download(str(source), SPARSE_FILE, revision=revision, token=token))
         # the cache keeps a commit's files in a folder named after it: the same commit, whatever is pushed meanwhile

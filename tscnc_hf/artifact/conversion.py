@@ -14,6 +14,7 @@ from tscnc_hf.artifact.checkpoint import config_digest
 from tscnc_hf.artifact.repository import (
     CARD_FILE,
     CONFIG_FILE,
+    FIGURES_PAGE,
     RESULTS_FILE,
     Repository,
     build_model,
@@ -52,7 +53,7 @@ def pack(
     with atomic_file(target / SPARSE_FILE) as temporary:
         write_sparse_file(tensors, temporary, compression=compression, value_dtype=value_dtype, config=digest)
         _refuse_other_model(folder, target, read_sparse_file(temporary, digest))
-    left_out = (CARD_FILE, RESULTS_FILE, "figures/") if value_dtype else ()
+    left_out = (CARD_FILE, RESULTS_FILE, FIGURES_PAGE, "figures/") if value_dtype else ()
     _copy_side_files(folder, target, left_out)
     return target / SPARSE_FILE
 

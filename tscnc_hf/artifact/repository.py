@@ -33,8 +33,10 @@ from tscnc_hf.artifact.weights import INDEX_FILE, WEIGHTS_FILE, build_exactly, h
 CONFIG_FILE = "config.json"
 CARD_FILE = "README.md"
 RESULTS_FILE = "results.json"
+FIGURES_PAGE = "robustness.md"
 METHOD_FILE = "tscnc_config.json"
 SHARD = re.compile(r"model-\d+-of-\d+\.safetensors$")
+STATE_FOLDER = "state"  # where an evaluation stands: of use to nobody but its next start
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 READABLE = ("*.json", "*.md", "*.txt", "figures/*", "LICENSE*")  # what a repository has beside its weights
 
@@ -104,6 +106,8 @@ def open_repository(
         if revision is not None:
             raise ValueError(f"{source} is a folder here, which has no revision {revision!r}; leave it out")
         return Repository(str(source), folder, None, folder_sizes(folder))
+    if folder.is_file():
+        raise FileNotFoundError(f"{folder} is a file; give the folder that holds it")
     try:
         info = HfApi(token=token).model_info(str(source), revision=revision, files_metadata=True)
     except HFValidationError:
@@ -131,12 +135,13 @@ def published_files(folder: str | os.PathLike) -> list[str]:
     card last.
 
     Left out are pickles (`.bin`, `.pt`, ... and so `training_args.bin` and optimizer states), hidden files and what
-    starts with "_", and training checkpoints (`checkpoint-*`).
+    starts with "_", training checkpoints (`checkpoint-*`), and the state of an evaluation (`state/`).
     """
     folder, names = Path(folder), []
     for path in sorted(folder.rglob("*")):
         parts = path.relative_to(folder).parts
-        kept = not any(part.startswith((".", "_")) for part in parts) and not parts[0].startswith("checkpoint-")
+        hidden = any(part.startswith((".", "_")) for part in parts)
+        kept = not hidden and not parts[0].startswith("checkpoint-") and parts[0] != STATE_FOLDER
         if kept and path.is_file() and path.suffix not in PICKLES:
             names.append("/".join(parts))
     return sorted(names, key=lambda name: (name == CARD_FILE, not name.endswith(".safetensors")))
