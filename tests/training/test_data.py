@@ -403,6 +403,13 @@ def test_arguments_that_are_refused(arguments):
         load_image_data("digits", **arguments)
 
 
+def test_only_the_arguments_that_were_given_are_named():
+    with pytest.raises(ValueError, match="embedded: drop image_column.$"):
+        load_image_data("digits", image_column="img")
+    with pytest.raises(ValueError, match="embedded: drop revision, in_memory.$"):
+        load_image_data("digits", revision="main", in_memory=False)
+
+
 # Augmentation
 
 

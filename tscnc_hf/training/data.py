@@ -102,11 +102,11 @@ def load_image_data(
         raise ValueError(f"in_memory={in_memory!r} is unknown; allowed are 'auto', True, False.")
     size = _check_size(image_size)
     if dataset == "digits":
-        of_others = (image_column, label_column, revision, test_split)
-        if any(argument is not None for argument in of_others) or in_memory is False:
-            raise ValueError(
-                'dataset="digits" is embedded: drop image_column, label_column, revision, test_split, in_memory.'
-            )
+        of_others = {"image_column": image_column, "label_column": label_column, "revision": revision}
+        given = [name for name, value in (of_others | {"test_split": test_split}).items() if value is not None]
+        given += ["in_memory"] if in_memory is False else []
+        if given:
+            raise ValueError(f'dataset="digits" is embedded: drop {", ".join(given)}.')
         return _load_digits(size, channels, validation_fraction, train_limit, test_limit, augmentation, seed)
 
     import datasets
