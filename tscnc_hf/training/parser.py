@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +35,22 @@ class ConfigParser(HfArgumentParser):
         for path in _config_paths(args):
             self._apply_yaml(Path(path))
         try:
-            *instances, _ = self.parse_args_into_dataclasses(args, look_for_args_file=False)
-        except ValueError as error:  # raised by a dataclass's own checks, or unknown options
+            *instances, _, unknown = self.parse_args_into_dataclasses(
+                args, look_for_args_file=False, return_remaining_strings=True
+            )
+        except ValueError as error:  # raised by a dataclass's own checks
             self.exit(2, f"{self.prog}: error: {error}\n")
+        if unknown:
+            self.exit(2, f"{self.prog}: error: {self._about_unknown(unknown)}\n")
         return tuple(instances)
+
+    def _about_unknown(self, words: Sequence[str]) -> str:
+        """What is said of words that no option takes: options by name, with those that look alike, or values."""
+        names = [word.split("=", 1)[0] for word in words if word.startswith("--")]
+        alike = [get_close_matches(name, self._option_string_actions, n=1) for name in names]
+        shown = [f"{name} (perhaps {near[0]})" if near else name for name, near in zip(names, alike, strict=True)]
+        problem = f"unknown option(s) {', '.join(shown)}" if names else f"{', '.join(words)}: no option before it"
+        return f"{problem}; `--help` lists those that exist"
 
     def _apply_yaml(self, path: Path) -> None:
         if not path.is_file():
