@@ -191,13 +191,17 @@ def test_two_processes_give_the_same_report(tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     one = [sys.executable, str(script), str(tmp_path / "one"), ""]
     two = [*launch, str(script), str(tmp_path / "two"), str(tmp_path / "state")]
-    for command in (one, two):
+    for command in (one, two, two):  # the second time both find the same in the folder, and wait for nobody
         environment = os.environ | {"ACCELERATE_USE_CPU": "1"}
         subprocess.run(command, check=True, timeout=120, capture_output=True, env=environment)
     alone = json.loads((tmp_path / "one.0").read_text())
     assert 0 < alone["attacks"][2]["correct"] < 75
     assert [json.loads((tmp_path / f"two.{rank}").read_text()) for rank in (0, 1)] == [alone, alone]
-    assert len(list((tmp_path / "state").glob("batch-*"))) == 10
+    assert len(list((tmp_path / "state").glob("batch-*"))) == 10 and (tmp_path / "state" / "masking.json").exists()
+
+
+def test_one_attack_may_be_a_string(evaluate):
+    assert evaluate(attacks="pgd-5").attacks == evaluate(attacks=["pgd-5"]).attacks
 
 
 # ---- the report ----

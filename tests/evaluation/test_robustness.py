@@ -280,7 +280,7 @@ def test_wrong_requests(options, message):
 
 
 def test_an_empty_data_set():
-    with pytest.raises(ValueError, match="a data set of 0 images"):
+    with pytest.raises(ValueError, match="the data set has no images"):
         evaluate(batched(), [])
 
 

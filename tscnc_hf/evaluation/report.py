@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
 
+FEW = 8  # images; a check on fewer says little
 MASKED = "The model may only hide its gradients: do not trust its accuracy under attack."
 
 
@@ -97,11 +98,15 @@ class RobustnessReport:
         return "\n".join(lines)
 
     def masking_markdown(self) -> str:
-        """The gradient-masking checks with their figures; empty where they were not run."""
-        checks = (self.masking or {}).get("checks", ())
-        if not checks:
-            return ""
-        lines = ["| gradient-masking check | figures | |", "| --- | --- | --- |"]
+        """The gradient-masking checks with their figures, or why there are none."""
+        if self.masking is None:
+            attacked = self.threat_model["epsilon"] > 0 and any(attack.name != "clean" for attack in self.attacks)
+            return "Not checked." if attacked else "Not checked: nothing was attacked."
+        checks, n = self.masking["checks"], self.masking["n"]
+        if n == 0:
+            return "Not checked: no image was classified correctly among those that were looked at."
+        lines = [] if n >= FEW else [f"On only {n} image{'s' if n > 1 else ''}: too few to tell much.", ""]
+        lines += ["| gradient-masking check | figures | |", "| --- | --- | --- |"]
         for check in checks:
             figures = ", ".join(f"{name} {value:.1%}" for name, value in check["figures"].items())
             lines.append(f"| {check['question']} | {figures} | {'passed' if check['passed'] else '**failed**'} |")

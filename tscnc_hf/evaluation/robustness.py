@@ -18,8 +18,9 @@ from tscnc_hf import __version__
 from tscnc_hf.evaluation.attacks import KNOWN_ATTACKS, Attack, make_attack
 from tscnc_hf.evaluation.masking import MaskingReport, masking_report
 from tscnc_hf.evaluation.memory import InParts, halving
+from tscnc_hf.evaluation.progress import announce
 from tscnc_hf.evaluation.report import AttackResult, RobustnessReport
-from tscnc_hf.evaluation.state import EvaluationState, data_digest, model_digest
+from tscnc_hf.evaluation.state import EvaluationState, KeptFigures, OtherEvaluation, data_digest, model_digest
 from tscnc_hf.method.batches import collate
 from tscnc_hf.method.pixels import LogitsFn, attack_mode, normalisation, pixel_logits, pixel_quantity
 from tscnc_hf.method.threat import check_norm
@@ -28,7 +29,7 @@ from tscnc_hf.method.threat import check_norm
 def evaluate_robustness(
     model: nn.Module,
     dataset: Iterable,
-    attacks: Sequence[str] = ("clean", "fgsm", "pgd-20", "apgd"),
+    attacks: Sequence[str] | str = ("clean", "fgsm", "pgd-20", "apgd"),
     *,
     epsilon: float | str = "8/255",
     norm: str = "linf",
@@ -50,8 +51,8 @@ def evaluate_robustness(
     Args:
         model (`nn.Module`): a classifier of normalised images; left as it was (modes, statistics, gradients).
         dataset: gives {"pixel_values": (c, h, w) in [0, 1], "labels": int} items.
-        attacks (`Sequence[str]`): see `make_attack`. The default is what a plain install can run; for figures to
-            publish add "autoattack".
+        attacks (`Sequence[str]` or `str`): one or several, see `make_attack`. The default is what a plain install can
+            run; for figures to publish add "autoattack".
         epsilon (`float` or `str`): radius in pixel units.
         norm (`str`): "linf" or "l2".
         n (`int`, *optional*): the first n images; all by default.
@@ -60,9 +61,9 @@ def evaluate_robustness(
             attacks that are ours (those of pyautoattack draw for a whole batch).
         processing_class (*optional*): image processor that says how inputs are normalised, unless the config does.
         device (*optional*): defaults to where the model is.
-        progress (`bool`): show a progress bar with the time left.
-        state_folder (*optional*): what each attack (each part of "autoattack") found on a batch is kept there, and an
-            evaluation that was cut off goes on.
+        progress (`bool`): show a progress bar with the time left, and say what comes after it.
+        state_folder (*optional*): what each attack (each part of "autoattack") found on a batch is kept there, and so
+            are the masking checks; an evaluation that was cut off goes on.
         masking (`bool`): run the gradient-masking checks (`tscnc_hf.evaluation.masking`) on up to 64 images.
         dense_model (`nn.Module`, *optional*): the model before pruning, whose adversarial images must not be stronger.
         dense_processing_class (*optional*): its image processor; defaults to `processing_class`.
@@ -78,9 +79,12 @@ def evaluate_robustness(
     epsilon = pixel_quantity("epsilon", epsilon, norm)
     if not attacks:
         raise ValueError(f"no attack was named; known are {KNOWN_ATTACKS}")
+    attacks = [attacks] if isinstance(attacks, str) else attacks
     made = [make_attack(name, epsilon, norm) for name in dict.fromkeys(attacks)]
     size = len(dataset)
-    if size == 0 or (n is not None and not 0 < n <= size):
+    if size == 0:
+        raise ValueError("the data set has no images")
+    if n is not None and not 0 < n <= size:
         raise ValueError(f"n={n} of a data set of {size} images: give n between 1 and {size} (or leave it out)")
     n = size if n is None else n
     device = next(model.parameters()).device if device is None else torch.device(device)
@@ -96,7 +100,7 @@ def evaluate_robustness(
     if state_folder is not None:
         settings |= {"model": model_digest(model), "data": data_digest(dataset, n), "mean_std": mean_std}
         settings |= {"versions": versions}
-    state = EvaluationState(state_folder, settings)
+    state, kept = EvaluationState(state_folder, settings), KeptFigures(state_folder, ["masking"])
     batches = [list(range(first, min(first + batch_size, n))) for first in range(0, n, batch_size)]
     found = {index: state.read(index) for index in range(rank, len(batches), world)}
     names = {attack.name for attack in made}
@@ -124,11 +128,19 @@ def evaluate_robustness(
     results = [found[index] for index in range(len(batches))]
     checks = None
     if masking and epsilon > 0 and len(made) > (made[0].name == "clean"):
-        options = {"epsilon": epsilon, "norm": norm, "seed": seed}
+        options, of_dense = {"epsilon": epsilon, "norm": norm, "seed": seed}, None
         if dense_model is not None:
             processor = processing_class if dense_processing_class is None else dense_processing_class
-            options["dense_fn"] = pixel_logits(dense_model, *normalisation(dense_model, processor))
-        checks = _masking(forward, dataset, n, device, [model, dense_model], options).to_dict()
+            dense_mean_std = normalisation(dense_model, processor)
+            options["dense_fn"] = pixel_logits(dense_model, *dense_mean_std)
+            if state_folder is not None:
+                of_dense = {"model": model_digest(dense_model), "mean_std": dense_mean_std}
+
+        def check() -> dict:
+            announce("Checking for hidden gradients", progress and rank == 0)
+            return _masking(forward, dataset, n, device, [model, dense_model], options).to_dict()
+
+        checks = kept("masking", check, of_dense)
     return _report(results, made, threat_model, versions, checks)
 
 
@@ -159,7 +171,7 @@ def _attack_batch(
         right = torch.tensor(flags["clean"], device=y.device) == 1
     flags = {"labels": y.tolist(), **flags}
     if flags["labels"] != y.tolist():
-        raise ValueError(
+        raise OtherEvaluation(
             f"the state folder has other labels for images {places[0]} to {places[-1]}: the data set has changed "
             "since. Give another folder"
         )

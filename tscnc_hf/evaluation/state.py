@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -41,6 +41,10 @@ def _add(digest, name: str, tensor: torch.Tensor) -> None:
     digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
 
 
+class OtherEvaluation(ValueError):
+    """A folder holds an evaluation with other settings, or of other data."""
+
+
 class EvaluationState:
     """
     What was found of each batch on disk, each written atomically; any number of processes may share a folder.
@@ -50,7 +54,7 @@ class EvaluationState:
         settings (`Mapping`): whatever decides the result, plain JSON types.
 
     Raises:
-        ValueError: the folder holds an evaluation with other settings (the first that differ are named).
+        OtherEvaluation: the folder holds an evaluation with other settings (those that differ are named).
     """
 
     def __init__(self, folder: str | os.PathLike | None, settings: Mapping):
@@ -62,11 +66,10 @@ class EvaluationState:
             found = json.loads(path.read_text(encoding="utf-8"))
             odd = [key for key in {**settings, **found} if settings.get(key) != found.get(key)]
             if odd:
-                digests = odd[0] in ("model", "data")
-                shown = "" if digests else f" ({odd[0]}: {found.get(odd[0])!r} there, {settings.get(odd[0])!r} now)"
-                raise ValueError(
-                    f"{self.folder} holds an evaluation with another {', '.join(odd)}{shown}; give another folder, or "
-                    "remove that one"
+                shown = _difference(odd[0], found.get(odd[0]), settings.get(odd[0]))
+                raise OtherEvaluation(
+                    f"{self.folder} holds an evaluation with another {', '.join(odd)}{shown and f' ({shown})'}; give "
+                    "another folder, or remove that one"
                 )
         else:
             write_json(settings, path)
@@ -85,3 +88,58 @@ class EvaluationState:
 
     def _path(self, batch: int) -> Path | None:
         return None if self.folder is None else self.folder / f"batch-{batch:06d}.json"
+
+
+def _difference(key: str, there, now) -> str:
+    """In a few words, how two values of a setting differ; nothing of digests, which say nothing to anyone."""
+    if key in ("model", "data"):
+        return ""
+    if not (isinstance(there, dict) and isinstance(now, dict)):
+        return f"{key}: {there!r} there, {now!r} now"
+    parts = [f"{name} only there" for name in there if name not in now]
+    parts += [f"{name} only now" for name in now if name not in there]
+    return ", ".join(parts + [f"{name} differs" for name in now if name in there and there[name] != now[name]])
+
+
+class KeptFigures:
+    """
+    Figures of a whole evaluation, kept beside its batches once they are computed.
+
+    What is there is read when this is made. Several processes make it before they gather what they found of the
+    batches, and write after it: so all of them find the same, and compute the same.
+
+    Args:
+        folder (*optional*): of the `EvaluationState`; None keeps nothing.
+        names: of the figures that may be there.
+    """
+
+    def __init__(self, folder: str | os.PathLike | None, names: Iterable[str]):
+        self.folder = None if folder is None else Path(folder)
+        self.found = {name: self._read(name) for name in names if self.folder is not None}
+
+    def __call__(self, name: str, compute: Callable[[], dict], of: Mapping | None = None) -> dict:
+        """
+        What was kept under this name, or else what `compute` gives, plain JSON types.
+
+        Args:
+            of (*optional*): whatever decides the figures beside the settings of the evaluation.
+        """
+        if self.folder is None:
+            return compute()
+        made_of = {"settings": self._settings(), "of": json.loads(json.dumps(of))}
+        kept = self.found[name]
+        if isinstance(kept, dict) and {key: kept.get(key) for key in made_of} == made_of and "figures" in kept:
+            return kept["figures"]
+        figures = compute()
+        write_json(made_of | {"figures": figures}, self.folder / f"{name}.json")
+        return figures
+
+    def _read(self, name: str) -> dict | None:
+        try:
+            return json.loads((self.folder / f"{name}.json").read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            return None
+
+    def _settings(self) -> str:
+        """Digest of the evaluation's settings, which `EvaluationState` has written by then."""
+        return hashlib.blake2b((self.folder / SETTINGS).read_bytes(), digest_size=16).hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -10,7 +11,9 @@ from torch import nn
 
 from tscnc_hf.evaluation.curve import default_epsilons, security_curve
 from tscnc_hf.evaluation.lipschitz import evaluate_lipschitz
+from tscnc_hf.evaluation.progress import announce
 from tscnc_hf.evaluation.robustness import evaluate_robustness
+from tscnc_hf.evaluation.state import KeptFigures
 from tscnc_hf.method.sparsity import sparsity_report
 from tscnc_hf.method.spectrum import spectral_report
 
@@ -36,22 +39,25 @@ def measure(
     *,
     epsilon: float,
     norm: str = "linf",
-    attacks: Sequence[str] = ("clean", "pgd-20"),
+    attacks: Sequence[str] | str = ("clean", "pgd-20"),
     n: int | None = None,
     seed: int = 0,
     exclude: Sequence[str] = (),
     batch_size: int = 128,
     processing_class: object | None = None,
     progress: bool = True,
+    state_folder: str | os.PathLike | None = None,
     **options,
 ) -> dict:
     """
     The figures of a model as plain JSON types: {"robustness", "sparsity", "spectrum"}; where something was attacked,
     {"curve"}, accuracy over the radius under PGD-20, on at most 256 of the images; and for L-infinity and epsilon > 0,
-    {"lipschitz"} on as many.
+    {"lipschitz"} on as many. Curve and Lipschitz bounds are kept in `state_folder`, too.
 
     Arguments, also those in `options`, as in `evaluate_robustness`; `exclude` as in `weight_matrices`.
     """
+    attacks = [attacks] if isinstance(attacks, str) else attacks
+    kept = KeptFigures(state_folder, ["curve", "lipschitz"])  # made before anyone writes
     robustness = evaluate_robustness(
         model,
         dataset,
@@ -63,8 +69,10 @@ def measure(
         batch_size=batch_size,
         processing_class=processing_class,
         progress=progress,
+        state_folder=state_folder,
         **options,
     )
+    announce("Computing zeros and condition numbers", progress)
     figures = {
         "robustness": robustness.to_dict(),
         "sparsity": sparsity_report(model, exclude).to_dict(),
@@ -72,11 +80,20 @@ def measure(
     }
     few = {"seed": seed, "batch_size": batch_size, "processing_class": processing_class}
     few["n"] = min(n or FEW_IMAGES, FEW_IMAGES)
-    if epsilon > 0 and set(attacks) - {"clean"}:
+
+    def curve() -> dict:
         radii = default_epsilons(epsilon, norm)
-        figures["curve"] = security_curve(model, dataset, radii, norm=norm, **few).to_dict()
+        announce(f"Attacking at {len(radii)} radii", progress)
+        return security_curve(model, dataset, radii, norm=norm, **few).to_dict()
+
+    def lipschitz() -> dict:
+        announce("Searching local Lipschitz constants", progress)
+        return evaluate_lipschitz(model, dataset, epsilon=epsilon, **few).to_dict()
+
+    if epsilon > 0 and set(attacks) - {"clean"}:
+        figures["curve"] = kept("curve", curve)
     if epsilon > 0 and norm == "linf":
-        figures["lipschitz"] = evaluate_lipschitz(model, dataset, epsilon=epsilon, **few).to_dict()
+        figures["lipschitz"] = kept("lipschitz", lipschitz)
     return figures
 
 
