@@ -122,6 +122,8 @@ def test_killed_half_way_and_started_again(folders, tmp_path):
         ({"epsilon": "8"}, "epsilon=8 is outside"),
         ({"model": "no/such-model-here"}, "model 'no/such-model-here' cannot be loaded"),
         ({"dataset": "/no/such/folder"}, "there is no folder"),
+        ({"device": "foo"}, "--device foo cannot be used here: "),
+        ({"device": "meta"}, "--device meta cannot be used here: "),
     ],
 )
 def test_wrong_options_end_with_one_line(folders, tmp_path, change, message):
@@ -129,6 +131,86 @@ def test_wrong_options_end_with_one_line(folders, tmp_path, change, message):
     with pytest.raises(SystemExit, match=message):
         evaluate_model(options(given.pop("model"), tmp_path, **given))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about a computer without a GPU")
+def test_a_gpu_that_is_not_there(folders, tmp_path):
+    with pytest.raises(SystemExit, match="--device cuda cannot be used here: ") as caught:
+        evaluate_model(options(folders["dense"], tmp_path, device="cuda"))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("wrong", [{"n": 0}, {"cpu_threads": 0}, {"batch_size": 0}])
+def test_numbers_below_one_are_refused_by_name(wrong):
+    with pytest.raises(ValueError, match=f"^{next(iter(wrong))}=0: "):
+        EvaluationArguments("model", **wrong)
+
+
+def test_models_of_the_same_last_name_have_folders_of_their_own(folders, tmp_path, monkeypatch):
+    def default(model):
+        return EvaluationArguments(model=str(model)).output_dir
+
+    assert default("tester/k") == "outputs/tester-k-robustness"
+    assert default("resnet") == "outputs/resnet-robustness"
+    assert default(folders["dense"]) == default(f"{folders['dense']}/") == "outputs/dense-robustness"
+    monkeypatch.chdir(folders["dense"])
+    assert default(".") == "outputs/dense-robustness"
+
+
+@pytest.mark.parametrize("name", ["dense", "packed"])
+def test_the_folder_of_a_model_is_no_place_for_figures(folders, name):
+    before = {path: path.stat().st_mtime_ns for path in folders[name].rglob("*")}
+    with pytest.raises(SystemExit, match="--output_dir .* holds a model; give another folder"):
+        evaluate_model(options(folders[name], folders[name]))
+    assert {path: path.stat().st_mtime_ns for path in folders[name].rglob("*")} == before
+
+
+def test_other_classes_are_told(folders, tmp_path, capsys):
+    folder = tmp_path / "model"
+    shutil.copytree(folders["dense"], folder)
+    config = json.loads((folder / "config.json").read_text())
+    names = [f"thing {number}" for number in range(10)]
+    config |= {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+    (folder / "config.json").write_text(json.dumps(config))
+    evaluate_model(options(folder, tmp_path / "out", attacks=["clean"], n=8))
+    said = capsys.readouterr().out
+    assert "Warning: " in said and "has thing 0, thing 1" in said and "has 0, 1" in said
+    evaluate_model(options(folders["dense"], tmp_path / "same", attacks=["clean"], n=8))
+    assert "Warning: " not in capsys.readouterr().out
+
+
+def test_started_again_it_is_told_from_the_folder(folders, tmp_path, capsys, monkeypatch):
+    first = evaluate_model(options(folders["dense"], tmp_path))
+    said = capsys.readouterr().err
+    for step in ("hidden gradients", "condition numbers", "6 radii", "Lipschitz", "Drawing"):
+        assert step in said
+    for name in ("security_curve", "evaluate_lipschitz"):
+        monkeypatch.setattr(f"tscnc_hf.training.results.{name}", None)  # a call would be an error
+    monkeypatch.setattr("tscnc_hf.evaluation.robustness.masking_report", None)
+    assert evaluate_model(options(folders["dense"], tmp_path)) == first
+    assert "hidden gradients" not in capsys.readouterr().err
+    with pytest.raises(TypeError):  # the checks against a dense model are others
+        evaluate_model(options(folders["dense"], tmp_path, dense_model=str(folders["dense"])))
+    (tmp_path / "state" / "evaluation.json").unlink()  # figures of settings that nobody knows are not believed
+    with pytest.raises(TypeError):
+        evaluate_model(options(folders["dense"], tmp_path, seed=1))
+
+
+def test_hidden_gradients_that_nobody_could_look_for(folders, tmp_path):
+    wrong = tmp_path / "model"
+    shutil.copytree(folders["dense"], wrong)
+    model, _ = load_model(str(wrong))
+    with torch.no_grad():
+        model.classifier.weight.zero_()
+        model.classifier.bias.copy_(5 * torch.eye(10)[9])  # the first digit is no 9
+    model.save_pretrained(wrong)
+    evaluate_model(options(wrong, tmp_path / "none", attacks=["clean", "pgd-1"], n=1))
+    page = (tmp_path / "none" / "robustness.md").read_text()
+    assert "Not checked: no image was classified correctly" in page
+    evaluate_model(options(wrong, tmp_path / "few", attacks=["clean", "pgd-1"], n=16))
+    assert "images: too few to tell much." in (tmp_path / "few" / "robustness.md").read_text()
+    evaluate_model(options(wrong, tmp_path / "clean", attacks=["clean"], n=8))
+    assert "Not checked: nothing was attacked." in (tmp_path / "clean" / "robustness.md").read_text()
 
 
 def test_another_order_of_classes_is_an_error(folders, tmp_path):
@@ -144,8 +226,10 @@ def test_another_order_of_classes_is_an_error(folders, tmp_path):
 
 def test_other_settings_in_the_same_folder(folders, tmp_path):
     evaluate_model(options(folders["dense"], tmp_path))
-    with pytest.raises(SystemExit, match="another epsilon, .*give another folder"):
+    with pytest.raises(SystemExit, match="another epsilon, .*give another folder.*--output_dir"):
         evaluate_model(options(folders["dense"], tmp_path, epsilon="0.03"))
+    with pytest.raises(SystemExit, match=r"another attacks \(pgd-3 only there, pgd-4 only now\); .*--output_dir$"):
+        evaluate_model(options(folders["dense"], tmp_path, attacks=["clean", "fgsm", "pgd-4"]))
 
 
 def test_the_format_that_a_model_takes(folders, build):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,7 +29,8 @@ class EvaluationArguments:
         seed (`int`, *optional*, defaults to 0): of the attacks.
         batch_size (`int`, *optional*, defaults to 128): halved by itself where memory runs out.
         dense_model (`str`, *optional*): the model before pruning, whose adversarial images must not be stronger.
-        output_dir (`str`, *optional*): defaults to outputs/<model>-robustness.
+        output_dir (`str`, *optional*): not the folder of a model. Defaults to outputs/<model>-robustness, of a folder
+            its last part, of a Hub id owner-name.
         device (`str`, *optional*): defaults to a GPU where there is one.
         cpu_threads (`int`, *optional*): threads on a CPU; all cores by default.
         json (`bool`, *optional*, defaults to `False`): print what `results.json` holds on stdout, and nothing else.
@@ -57,8 +59,14 @@ class EvaluationArguments:
     def __post_init__(self):
         if self.batch_size < 1:
             raise ValueError(f"batch_size={self.batch_size}: at least 1 image is attacked at a time")
+        if self.n is not None and self.n < 1:
+            raise ValueError(f"n={self.n}: give 1 test image or more, or leave it out for all")
+        if self.cpu_threads is not None and self.cpu_threads < 1:
+            raise ValueError(f"cpu_threads={self.cpu_threads}: at least 1 is needed")
         if self.output_dir is None:
-            self.output_dir = f"outputs/{Path(self.model).name}-robustness"
+            here = Path(self.model).is_dir()
+            name = Path(os.path.abspath(self.model)).name if here else self.model.replace("/", "-")
+            self.output_dir = f"outputs/{name}-robustness"
 
 
 def parse(
@@ -89,13 +97,17 @@ def evaluate_model(arguments: EvaluationArguments) -> dict:
     from tscnc_hf.artifact.words import without_paths
     from tscnc_hf.evaluation.attacks import make_attack
     from tscnc_hf.evaluation.examples import adversarial_examples
+    from tscnc_hf.evaluation.progress import announce
+    from tscnc_hf.evaluation.state import OtherEvaluation
     from tscnc_hf.method.pixels import pixel_quantity
     from tscnc_hf.training.models import load_model
     from tscnc_hf.training.results import comparison_table, measure
 
-    use_cpu = arguments.device == "cpu" or (arguments.device is None and not torch.cuda.is_available())
+    _refuse_model_folder(Path(arguments.output_dir))
+    given = _device(arguments.device) if arguments.device else None
+    use_cpu = given.type == "cpu" if given else not torch.cuda.is_available()
     processes = PartialState(cpu=use_cpu)
-    device = torch.device(arguments.device) if arguments.device else processes.device
+    device = given or processes.device
     threads = arguments.cpu_threads or (torch.get_num_threads() if processes.num_processes > 1 else _cores())
     if device.type == "cpu":
         torch.set_num_threads(threads)
@@ -111,7 +123,7 @@ def evaluate_model(arguments: EvaluationArguments) -> dict:
             make_attack(name, epsilon, arguments.norm)
         model, processor = _load(load_model, arguments.model)
         dense, of_dense = _load(load_model, arguments.dense_model) if arguments.dense_model else (None, None)
-        data = _load_data(arguments, model, processor)
+        data = _load_data(arguments, model, processor, say)
     except (ValueError, OSError, ImportError) as error:  # the message says what to do; a traceback would hide it
         raise SystemExit(f"error: {error}") from None
     n = len(data.test) if arguments.n is None else min(arguments.n, len(data.test))
@@ -132,6 +144,8 @@ def evaluate_model(arguments: EvaluationArguments) -> dict:
             distributed=processes.num_processes > 1,
             **options,
         )
+    except OtherEvaluation as error:
+        raise SystemExit(f"error: {error}. The option is --output_dir") from None
     except ValueError as error:
         raise SystemExit(f"error: {error}") from None
     results = {"model": name, "dataset": data.name} | results
@@ -139,6 +153,7 @@ def evaluate_model(arguments: EvaluationArguments) -> dict:
         return results
     write_json(results, folder / "results.json")
     if "curve" in results:
+        announce("Drawing the security curve and adversarial examples")
         save_figure(curve_figure(results["curve"]), folder / "figures" / "security_curve.png")
         if examples := adversarial_examples(model, data.test, **options):
             figure = examples_figure(**examples.for_figure(data.class_names))
@@ -150,6 +165,28 @@ def evaluate_model(arguments: EvaluationArguments) -> dict:
     return results
 
 
+def _refuse_model_folder(folder: Path) -> None:
+    """SystemExit where a model lies: its own results.json and figures would be overwritten."""
+    from tscnc_hf.artifact.repository import CONFIG_FILE, SPARSE_FILE
+    from tscnc_hf.artifact.weights import has_weights
+
+    if has_weights(folder) or any((folder / name).is_file() for name in (CONFIG_FILE, SPARSE_FILE)):
+        raise SystemExit(f"error: --output_dir {folder} holds a model; give another folder for the figures")
+
+
+def _device(name: str):
+    """The device of this name; SystemExit where nothing can be computed on it."""
+    import torch
+
+    try:
+        device = torch.device(name)
+        torch.ones(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # whatever the backend thinks of
+        reason = (str(error).splitlines() or ["it gives no reason"])[0]
+        raise SystemExit(f"error: --device {name} cannot be used here: {reason}") from None
+    return device
+
+
 def _load(load_model, name: str):
     try:
         return load_model(name)
@@ -157,7 +194,8 @@ def _load(load_model, name: str):
         raise ValueError(f"model {name!r} cannot be loaded: {error}") from error
 
 
-def _load_data(arguments: EvaluationArguments, model, processor):
+def _load_data(arguments: EvaluationArguments, model, processor, say: Callable[[str], None]):
+    from tscnc_hf.training.class_names import compare_class_names
     from tscnc_hf.training.data import load_image_data
     from tscnc_hf.training.models import input_format
 
@@ -173,11 +211,8 @@ def _load_data(arguments: EvaluationArguments, model, processor):
         test_limit=arguments.n,
     )
     names = [str(model.config.id2label[index]) for index in range(model.config.num_labels)]
-    if sorted(names) == sorted(data.class_names) and names != list(data.class_names):
-        raise ValueError(
-            f"the model's classes are {', '.join(names)}; the data set has them in another order: "
-            f"{', '.join(data.class_names)}. Reorder the labels of the data set"
-        )
+    if warning := compare_class_names(names, data.class_names):
+        say(warning)
     return data
 
 
@@ -194,7 +229,7 @@ def _page(results: dict, class_names: Sequence[str]) -> str:
         f"{threat['epsilon']:.4g} ({255 * threat['epsilon']:.3g}/255), seed {threat['seed']}. White-box attacks, 95 % "
         "Wilson intervals.",
         report.to_markdown(),
-        "## Are gradients hidden?\n\n" + (report.masking_markdown() or "Not checked."),
+        "## Are gradients hidden?\n\n" + report.masking_markdown(),
     ]
     if "curve" in results:
         figures = "![Accuracy over the radius](figures/security_curve.png)\n\n"
