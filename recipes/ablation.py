@@ -19,7 +19,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 
 from tscnc_hf.training.parser import json_option
-from tscnc_hf.training.recipe import load_data, parse, set_cpu_threads
+from tscnc_hf.training.recipe import interruptible, load_data, parse, set_cpu_threads
 
 
 @dataclass
@@ -143,6 +143,7 @@ def say(row: dict, done: int, total: int, start: float, begun: int) -> None:
     )
 
 
+@interruptible()
 def main(args: list[str] | None = None) -> None:
     config, data_arguments, arguments = options = parse(AblationArguments, args)
     if config.world_size > 1:

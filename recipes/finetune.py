@@ -11,7 +11,7 @@ gets a new head. Every option is in `--help`; the YAML file sets defaults, the c
 
 from dataclasses import dataclass, field, replace
 
-from tscnc_hf.training.recipe import load_data, one_line_errors, parse, run, set_cpu_threads
+from tscnc_hf.training.recipe import interruptible, load_data, one_line_errors, parse, run, set_cpu_threads
 
 
 @dataclass
@@ -21,6 +21,7 @@ class ModelArguments:
     model_name_or_path: str = field(metadata={"help": "Folder or Hub id of an image classifier, dense or packed."})
 
 
+@interruptible()
 def main(args: list[str] | None = None) -> None:
     config, data_arguments, model_arguments = parse(ModelArguments, args)
 

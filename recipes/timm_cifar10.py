@@ -10,7 +10,7 @@ Every option is in `--help`; the YAML file sets defaults, the command line wins.
 from dataclasses import dataclass, field
 
 from tscnc_hf.training.parser import json_option
-from tscnc_hf.training.recipe import load_data, parse, run, set_cpu_threads
+from tscnc_hf.training.recipe import interruptible, load_data, parse, run, set_cpu_threads
 
 
 @dataclass
@@ -27,6 +27,7 @@ class ModelArguments:
         self.model_args = json_option("model_args", self.model_args)
 
 
+@interruptible()
 def main(args: list[str] | None = None) -> None:
     config, data_arguments, model_arguments = parse(ModelArguments, args)
 

@@ -9,7 +9,7 @@ Every option is in `--help`; the YAML file sets defaults, the command line wins.
 
 from dataclasses import dataclass, field
 
-from tscnc_hf.training.recipe import load_data, parse, run, set_cpu_threads
+from tscnc_hf.training.recipe import interruptible, load_data, parse, run, set_cpu_threads
 
 
 @dataclass
@@ -24,6 +24,7 @@ class ModelArguments:
     dropout: float = field(default=0.0, metadata={"help": "Dropout in attention and MLP."})
 
 
+@interruptible()
 def main(args: list[str] | None = None) -> None:
     config, data_arguments, model_arguments = parse(ModelArguments, args)
 

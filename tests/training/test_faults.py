@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_pt_utils import safe_globals
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -159,23 +160,24 @@ def _deterministic(entry: dict) -> dict:
     return {key: value for key, value in entry.items() if not key.endswith(("runtime", "per_second"))}
 
 
-def test_two_processes_write_one_checkpoint_and_end_on_sigterm(tmp_path):
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_two_processes_write_one_checkpoint_and_end_on_a_signal(number, status, tmp_path):
     recipe = Recipe(tmp_path / "run", **RECIPE | LATENT | {"eval_steps": 1, "save_steps": 1, "max_steps": 40})
     processes, deadline = recipe.start_group(2), time.monotonic() + 120
     while recipe.last_step() < 2 and all(process.is_alive() for process in processes):
         assert time.monotonic() < deadline
         time.sleep(0.01)
     for process in processes:
-        os.kill(process.pid, signal.SIGTERM)
+        os.kill(process.pid, number)
     for process in processes:
         process.join(60)
     log = recipe.log.read_text()
-    assert [process.exitcode for process in processes] == [143, 143], log[-4000:]
+    assert [process.exitcode for process in processes] == [status, status], log[-4000:]
     last = get_last_checkpoint(recipe.folder)
     assert damage(last) is None and 2 <= recipe.last_step() < 40
     files = json.loads((Path(last) / "checkpoint_files.json").read_text())["files"]
     assert {"rng_state_0.pth", "rng_state_1.pth", "optimizer.pt", "tscnc_state.safetensors"} <= files.keys()
-    assert log.count("SIGTERM: training ended") == 1 and f"the last checkpoint is intact: {last}" in log
+    assert log.count(f"{number.name}: training ended") == 1 and f"the last checkpoint is intact: {last}" in log
 
 
 class Observer:
@@ -375,6 +377,94 @@ def test_a_handler_of_the_users_stays(build, make_trainer, watcher):
     finally:
         signal.signal(signal.SIGTERM, before)
     assert received == [signal.SIGTERM] * 2 and trainer.state.global_step == 2
+
+
+class Interrupt(TrainerCallback):
+    """Ctrl-C in the middle of step `at`, `times` times."""
+
+    def __init__(self, at: int, times: int = 1):
+        self.at, self.times, self.after = at, times, 0
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step + 1 == self.at:
+            for _ in range(self.times):
+                os.kill(os.getpid(), signal.SIGINT)
+                self.after += 1
+
+
+def test_ctrl_c_saves_and_reaches_the_caller(whole, build, make_trainer, tmp_path, caplog):
+    interrupt = Interrupt(5)
+    trainer = make_trainer(
+        build("vit", dropout=0.2), output_dir=str(tmp_path / "run"), callbacks=[interrupt], **OPTIONS
+    )
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler and trainer.state.global_step == 5
+    last = tmp_path / "run" / "checkpoint-5"  # which would not have been saved
+    assert get_last_checkpoint(tmp_path / "run") == str(last) and damage(last) is None
+    assert f"SIGINT: training ended after step 5; the last checkpoint is intact: {last}" in caplog.text
+    assert trainer.evaluate()["eval_loss"] > 0  # the model that was left can be looked at
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    assert_resumes_to(whole, tmp_path / "copy", build, make_trainer)
+    interrupt.at = 0
+    trainer.train(resume_from_checkpoint=True)  # the same trainer goes on, as in a notebook
+    trainer.save_model(str(tmp_path / "end"))
+    found, expected = load_file(tmp_path / "end" / "model.safetensors"), load_file(whole / "model.safetensors")
+    assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+
+
+@pytest.mark.parametrize(("times", "options", "after"), [(2, {}, 1), (1, {"save_strategy": "no"}, 0)])
+def test_ctrl_c_ends_at_once(times, options, after, build, make_trainer, tmp_path):
+    """The second one, and the first where nothing would be saved."""
+    interrupt = Interrupt(5, times)
+    trainer = make_trainer(build("vit"), output_dir=str(tmp_path / "run"), callbacks=[interrupt], **OPTIONS | options)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert interrupt.after == after and trainer.state.global_step == 4
+    last = get_last_checkpoint(tmp_path / "run")
+    assert last == (None if options else str(tmp_path / "run" / "checkpoint-4"))
+
+
+def test_a_handler_of_the_users_for_ctrl_c_stays(build, make_trainer):
+    received = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: received.append(number))
+    try:
+        trainer = make_trainer(build("vit"), callbacks=[Interrupt(1, 2)], max_steps=2)
+        trainer.train()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert received == [signal.SIGINT] * 2 and trainer.state.global_step == 2
+
+
+def test_ctrl_c_in_another_thread_is_not_ours(build, make_trainer):
+    seen = []
+    trainer = make_trainer(build("vit"), max_steps=1)
+    trainer.add_callback(Watch(lambda: seen.append(signal.getsignal(signal.SIGINT))))
+    thread = threading.Thread(target=trainer.train)
+    thread.start()
+    thread.join(60)
+    assert seen == [signal.default_int_handler] and trainer.state.global_step == 1
+
+
+class Watch(TrainerCallback):
+    def __init__(self, look):
+        self.look = look
+
+    def on_step_end(self, *args, **kwargs):
+        self.look()
+
+
+def test_ctrl_c_ends_a_recipe_with_status_130(tmp_path):
+    recipe = Recipe(tmp_path / "run", **RECIPE | LATENT | {"eval_steps": 100, "save_steps": 100, "max_steps": 100_000})
+    process, deadline = recipe.start(), time.monotonic() + 120
+    while "'loss'" not in (recipe.log.read_text() if recipe.log.exists() else "") and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGINT)
+    process.join(60)
+    log = recipe.log.read_text()
+    assert process.exitcode == 130 and "Traceback" not in log, log[-4000:]
+    assert recipe.last_step() > 0 and damage(get_last_checkpoint(recipe.folder)) is None
+    assert log.count("SIGINT: training ended") == 1 and "--resume true" in log and "Again: end at once" in log
 
 
 def test_saving_in_the_middle_of_a_step_is_refused(make_config):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from tscnc_hf.training.config import TSCNCConfig
 from tscnc_hf.training.parser import ConfigParser
+from tscnc_hf.training.termination import INTERRUPTED_STATUS
 
 
 DECODE = {"auto": "auto", "once": True, "as-read": False}  # as `in_memory` of load_image_data
@@ -104,6 +105,15 @@ def one_line_errors() -> Iterator[None]:
         yield
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Inside, Ctrl-C ends the process with status 130, without a traceback; a trainer has saved what it could."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise SystemExit(INTERRUPTED_STATUS) from None
 
 
 def load_data(arguments: DataArguments, seed: int):

@@ -23,7 +23,7 @@ from tscnc_hf.training.checkpoints import (
 )
 from tscnc_hf.training.sharding import check_optimizer_layout, save_sharded_optimizer
 from tscnc_hf.training.storage import check_writable, make_folder, writing
-from tscnc_hf.training.termination import EXIT_STATUS, Termination
+from tscnc_hf.training.termination import Termination
 
 
 logger = logging.get_logger(__name__)
@@ -110,8 +110,9 @@ class SurvivingTrainer(Trainer):
         """
         As `Trainer.train`. `resume_from_checkpoint=True` goes on from the last checkpoint that is whole.
 
-        While it trains, SIGTERM ends the process with status 143: a single process first ends its step and saves a
-        checkpoint (if it saves any, and has not begun to evaluate), several leave the last one whole.
+        While it trains, SIGTERM ends the process with status 143, and Ctrl-C ends training with `KeyboardInterrupt`: a
+        single process first ends its step and saves a checkpoint (if it saves any, and has not begun to evaluate),
+        several leave the last one whole. A second signal ends at once.
 
         Raises:
             ValueError: no whole checkpoint to go on from.
@@ -132,13 +133,17 @@ class SurvivingTrainer(Trainer):
                 if self.termination.requested:  # as training ended
                     self.termination.end()
                 return output
-        except SystemExit as error:
-            if error.code == EXIT_STATUS and self.is_world_process_zero():
-                logger.warning(
-                    f"SIGTERM: training ended after step {self.state.global_step}; {whole_checkpoint_text(folder)}. "
-                    "Go on with resume_from_checkpoint=True (--resume true)"
-                )
+        except (SystemExit, KeyboardInterrupt):
+            if self.termination.ended_by is not None:
+                self.is_in_train = False
+                if self.is_world_process_zero():
+                    logger.warning(
+                        f"{self.termination.ended_by.name}: training ended after step {self.state.global_step}; "
+                        f"{whole_checkpoint_text(folder)}. Go on with resume_from_checkpoint=True (--resume true)"
+                    )
             raise
+        finally:
+            self.termination = Termination(can_wait=False)  # evaluating the model that was left does not end again
 
     def _last_checkpoint(self) -> str:
         """The last whole checkpoint of the output folder; those that it passes over are named."""
