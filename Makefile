@@ -12,6 +12,7 @@ PEER_PACKAGES := torchattacks==3.5.1 foolbox==3.3.4 eagerpy==0.30.0 GitPython gi
 	bench-pruning bench-training bench-inputs clean
 
 demo: $(STAMP)
+	rm -rf outputs/vit-digits-demo/checkpoint-* outputs/vit-digits-demo-dense-twin/checkpoint-*  # of a demo before
 	$(BIN)/python recipes/vit_cifar10.py --config recipes/configs/vit_digits_demo.yaml
 
 test: $(STAMP)

@@ -25,6 +25,10 @@ FILE_LIST = "checkpoint_files.json"
 REPLACED, REMOVED = "replaced-", "removed-"
 
 
+class ResumeError(ValueError):
+    """A run that can not go on, or begin, from what lies there. The message says why in one line, and what to do."""
+
+
 def unfinished_folder(run_folder: str | os.PathLike) -> Path:
     """Where checkpoints of a run are written before they get their name."""
     return Path(run_folder) / UNFINISHED
@@ -91,6 +95,19 @@ def damage(checkpoint: str | os.PathLike) -> str | None:
     sizes = {name: (folder / name).stat().st_size if (folder / name).is_file() else None for name, _ in files}
     wrong = [f"{name} is {'missing' if sizes[name] is None else 'cut off'}" for name, n in files if sizes[name] != n]
     return ", ".join(wrong) or None
+
+
+def others_text(run_folder: str | os.PathLike) -> str | None:
+    """Why a new run can not begin in a folder: what checkpoints an earlier one left there. None if there are none."""
+    names = [path.name for path in checkpoints(run_folder)]
+    if not names:
+        return None
+    found = names[0] if len(names) == 1 else f"{len(names)} checkpoints, up to {names[0]},"
+    return (
+        f"{run_folder} holds {found} of an earlier run: those of a new one would be mixed with them, and the "
+        "latest step would be taken for the last one. Go on with the earlier run (resume_from_checkpoint=True, "
+        f"--resume true), use another output_dir, or remove {os.path.join(run_folder, PREFIX_CHECKPOINT_DIR)}-*"
+    )
 
 
 def last_whole_checkpoint(run_folder: str | os.PathLike) -> Path | None:

@@ -6,17 +6,20 @@ import os
 import shutil
 from pathlib import Path
 
+from accelerate.utils import broadcast_object_list
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 from transformers.utils import logging
 
 from tscnc_hf.training.checkpoints import (
+    ResumeError,
     checkpoints,
     clear_unfinished,
     damage,
     finish_checkpoint,
     last_whole_checkpoint,
+    others_text,
     rotate,
     unfinished_folder,
     whole_checkpoint_text,
@@ -36,6 +39,7 @@ class SurvivingTrainer(Trainer):
         if args.should_save:
             make_folder(args.output_dir)
         self._unfinished: Path | None = None  # while a checkpoint is being written: where
+        self._wrote_here = False  # a checkpoint: from then on those of the folder are this trainer's
         self.termination = Termination(can_wait=False)
         super().__init__(model, args, **kwargs)
 
@@ -78,6 +82,7 @@ class SurvivingTrainer(Trainer):
                 self._unfinished = None
                 shutil.rmtree(unfinished_folder(run_folder), ignore_errors=True)  # half of it would fill the disk
                 raise
+        self._wrote_here = True
         if args.push_to_hub:
             self._push_from_checkpoint(final)
         if args.should_save:
@@ -115,7 +120,8 @@ class SurvivingTrainer(Trainer):
         several leave the last one whole. A second signal ends at once.
 
         Raises:
-            ValueError: no whole checkpoint to go on from.
+            ResumeError: a `ValueError`; no whole checkpoint to go on from, one of a run with other options, or a new
+                run among the checkpoints of another.
             StorageError: something could not be written; the last checkpoint is whole.
         """
         folder = self.args.output_dir
@@ -124,6 +130,7 @@ class SurvivingTrainer(Trainer):
             if self.args.local_process_index == 0:
                 clear_unfinished(folder)
         self.accelerator.wait_for_everyone()
+        self._refuse_others(resume_from_checkpoint)
         if resume_from_checkpoint is True:
             resume_from_checkpoint = self._last_checkpoint()
         self.termination = Termination(self.args.world_size == 1 and self.args.save_strategy != SaveStrategy.NO)
@@ -145,6 +152,21 @@ class SurvivingTrainer(Trainer):
         finally:
             self.termination = Termination(can_wait=False)  # evaluating the model that was left does not end again
 
+    def _refuse_others(self, resume_from_checkpoint: str | bool | None) -> None:
+        """
+        A run that does not go on in this folder may not begin where another one left checkpoints. The first process
+        looks, so that all decide alike.
+        """
+        if resume_from_checkpoint is True or self._wrote_here:
+            return
+        folder, text = self.args.output_dir, None
+        if self.is_world_process_zero():
+            source = Path(resume_from_checkpoint).resolve().parent if resume_from_checkpoint else None
+            text = None if source == Path(folder).resolve() else others_text(folder)
+        (text,) = broadcast_object_list([text])
+        if text is not None:
+            raise ResumeError(text)
+
     def _last_checkpoint(self) -> str:
         """The last whole checkpoint of the output folder; those that it passes over are named."""
         folder = self.args.output_dir
@@ -154,7 +176,7 @@ class SurvivingTrainer(Trainer):
                 break
             skipped.append(f"{checkpoint}: {damage(checkpoint)}")
         if last is None:
-            raise ValueError(
+            raise ResumeError(
                 f"{folder} has no whole checkpoint to resume from{''.join(f'; {text}' for text in skipped)}. Name "
                 "one elsewhere, or start anew"
             )
