@@ -9,6 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Trainer
 
+from tscnc_hf.training.checkpoints import FILE_LIST
+from tscnc_hf.training.resuming import OPTIONS_FILE, check_options
 from tscnc_hf.training.saving import load_method_state
 from tscnc_hf.training.trainer import TSCNCTrainer
 
@@ -115,8 +117,114 @@ def test_a_cut_with_gates_and_a_best_model(kind, build, make_trainer, tmp_path):
     assert differing(whole, resumed) == []
     assert curves(resumed, 8) == curves(whole, 8)
     plain = make_trainer(build(kind), output_dir=str(tmp_path / "plain"), **OPTIONS)
+    with pytest.raises(ValueError, match=r"tsc_weight=0.01 \(now 1e-05\), tsc_on='gates' \(now 'weights'\)"):
+        plain.train(resume_from_checkpoint=str(checkpoint))
+    forget_options(checkpoint)
     with pytest.raises(ValueError, match="resume with the tsc_on and gate_layers"):
         plain.train(resume_from_checkpoint=str(checkpoint))
+
+
+def forget_options(checkpoint: Path) -> None:
+    """Make it one of an earlier version, which did not keep options."""
+    (checkpoint / OPTIONS_FILE).unlink()
+    listed = json.loads((checkpoint / FILE_LIST).read_text())
+    del listed["files"][OPTIONS_FILE]  # it is one of the files that make it whole
+    (checkpoint / FILE_LIST).write_text(json.dumps(listed))
+
+
+@pytest.fixture(scope="module")
+def short_run(tmp_path_factory):
+    """The folder that `finished` fills; not to be changed."""
+    return tmp_path_factory.mktemp("short")
+
+
+SHORT = {"num_train_epochs": 2, "save_strategy": "epoch"}
+
+
+@pytest.fixture
+def finished(short_run, build, make_trainer) -> Path:
+    """The last checkpoint of a run in which nothing is left to train."""
+    if not (short_run / "checkpoint-8").exists():
+        run(make_trainer, build("vit"), short_run, **SHORT)
+    return short_run / "checkpoint-8"
+
+
+@pytest.mark.parametrize("step", [4, 8])
+def test_other_options_than_those_of_the_checkpoint_are_named(step, finished, build, make_trainer, tmp_path):
+    other = {"epsilon": 0.2, "target_sparsity": 0.5, "seed": 3, "adam_beta1": 0.8}
+    trainer = make_trainer(build("vit", seed=1), output_dir=str(tmp_path / "other"), **OPTIONS | SHORT | other)
+    before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    checkpoint = finished.with_name(f"checkpoint-{step}")
+    with pytest.raises(ValueError) as refused:
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+    message = str(refused.value)
+    for text in ("epsilon=0.1 (now 0.2)", "target_sparsity=0.9 (now 0.5)", "seed=42 (now 3)", "beta1=0.9 (now 0.8)"):
+        assert text in message
+    assert message.startswith(f"{checkpoint} was trained with") and message.count("(now") == 4 and "\n" not in message
+    assert all(torch.equal(before[name], tensor) for name, tensor in trainer.model.state_dict().items())
+
+
+def test_options_kept_are_those_of_the_run_and_one_of_the_files(finished, make_config, tmp_path):
+    listed = json.loads((finished / FILE_LIST).read_text())["files"]
+    assert listed[OPTIONS_FILE] == (finished / OPTIONS_FILE).stat().st_size
+    kept = json.loads((finished / OPTIONS_FILE).read_text())
+    assert (kept["optim"], kept["pruning_interval"], kept["num_train_epochs"]) == ("adamw_torch", 3, 2)
+    folder = shutil.copytree(finished, tmp_path / "checkpoint-8")
+    cut = kept | {"an_option_of_the_past": 1}
+    del cut["tsc_weight"]  # as if it were new: it was as it is by default, then
+    (folder / OPTIONS_FILE).write_text(json.dumps(cut))
+    check_options(folder, make_config(**OPTIONS | SHORT | {"tsc_weight": 0.0}))
+    with pytest.raises(ValueError, match=r"trained with tsc_weight=0.0 \(now 1e-05\): go on"):
+        check_options(folder, make_config(**OPTIONS | SHORT))
+    (folder / OPTIONS_FILE).write_text("[1")
+    with pytest.raises(ValueError, match="tscnc_options.json is damaged"):
+        check_options(folder, make_config(**OPTIONS | SHORT))
+
+
+def test_a_checkpoint_that_does_not_say_its_options_goes_on(finished, build, make_trainer, tmp_path):
+    checkpoint = shutil.copytree(finished.with_name("checkpoint-4"), tmp_path / "old" / "checkpoint-4")
+    forget_options(checkpoint)
+    trainer = run(make_trainer, build("vit", seed=1), tmp_path / "on", checkpoint, **SHORT)
+    assert trainer.state.global_step == 8
+
+
+def test_training_may_get_longer_but_not_shorter_than_it_was(finished, build, make_trainer, tmp_path, caplog):
+    trainer = run(make_trainer, build("vit"), tmp_path / "longer", finished, **SHORT | {"num_train_epochs": 3})
+    assert trainer.state.global_step == 12 and trainer.pruner.pruned_count == trainer.pruner.target_count(0.9)
+    assert "The run was to have 8 steps and now has 12" in caplog.text
+    with pytest.raises(ValueError, match="the checkpoint has 8 steps and training would end after 4"):
+        run(make_trainer, build("vit"), tmp_path / "shorter", finished, **SHORT | {"num_train_epochs": 1})
+
+
+# ---- a folder that holds another run ----
+
+
+def test_a_new_run_among_the_checkpoints_of_another_is_refused(finished, build, make_trainer, tmp_path):
+    folder = shutil.copytree(finished.parent, tmp_path / "run")
+    trainer = make_trainer(build("vit"), output_dir=str(folder), **OPTIONS | SHORT)
+    elsewhere = str(finished.with_name("checkpoint-4"))
+    for resume in (None, False, elsewhere):
+        with pytest.raises(ValueError, match="2 checkpoints, up to checkpoint-8, of an earlier run") as refused:
+            trainer.train(resume_from_checkpoint=resume)
+        assert trainer.state.global_step == 0 and "\n" not in str(refused.value)
+        for way in ("resume_from_checkpoint=True", "--resume true", "another output_dir", f"{folder}/checkpoint-*"):
+            assert way in str(refused.value)
+    trainer.train(resume_from_checkpoint=str(folder / "checkpoint-4"))
+    assert trainer.state.global_step == 8
+
+
+def test_the_same_trainer_may_train_twice_and_another_may_not(build, make_trainer, tmp_path):
+    trainer = run(make_trainer, build("vit"), tmp_path / "run", **SHORT)
+    trainer.train()
+    assert trainer.state.global_step == 8
+    with pytest.raises(ValueError, match="of an earlier run"):
+        run(make_trainer, build("vit"), tmp_path / "run", **SHORT)
+    shutil.rmtree(tmp_path / "run" / "checkpoint-4")
+    other = make_trainer(build("vit"), output_dir=str(tmp_path / "run"), **OPTIONS | SHORT | {"seed": 1})
+    with pytest.raises(ValueError, match="seed=42"):
+        other.train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match="holds checkpoint-8 of an earlier run"):  # still not its own
+        other.train()
 
 
 def test_another_start_gives_another_end(build, make_trainer, tmp_path):
@@ -163,7 +271,7 @@ def test_an_incomplete_checkpoint_is_refused(name, change, error, message, build
 
 def test_the_checkpoint_of_another_architecture_is_refused(build, make_trainer, tmp_path):
     run(make_trainer, build("resnet"), tmp_path / "run", num_train_epochs=1, save_strategy="epoch", pruning_interval=1)
-    trainer = make_trainer(build("vit"), **OPTIONS)
+    trainer = make_trainer(build("vit"), **OPTIONS | {"pruning_interval": 1})
     before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
     with pytest.raises(ValueError, match="does not fit the ViTForImageClassification"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from transformers import TrainerCallback
+from transformers.utils import logging
 
 from tscnc_hf.method.averaging import WeightAverage
 from tscnc_hf.method.gates import clamp_gates_
 from tscnc_hf.training.gradual import before_optimizer_step, prune_after_step, schedule_steps, start_pruning
-from tscnc_hf.training.resuming import check_batch
+from tscnc_hf.training.resuming import check_batch, check_length
+
+
+logger = logging.get_logger(__name__)
 
 
 class MethodCallback(TrainerCallback):
@@ -19,6 +23,10 @@ class MethodCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
         if state.global_step > 0 and hasattr(train_dataloader, "__len__"):
             check_batch(state.global_step, state.epoch, -(-len(train_dataloader) // args.gradient_accumulation_steps))
+        if state.global_step > 0:
+            text = check_length(state.global_step, state.max_steps, self.trainer.steps_planned)
+            if text and state.is_world_process_zero:
+                logger.warning(text)
         if args.target_sparsity > 0:
             schedule_steps(args, state.max_steps)
         self.trainer.clear_terms()

@@ -27,9 +27,10 @@ from tscnc_hf.method.averaging import WeightAverage
 from tscnc_hf.method.gates import detached_gates, folded_gates, gate_report
 from tscnc_hf.method.pruning import Pruner
 from tscnc_hf.method.sharding import is_sharded, reshard_
-from tscnc_hf.training.checkpoints import FILE_LIST, damage
+from tscnc_hf.training.checkpoints import FILE_LIST, ResumeError, damage
 from tscnc_hf.training.checks import check_finite_weights
 from tscnc_hf.training.results import as_published, measure
+from tscnc_hf.training.resuming import check_options, steps_planned, write_options
 from tscnc_hf.training.saving import (
     failed_pushes,
     load_method_state,
@@ -64,6 +65,7 @@ class PublishingTrainer(SurvivingTrainer):
         self.test_results: dict | None = None
         self.card_options: dict = {}
         self.average: WeightAverage | None = None  # while training with ema_decay
+        self.steps_planned: int | None = None  # of the run that was resumed, when its checkpoint was written
 
     def averaged(self):
         """Inside, the model is the average of its weights, where there is one: what is evaluated and published."""
@@ -115,6 +117,7 @@ class PublishingTrainer(SurvivingTrainer):
             state = method_state(self.model, self.pruner, self.tsc_scales, self.average)
             if self.args.should_save:
                 save_state(state, folder / STATE_FILE)
+                write_options(self.args, folder)
         else:
             with self.writing("The card and the results", published):
                 if self.args.should_save and self.test_results is not None:
@@ -124,16 +127,18 @@ class PublishingTrainer(SurvivingTrainer):
                 self._write_card(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        check_options(resume_from_checkpoint, self.args)
         # upstream loads by the names on disk, which are not those in memory for ViT and others, and only warns
         reshard_(self.model)
         with detached_gates(self.model):
             load_weights(self.model, resume_from_checkpoint)
+        self.steps_planned = steps_planned(resume_from_checkpoint)
         self.average = WeightAverage(self.model, self.args.ema_decay) if self.args.ema_decay > 0 else None
         self.tsc_scales = load_method_state(resume_from_checkpoint, self.model, self.pruner, self.average)
         listed = os.path.exists(os.path.join(resume_from_checkpoint, FILE_LIST))
         if listed and (what := damage(resume_from_checkpoint)):
             # upstream goes on without an optimizer or generators that are not there
-            raise ValueError(f"{resume_from_checkpoint} is not whole: {what}. Resume from another checkpoint")
+            raise ResumeError(f"{resume_from_checkpoint} is not whole: {what}. Resume from another checkpoint")
 
     def _load_best_model(self):
         self._load_from_checkpoint(self.state.best_model_checkpoint)
