@@ -19,7 +19,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 
 from tscnc_hf.training.parser import json_option
-from tscnc_hf.training.recipe import interruptible, load_data, parse, set_cpu_threads
+from tscnc_hf.training.recipe import interruptible, load_data, parse, resume_point, set_cpu_threads
 
 
 @dataclass
@@ -148,6 +148,8 @@ def main(args: list[str] | None = None) -> None:
     config, data_arguments, arguments = options = parse(AblationArguments, args)
     if config.world_size > 1:
         raise SystemExit("error: each cell is one process; run several beside each other with --workers")
+    if resume_point(config, data_arguments) not in (True, False):
+        raise SystemExit("error: each cell goes on from its own checkpoint: leave resume_from_checkpoint out")
 
     from tscnc_hf.training.ablation import Results, differences
     from tscnc_hf.training.ablation import grid as grid_of

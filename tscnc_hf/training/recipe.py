@@ -44,7 +44,8 @@ class DataArguments:
         cpu_threads (`int`, *optional*): threads on a CPU. By default a single process has all cores: `accelerate
             launch` gives it one, which makes training half as fast or worse.
         resume (`bool`, *optional*, defaults to `False`): go on from the last whole checkpoint in the output folder;
-            from the beginning where there is none yet.
+            from the beginning where there is none yet. `resume_from_checkpoint` (of `TrainingArguments`) names a
+            checkpoint to go on from instead, or is "true", which is the same as this.
     """
 
     dataset: str = field(default="uoft-cs/cifar10", metadata={"help": 'Hub id, local folder, or "digits".'})
@@ -83,7 +84,30 @@ class DataArguments:
 
 def parse(model_arguments: type, args: list[str] | None = None) -> tuple[TSCNCConfig, DataArguments, object]:
     """The options of a recipe, from `--config` and the command line."""
-    return ConfigParser([TSCNCConfig, DataArguments, model_arguments]).parse(args)
+    parsed = ConfigParser([TSCNCConfig, DataArguments, model_arguments]).parse(args)
+    with one_line_errors():
+        resume_point(*parsed[:2])  # a wrong one ends here, before data is read
+    return parsed
+
+
+def resume_point(config: TSCNCConfig, arguments: DataArguments) -> str | bool:
+    """
+    What to go on from: the folder that `resume_from_checkpoint` names, else whether `resume` or it asks for the last.
+
+    Raises:
+        ResumeError: the folder is not there, or is no checkpoint.
+    """
+    from transformers.trainer import TRAINER_STATE_NAME
+
+    from tscnc_hf.training.checkpoints import ResumeError
+
+    named = config.resume_from_checkpoint
+    if named is None or str(named).lower() in ("", "true", "false"):
+        return arguments.resume or str(named).lower() == "true"
+    if not (Path(named) / TRAINER_STATE_NAME).is_file():
+        what = "is no checkpoint of a training run" if Path(named).is_dir() else "does not exist"
+        raise ResumeError(f"resume_from_checkpoint={named} {what}: name a folder such as <output_dir>/checkpoint-100")
+    return named
 
 
 def set_cpu_threads(config: TSCNCConfig, threads: int | None) -> None:
@@ -142,8 +166,8 @@ def load_data(arguments: DataArguments, seed: int):
     return data
 
 
-def train(config: TSCNCConfig, model, processor, data, resume: bool = False):
-    """Train and return the trainer."""
+def train(config: TSCNCConfig, model, processor, data, resume: str | bool = False):
+    """Train and return the trainer. `resume`: a checkpoint, or whether to go on from the last in the output folder."""
     from transformers.utils.logging import disable_progress_bar
 
     from tscnc_hf.training.checkpoints import checkpoints
@@ -167,10 +191,10 @@ def train(config: TSCNCConfig, model, processor, data, resume: bool = False):
         f"TSC {config.tsc_weight:g}, CNC {config.cnc_weight:g}; {parameters:,} parameters",
         flush=True,
     )
-    if resume and not checkpoints(config.output_dir):  # cut off before the first, or a twin that was not reached
+    if resume is True and not checkpoints(config.output_dir):  # cut off before the first, or a twin that is to come
         print(f"No checkpoint in {config.output_dir} yet: training from the beginning", flush=True)
         resume = False
-    trainer.train(resume_from_checkpoint=True if resume else None)
+    trainer.train(resume_from_checkpoint=resume or None)
     return trainer
 
 
@@ -206,19 +230,23 @@ def run(config: TSCNCConfig, arguments: DataArguments, build: Callable[[], tuple
     """Train what `build()` gives (model, image processor), after a dense twin if asked for, and `finish` it."""
     from transformers import set_seed
 
+    from tscnc_hf.training.checkpoints import ResumeError, others_text
     from tscnc_hf.training.storage import StorageError
 
-    def train_one(config: TSCNCConfig):
+    def train_one(config: TSCNCConfig, resume: str | bool):
         set_seed(config.seed)  # the twin starts from the same weights
-        return train(config, *build(), data, arguments.resume)
+        return train(config, *build(), data, resume)
 
     dense = None
     try:
+        resume = resume_point(config, arguments)
         if arguments.compare_dense:
-            dense = train_one(dense_twin(config)).test(data.test, arguments.test_attacks)
-        trainer = train_one(config)
+            if not resume and (text := others_text(config.output_dir)):
+                raise ResumeError(text)  # before the twin is trained, not after
+            dense = train_one(dense_twin(config), bool(resume)).test(data.test, arguments.test_attacks)
+        trainer = train_one(config, resume)
         finish(trainer, data, arguments, dense)
-    except StorageError as error:  # one line says it all
+    except (StorageError, ResumeError) as error:  # one line says it all
         raise SystemExit(f"error: {error}") from None
     trainer.end()
 
