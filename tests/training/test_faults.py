@@ -27,6 +27,7 @@ from recipes import vit_cifar10
 from tests.killed_runs import Recipe
 from tscnc_hf.training.checkpoints import clear_unfinished, damage, finish_checkpoint, unfinished_folder
 from tscnc_hf.training.storage import StorageError, writing
+from tscnc_hf.training.termination import Termination
 from tscnc_hf.training.trainer import TSCNCTrainer
 
 
@@ -434,6 +435,17 @@ def test_a_handler_of_the_users_for_ctrl_c_stays(build, make_trainer):
     finally:
         signal.signal(signal.SIGINT, before)
     assert received == [signal.SIGINT] * 2 and trainer.state.global_step == 2
+
+
+def test_ctrl_c_leaves_a_forked_worker_alone(capfd):
+    """It has the handler of the process that trains, and a terminal sends Ctrl-C to both."""
+    with Termination(can_wait=True).watching():
+        worker = os.fork()
+        if worker == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+            os._exit(7)
+        assert os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1]) == 7
+    assert "Ctrl-C" not in capfd.readouterr().err
 
 
 def test_ctrl_c_in_another_thread_is_not_ours(build, make_trainer):

@@ -23,7 +23,7 @@ class Termination:
     """
 
     def __init__(self, can_wait: bool):
-        self.can_wait = can_wait
+        self.can_wait, self._process = can_wait, os.getpid()
         self.requested: signal.Signals | None = None
         self.ended_by: signal.Signals | None = None
 
@@ -44,7 +44,8 @@ class Termination:
         if self.requested or not self.can_wait:
             self.end(number)
         self.requested = signal.Signals(number)
-        if number == signal.SIGINT:
+        # Workers that read data are forked with this handler, and Ctrl-C reaches them too: they go on, without a word.
+        if number == signal.SIGINT and os.getpid() == self._process:
             os.write(2, ON_INTERRUPT)  # print may be in the middle of a line of its own
 
     def end(self, number: int | None = None) -> None:
