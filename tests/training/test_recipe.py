@@ -128,6 +128,26 @@ def test_checkpoints_of_an_earlier_run_end_a_recipe_before_its_twin_is_trained(s
     assert begun == [] and message.startswith("error: ") and "checkpoint-4 of an earlier run" in message
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--pruning_layer_floor", "0.5", "--target_sparsity", "0.95"], "a sparsity of 0.9"),
+        (["--pruning_exclude", "nosuch"], "pruning_exclude names 'nosuch'"),
+        (["--patch_size", "3"], "patch_size=3 does not divide the image size 8"),
+        (["--num_hidden_layers", "0"], "num_hidden_layers=0: give 1 or more"),
+    ],
+)
+def test_wrong_options_end_a_recipe_before_its_twin_is_trained(options, message, start):
+    begun, said = start("--compare_dense", "true", *options)
+    assert begun == [] and said.startswith(f"error: {message}") and "\n" not in said
+
+
+def test_a_run_too_short_for_its_schedule_ends_with_one_line(monkeypatch, start):
+    monkeypatch.undo()
+    said = start("--target_sparsity", "0.9", "--max_steps", "5")[1]
+    assert said.startswith("error: training has 5 optimizer steps") and "\n" not in said
+
+
 def test_an_ablation_takes_no_checkpoint(tmp_path):
     with pytest.raises(SystemExit, match="leave resume_from_checkpoint out"):
         ablation.main(["--dataset", "digits", "--resume_from_checkpoint", checkpoint(tmp_path)])

@@ -262,7 +262,8 @@ def test_one_batch_of_16_equals_two_of_8(kind, train, steps, build, make_trainer
 @pytest.mark.parametrize("kind", ["vit", "resnet", "convnext"])
 def test_only_weights_of_layers_decay(kind, build, make_trainer):
     model, processor = build(kind)
-    trainer = make_trainer((model, processor), weight_decay=0.3, pruning_exclude=["classifier"])
+    head = "fc" if kind == "resnet" else "classifier"
+    trainer = make_trainer((model, processor), weight_decay=0.3, pruning_exclude=[head])
     optimizer = trainer.create_optimizer()
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     names = dict(model.named_parameters())

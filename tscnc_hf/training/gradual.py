@@ -15,6 +15,10 @@ from tscnc_hf.method.unit_allocation import unit_allocation
 from tscnc_hf.training.config import UNITS, TSCNCConfig, pattern
 
 
+class ScheduleError(ValueError):
+    """A run too short for its pruning schedule: known only when the steps of training are."""
+
+
 def with_dense_ends(model: nn.Module, args: TSCNCConfig) -> TSCNCConfig:
     """The options with the names of the first and the last weight among `pruning_exclude`, where they stay dense."""
     names = [record.name for record in weight_matrices(model)]
@@ -74,12 +78,12 @@ def schedule_steps(args: TSCNCConfig, max_steps: int) -> tuple[int, int]:
     First and last optimizer step (counted from 1) of the pruning schedule.
 
     Raises:
-        ValueError: training is too short for a gradual schedule.
+        ScheduleError: training is too short for a gradual schedule.
     """
     start, end = round(args.pruning_start * max_steps), max(1, round(args.pruning_end * max_steps))
     one_shot = args.pruning_start == args.pruning_end
     if not one_shot and end - start < args.pruning_interval:
-        raise ValueError(
+        raise ScheduleError(
             f"training has {max_steps} optimizer steps, so pruning from {args.pruning_start} to {args.pruning_end} of "
             f"it has {end - start}; it needs at least pruning_interval={args.pruning_interval}. Train longer, widen "
             "the schedule, lower pruning_interval, or prune at once with pruning_start = pruning_end"

@@ -59,8 +59,12 @@ def vit_from_config(
     A `ViTForImageClassification` with fresh weights, and its image processor.
 
     Raises:
-        ValueError: the patch size does not divide the image, or the heads do not divide the hidden size.
+        ValueError: a size below 1; the patch size does not divide the image, or the heads the hidden size.
     """
+    sizes = {"patch_size": patch_size, "hidden_size": hidden_size, "num_hidden_layers": num_hidden_layers}
+    for name, value in (sizes | {"num_attention_heads": num_attention_heads}).items():
+        if value < 1:
+            raise ValueError(f"{name}={value}: give 1 or more")
     height, width = image_size
     if height != width:
         raise ValueError(f"image_size={image_size}: this ViT takes square images; resize them with image_size=")

@@ -127,7 +127,7 @@ def one_line_errors() -> Iterator[None]:
     """Inside, what cannot be used ends the process: the message says what to do, a traceback would hide it."""
     try:
         yield
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:  # the last: a tracker that is not installed
         raise SystemExit(f"error: {error}") from None
 
 
@@ -174,13 +174,14 @@ def train(config: TSCNCConfig, model, processor, data, resume: str | bool = Fals
     from tscnc_hf.training.trainer import TSCNCTrainer
 
     disable_progress_bar()  # of reading and writing files; training keeps its own
-    trainer = TSCNCTrainer(
-        model=model,
-        args=config,
-        train_dataset=data.train,
-        eval_dataset=data.validation,
-        processing_class=processor,
-    )
+    with one_line_errors():
+        trainer = TSCNCTrainer(
+            model=model,
+            args=config,
+            train_dataset=data.train,
+            eval_dataset=data.validation,
+            processing_class=processor,
+        )
     class_names = [str(model.config.id2label[index]) for index in range(model.config.num_labels)]
     trainer.card_options |= {"class_names": class_names, "command": command_line(), "dataset_name": data.name}
     goal = f"to {config.target_sparsity:.1%} sparsity" if config.target_sparsity else "dense"
@@ -231,11 +232,16 @@ def run(config: TSCNCConfig, arguments: DataArguments, build: Callable[[], tuple
     from transformers import set_seed
 
     from tscnc_hf.training.checkpoints import ResumeError, others_text
+    from tscnc_hf.training.gradual import ScheduleError, build_pruner, with_dense_ends
     from tscnc_hf.training.storage import StorageError
 
-    def train_one(config: TSCNCConfig, resume: str | bool):
+    def build_one(config: TSCNCConfig) -> tuple:
         set_seed(config.seed)  # the twin starts from the same weights
-        return train(config, *build(), data, resume)
+        with one_line_errors():
+            return build()
+
+    def train_one(config: TSCNCConfig, resume: str | bool):
+        return train(config, *build_one(config), data, resume)
 
     dense = None
     try:
@@ -243,10 +249,13 @@ def run(config: TSCNCConfig, arguments: DataArguments, build: Callable[[], tuple
         if arguments.compare_dense:
             if not resume and (text := others_text(config.output_dir)):
                 raise ResumeError(text)  # before the twin is trained, not after
+            with one_line_errors():
+                model, _ = build_one(config)
+                build_pruner(model, with_dense_ends(model, config))
             dense = train_one(dense_twin(config), bool(resume)).test(data.test, arguments.test_attacks)
         trainer = train_one(config, resume)
         finish(trainer, data, arguments, dense)
-    except (StorageError, ResumeError) as error:  # one line says it all
+    except (StorageError, ResumeError, ScheduleError) as error:  # one line says it all
         raise SystemExit(f"error: {error}") from None
     trainer.end()
 
