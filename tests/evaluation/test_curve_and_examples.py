@@ -94,7 +94,7 @@ def test_what_has_no_curve(grey, as_they_are):
         adversarial_examples(Brightness(), grey, epsilon=0.1, attack="clean", processing_class=as_they_are)
     with pytest.raises(ValueError, match="epsilon=8 is outside"):
         security_curve(Brightness(), grey, [8], processing_class=as_they_are)
-    with pytest.raises(ValueError, match="a data set of 0 images"):
+    with pytest.raises(ValueError, match="the data set has no images"):
         security_curve(Brightness(), [], [0.1], processing_class=as_they_are)
 
 
