@@ -18,8 +18,8 @@ import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 
-from tscnc_hf.training.parser import json_option
-from tscnc_hf.training.recipe import interruptible, load_data, parse, resume_point, set_cpu_threads
+from tscnc_hf.cli.recipe import interruptible, load_data, parse, resume_point, set_cpu_threads
+from tscnc_hf.training.config import json_option
 
 
 @dataclass
@@ -61,8 +61,8 @@ def make_grid(config, data_arguments, arguments):
     """The `Grid` of the options; data is read here, once a process."""
     from transformers.utils.logging import disable_progress_bar
 
-    from tscnc_hf.training.ablation import Grid
-    from tscnc_hf.training.models import timm_model, vit_from_config
+    from tscnc_hf.artifact.models.loading import timm_model, vit_from_config
+    from tscnc_hf.training.ablation.grid import Grid
 
     disable_progress_bar()
     set_cpu_threads(config, data_arguments.cpu_threads)
@@ -151,8 +151,8 @@ def main(args: list[str] | None = None) -> None:
     if resume_point(config, data_arguments) not in (True, False):
         raise SystemExit("error: each cell goes on from its own checkpoint: leave resume_from_checkpoint out")
 
-    from tscnc_hf.training.ablation import Results, differences
-    from tscnc_hf.training.ablation import grid as grid_of
+    from tscnc_hf.training.ablation.grid import grid as grid_of
+    from tscnc_hf.training.ablation.rows import Results, differences
 
     try:
         cells = grid_of(arguments.arms, arguments.sparsities, arguments.seeds, arguments.pretraining)

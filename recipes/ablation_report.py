@@ -7,7 +7,7 @@ What an ablation found: tables and figures from its rows.
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tscnc_hf.training.parser import ConfigParser
+from tscnc_hf.cli.parser import ConfigParser
 
 
 @dataclass
@@ -27,11 +27,11 @@ class ReportArguments:
 def main(args: list[str] | None = None) -> None:
     (arguments,) = ConfigParser([ReportArguments]).parse(args)
 
-    from tscnc_hf.artifact.ablation_figures import kappa, over_sparsity_figure, own_rows, scatter_figure
-    from tscnc_hf.artifact.atomic import atomic_file
-    from tscnc_hf.artifact.figures import save_figure
-    from tscnc_hf.evaluation.comparison import comparison_markdown
-    from tscnc_hf.training.ablation import read_rows
+    from tscnc_hf.artifact.card.figures import save_figure
+    from tscnc_hf.artifact.files.atomic import atomic_file
+    from tscnc_hf.training.ablation.comparison import comparison_markdown
+    from tscnc_hf.training.ablation.figures import kappa, over_sparsity_figure, own_rows, scatter_figure
+    from tscnc_hf.training.ablation.rows import read_rows
 
     try:
         rows = [row for path in arguments.rows for row in read_rows(path)]

@@ -7,7 +7,7 @@ The robustness of any image classifier: a local folder or a Hub id, dense or pac
 Every option is in `--help`. An evaluation that was cut off goes on when it is started again.
 """
 
-from tscnc_hf.training.evaluating import evaluate_model, parse
+from tscnc_hf.cli.evaluate import evaluate_model, parse
 
 
 def main(args: list[str] | None = None) -> None:

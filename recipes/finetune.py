@@ -11,7 +11,7 @@ gets a new head. Every option is in `--help`; the YAML file sets defaults, the c
 
 from dataclasses import dataclass, field, replace
 
-from tscnc_hf.training.recipe import interruptible, load_data, one_line_errors, parse, run, set_cpu_threads
+from tscnc_hf.cli.recipe import interruptible, load_data, one_line_errors, parse, run, set_cpu_threads
 
 
 @dataclass
@@ -25,7 +25,7 @@ class ModelArguments:
 def main(args: list[str] | None = None) -> None:
     config, data_arguments, model_arguments = parse(ModelArguments, args)
 
-    from tscnc_hf.training.finetuning import checkpoint_format, load_for_finetuning
+    from tscnc_hf.artifact.models.finetuning import checkpoint_format, load_for_finetuning
 
     set_cpu_threads(config, data_arguments.cpu_threads)
     name = model_arguments.model_name_or_path

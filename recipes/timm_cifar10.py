@@ -9,8 +9,8 @@ Every option is in `--help`; the YAML file sets defaults, the command line wins.
 
 from dataclasses import dataclass, field
 
-from tscnc_hf.training.parser import json_option
-from tscnc_hf.training.recipe import interruptible, load_data, parse, run, set_cpu_threads
+from tscnc_hf.cli.recipe import interruptible, load_data, parse, run, set_cpu_threads
+from tscnc_hf.training.config import json_option
 
 
 @dataclass
@@ -31,7 +31,7 @@ class ModelArguments:
 def main(args: list[str] | None = None) -> None:
     config, data_arguments, model_arguments = parse(ModelArguments, args)
 
-    from tscnc_hf.training.models import timm_model
+    from tscnc_hf.artifact.models.loading import timm_model
 
     set_cpu_threads(config, data_arguments.cpu_threads)
     data = load_data(data_arguments, config.seed)

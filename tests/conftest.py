@@ -11,12 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tscnc_hf.method.adversary import pgd, seeded_generator
+from tscnc_hf.method.adversarial.pgd import pgd, seeded_generator
 
 
 # The networks are tiny: more threads only wait for each other, for minutes when another process wants the cores too.
 os.environ["OMP_NUM_THREADS"] = "1"  # of subprocesses
 torch.set_num_threads(1)
+
+pytest_plugins = ["tests.trainers"]  # models of several kinds, and trainers for a few steps
 
 CLASS_NAMES = [str(digit) for digit in range(10)]
 
@@ -28,14 +30,14 @@ def _seed():
 
 @pytest.fixture(scope="session")
 def digits():
-    from tscnc_hf.training.data import load_image_data
+    from tscnc_hf.data.loading import load_image_data
 
     return load_image_data("digits", augmentation="crop")
 
 
 @pytest.fixture
 def tiny_vit():
-    from tscnc_hf.training.models import vit_from_config
+    from tscnc_hf.artifact.models.loading import vit_from_config
 
     return vit_from_config(
         CLASS_NAMES, (8, 8), 3, patch_size=4, hidden_size=32, num_hidden_layers=2, num_attention_heads=2
@@ -44,7 +46,7 @@ def tiny_vit():
 
 @pytest.fixture
 def tiny_resnet():
-    from tscnc_hf.training.models import timm_model
+    from tscnc_hf.artifact.models.loading import timm_model
 
     return timm_model(
         "resnet18", CLASS_NAMES, (8, 8), 3, model_args={"channels": [8, 8, 8, 8], "layers": [1, 1, 1, 1]}

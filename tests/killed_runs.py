@@ -12,7 +12,12 @@ from pathlib import Path
 from recipes import vit_cifar10
 
 
-PRELOADED = ["tests.killed_runs", "tscnc_hf.training.trainer", "tscnc_hf.training.results", "tscnc_hf.artifact.card"]
+PRELOADED = [
+    "tests.killed_runs",
+    "tscnc_hf.training.trainer",
+    "tscnc_hf.evaluation.run",
+    "tscnc_hf.artifact.card.card",
+]
 
 
 class Recipe:

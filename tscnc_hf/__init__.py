@@ -8,15 +8,15 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "TSCNCConfig": "tscnc_hf.training.config",
     "TSCNCTrainer": "tscnc_hf.training.trainer",
-    "evaluate_robustness": "tscnc_hf.evaluation.robustness",
-    "spectral_report": "tscnc_hf.method.spectrum",
-    "sparsity_report": "tscnc_hf.method.sparsity",
-    "load_sparse": "tscnc_hf.artifact.checkpoint",
-    "save_sparse": "tscnc_hf.artifact.checkpoint",
-    "SparseConfig": "tscnc_hf.artifact.quantizer",
-    "slim": "tscnc_hf.artifact.slim",
-    "load_slim": "tscnc_hf.artifact.slim",
-    "flops_report": "tscnc_hf.method.flops",
+    "evaluate_robustness": "tscnc_hf.evaluation.measures.robustness",
+    "spectral_report": "tscnc_hf.method.reports.spectrum",
+    "sparsity_report": "tscnc_hf.method.reports.sparsity",
+    "load_sparse": "tscnc_hf.artifact.models.checkpoint",
+    "save_sparse": "tscnc_hf.artifact.models.checkpoint",
+    "SparseConfig": "tscnc_hf.artifact.models.quantizer",
+    "slim": "tscnc_hf.artifact.models.slim",
+    "load_slim": "tscnc_hf.artifact.models.slim",
+    "flops_report": "tscnc_hf.method.reports.flops",
 }
 __all__ = ["__version__", *_PUBLIC]
 

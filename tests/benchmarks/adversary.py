@@ -27,10 +27,10 @@ from constraints import resnet18, seconds
 from torch import Tensor, nn
 
 from tscnc_hf import TSCNCConfig, TSCNCTrainer
+from tscnc_hf.data.loading import load_image_data
 from tscnc_hf.evaluation.attacks import make_attack
-from tscnc_hf.method.adversary import fgsm_rs, pgd, seeded_generator
-from tscnc_hf.method.pixels import attack_mode
-from tscnc_hf.training.data import load_image_data
+from tscnc_hf.method.adversarial.pgd import fgsm_rs, pgd, seeded_generator
+from tscnc_hf.method.adversarial.pixels import attack_mode
 
 
 STEPS, BETA, RATE = 10, 6.0, 0.01

@@ -21,10 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tscnc_hf.method.adversarial.pixels import attack_mode
 from tscnc_hf.method.constraints import constraint_terms, weight_scales
 from tscnc_hf.method.matrices import weight_matrices
-from tscnc_hf.method.pixels import attack_mode
-from tscnc_hf.method.pruning import Pruner
+from tscnc_hf.method.pruning.pruner import Pruner
 
 
 PRUNING_INTERVAL = 10  # the default of TSCNCConfig

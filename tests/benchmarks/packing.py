@@ -2,11 +2,11 @@
 How small the packed file is, and what it costs to decode: `make bench-packing`.
 
 Models are at their initialisation with the smallest weights of each layer set to zero, float32. Sizes are those of
-safetensors files, headers included, and `limit` is `tscnc_hf.artifact.sizes.storage_limit`. Decoding reads a file and
-ends with dense tensors of its own, every check included; beside it, in the same round, `load_file` and a copy of the
-dense file. Times are ratios to that, medians over rounds with the smallest and the largest; the digest, which is part
-of it, has a line of its own. Every tensor gets its memory fresh from the system, on both sides, as in a process that
-loads one model (MALLOC_MMAP_THRESHOLD_; with 1000000000 memory is reused, and the ratios are larger).
+safetensors files, headers included, and `limit` is `tscnc_hf.artifact.packed.limit.storage_limit`. Decoding reads a
+file and ends with dense tensors of its own, every check included; beside it, in the same round, `load_file` and a
+copy of the dense file. Times are ratios to that, medians over rounds with the smallest and the largest; the digest,
+which is part of it, has a line of its own. Every tensor gets its memory fresh from the system, on both sides, as in a
+process that loads one model (MALLOC_MMAP_THRESHOLD_; with 1000000000 memory is reused, and the ratios are larger).
 Peak memory is what a fresh process needed beyond what it had before it read the file (VmHWM), beside what dense
 tensors and file have together.
 """
@@ -31,9 +31,9 @@ import zstandard
 from constraints import resnet18, vit_small
 from torch import Tensor, nn
 
-from tscnc_hf.artifact.sizes import storage_limit
-from tscnc_hf.artifact.sparse_file import read_sparse_file, tensors_digest, write_sparse_file
-from tscnc_hf.artifact.tensor_file import mapped_tensors
+from tscnc_hf.artifact.files.tensor_file import mapped_tensors, tensors_digest
+from tscnc_hf.artifact.packed.file import read_sparse_file, write_sparse_file
+from tscnc_hf.artifact.packed.limit import storage_limit
 from tscnc_hf.method.matrices import weight_matrices
 
 
@@ -42,7 +42,7 @@ MODELS = {"resnet18": resnet18, "vit_small": vit_small}
 FORMS = {"packed": {}, "packed zstd": {"compression": "zstd"}}
 PEAK = """
 import ctypes, sys, torch
-from tscnc_hf.artifact.sparse_file import read_sparse_file, write_sparse_file
+from tscnc_hf.artifact.packed.file import read_sparse_file, write_sparse_file
 from safetensors.torch import load_file
 def status(key):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) * 1024

@@ -24,10 +24,10 @@ import time
 import torch
 from constraints import MODELS, PRUNING_INTERVAL, attack_step, seconds, training_step
 
-from tscnc_hf.method.allocation import Allocation
 from tscnc_hf.method.matrices import weight_matrices
-from tscnc_hf.method.pruning import Pruner
-from tscnc_hf.method.topk import keep_largest
+from tscnc_hf.method.pruning.allocation import Allocation
+from tscnc_hf.method.pruning.pruner import Pruner
+from tscnc_hf.method.pruning.topk import keep_largest
 
 
 LAYERS = 20

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from tscnc_hf import slim
-from tscnc_hf.method.structures import structure_groups
+from tscnc_hf.method.units.groups import structure_groups
 
 
 GOALS = {2: 0.75, 4: 0.6}  # share of the FLOP ratio at a half and a quarter

@@ -27,15 +27,15 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from tscnc_hf import TSCNCConfig, TSCNCTrainer
-from tscnc_hf.method.adversary import fgsm_rs, kl_pgd
+from tscnc_hf.artifact.models.loading import timm_model, vit_from_config
+from tscnc_hf.data.loading import load_image_data
+from tscnc_hf.method.adversarial.noise import PlacedNoise
+from tscnc_hf.method.adversarial.pgd import fgsm_rs, kl_pgd
+from tscnc_hf.method.adversarial.pixels import attack_mode
 from tscnc_hf.method.constraints import constraint_terms, weight_scales
 from tscnc_hf.method.matrices import weight_matrices
-from tscnc_hf.method.noise import PlacedNoise
-from tscnc_hf.method.pixels import attack_mode
-from tscnc_hf.method.pruning import Pruner
-from tscnc_hf.method.schedule import sparsity_at
-from tscnc_hf.training.data import load_image_data
-from tscnc_hf.training.models import timm_model, vit_from_config
+from tscnc_hf.method.pruning.pruner import Pruner
+from tscnc_hf.method.pruning.schedule import sparsity_at
 
 
 RATE, MOMENTUM, DECAY, CLIP = 0.02, 0.9, 5e-4, 1.0

@@ -18,7 +18,7 @@ from tscnc_hf.method.constraints import (
     weight_scales,
 )
 from tscnc_hf.method.matrices import weight_matrices
-from tscnc_hf.method.pruning import Pruner
+from tscnc_hf.method.pruning.pruner import Pruner
 
 
 def reference_cnc(matrix: torch.Tensor, ridge: float) -> float:

@@ -69,7 +69,7 @@ def test_fused_projections_are_three_matrices():
 def test_transformers_conv1d_is_transposed():
     from transformers.pytorch_utils import Conv1D
 
-    import tscnc_hf.training.models  # noqa: F401  registers it
+    import tscnc_hf.artifact.models.loading  # noqa: F401  registers it
 
     layer = Conv1D(6, 4)  # (nf, nx), weight (nx, nf)
     (record,) = weight_matrices(layer)

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from tscnc_hf.evaluation.attacks import make_attack
-from tscnc_hf.method.adversary import seeded_generator
-from tscnc_hf.method.apgd import apgd
+from tscnc_hf.method.adversarial.apgd import apgd
+from tscnc_hf.method.adversarial.pgd import seeded_generator
 
 
 COUNT = 1000

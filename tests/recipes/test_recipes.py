@@ -16,8 +16,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from tscnc_hf import load_sparse
-from tscnc_hf.training.data import load_image_data
-from tscnc_hf.training.models import logits_fn
+from tscnc_hf.artifact.models.loading import logits_fn
+from tscnc_hf.data.loading import load_image_data
 
 
 ROOT = Path(__file__).parents[2]

@@ -9,9 +9,9 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from tscnc_hf.artifact.rebuilding import rebuild_card
-from tscnc_hf.artifact.repository import open_repository
-from tscnc_hf.training.recipe import command_line
+from tscnc_hf.artifact.repository.recard import rebuild_card
+from tscnc_hf.artifact.repository.repository import open_repository
+from tscnc_hf.cli.recipe import command_line
 
 
 PATTERN = Path(__file__).parent / "model_card_pattern.md"

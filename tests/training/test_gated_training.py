@@ -13,8 +13,8 @@ from transformers import AutoModelForImageClassification
 
 from tscnc_hf import load_sparse
 from tscnc_hf.method.constraints import condition_number_penalty
-from tscnc_hf.method.gates import LIMIT, folded_gates, gate_parameters, gate_report, gated_layers
 from tscnc_hf.method.matrices import weight_matrices
+from tscnc_hf.method.units.gates import LIMIT, folded_gates, gate_parameters, gate_report, gated_layers
 from tscnc_hf.training import trainer as trainer_module
 
 

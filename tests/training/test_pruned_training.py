@@ -10,10 +10,10 @@ import torch
 from transformers import AutoModelForImageClassification
 
 from tscnc_hf import slim
+from tscnc_hf.data.image_datasets import ImageTensorDataset
 from tscnc_hf.method.criteria import register_criterion
 from tscnc_hf.method.matrices import weight_matrices
-from tscnc_hf.training.gradual import before_optimizer_step
-from tscnc_hf.training.image_datasets import ImageTensorDataset
+from tscnc_hf.training.compressor import before_optimizer_step
 
 
 SCHEDULE = {"num_train_epochs": 4, "per_device_train_batch_size": 16, "optim": "adamw_torch", "weight_decay": 0.1}

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 from transformers import AutoModelForImageClassification, EvalPrediction, TrainerCallback
 
-from tscnc_hf.artifact.checkpoint import load_state
-from tscnc_hf.training import attacking
+from tscnc_hf.artifact.models.checkpoint import load_state
+from tscnc_hf.data.image_datasets import ImageTensorDataset
+from tscnc_hf.training import adversary as attacking
 from tscnc_hf.training.config import TSCNCConfig
-from tscnc_hf.training.image_datasets import ImageTensorDataset
 from tscnc_hf.training.metrics import robust_accuracy_metrics
 from tscnc_hf.training.trainer import TSCNCTrainer
 

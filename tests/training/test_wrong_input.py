@@ -8,7 +8,7 @@ from datasets import Dataset
 from torch import nn
 from transformers import TrainingArguments, ViTImageProcessor
 
-from tscnc_hf.training.image_datasets import ImageTensorDataset
+from tscnc_hf.data.image_datasets import ImageTensorDataset
 from tscnc_hf.training.trainer import TSCNCTrainer
 
 

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from tscnc_hf import __version__
-from tscnc_hf.method.adversary import pgd, seeded_generator
-from tscnc_hf.method.apgd import apgd
-from tscnc_hf.method.pixels import LogitsFn
-from tscnc_hf.method.threat import check_norm, random_start
+from tscnc_hf.method.adversarial.apgd import apgd
+from tscnc_hf.method.adversarial.ball import check_norm, random_start
+from tscnc_hf.method.adversarial.pgd import pgd, seeded_generator
+from tscnc_hf.method.adversarial.pixels import LogitsFn
 
 
 KNOWN_ATTACKS = (

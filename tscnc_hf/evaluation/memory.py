@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import TypeVar
 
 import torch
+import torch.distributed as dist
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor
+from tqdm.auto import tqdm
 
 
 Result = TypeVar("Result")
@@ -39,3 +42,9 @@ class InParts:
             return result
 
         return halving(run, min(count, self.limit or count))
+
+
+def announce(text: str, progress: bool = True) -> None:
+    """One line on stderr, where the progress bars are, from the first process only."""
+    if progress and not (dist.is_available() and dist.is_initialized() and dist.get_rank()):
+        tqdm.write(f"{text} ...", file=sys.stderr)

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from tscnc_hf.artifact.atomic import write_json
-from tscnc_hf.method.batches import collate
+from tscnc_hf.artifact.files.atomic import write_json
+from tscnc_hf.data.batches import collate
 
 
 SETTINGS = "evaluation.json"

@@ -1,0 +1,1 @@
+"""The mathematics: pure functions and small modules over torch, nothing of transformers."""

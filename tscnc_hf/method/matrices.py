@@ -10,6 +10,9 @@ from functools import partial
 from torch import Tensor, nn
 
 
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
 logger = logging.getLogger(__name__)
 
 MatrixView = Callable[[nn.Module, Tensor], Tensor]

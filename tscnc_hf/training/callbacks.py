@@ -6,9 +6,9 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from tscnc_hf.method.averaging import WeightAverage
-from tscnc_hf.method.gates import clamp_gates_
-from tscnc_hf.training.gradual import before_optimizer_step, prune_after_step, schedule_steps, start_pruning
-from tscnc_hf.training.resuming import check_batch, check_length
+from tscnc_hf.method.units.gates import clamp_gates_
+from tscnc_hf.training.compressor import before_optimizer_step, prune_after_step, schedule_steps, start_pruning
+from tscnc_hf.training.resume.compatible import check_batch, check_length
 
 
 logger = logging.get_logger(__name__)

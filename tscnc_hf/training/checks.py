@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from tscnc_hf.training.checkpoints import whole_checkpoint_text
-from tscnc_hf.training.data import check_labels
+from tscnc_hf.data.loading import check_labels
+from tscnc_hf.training.resume.checkpoints import whole_checkpoint_text
 
 
 def check_processes(world_size: int) -> None:

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 from accelerate.utils import str_to_bool
 from transformers import TrainingArguments
 
-from tscnc_hf.method.adversary import ADVERSARIES
-from tscnc_hf.method.allocation import SCOPES
+from tscnc_hf.method.adversarial.ball import NORMS
+from tscnc_hf.method.adversarial.objectives import OBJECTIVES
+from tscnc_hf.method.adversarial.pgd import ADVERSARIES
+from tscnc_hf.method.adversarial.pixels import pixel_quantity
 from tscnc_hf.method.constraints import CNC_FORMS
 from tscnc_hf.method.criteria import criterion_names, find_criterion
-from tscnc_hf.method.objectives import OBJECTIVES
-from tscnc_hf.method.pixels import pixel_quantity
-from tscnc_hf.method.schedule import SCHEDULES
-from tscnc_hf.method.structures import KINDS
-from tscnc_hf.method.threat import NORMS
-from tscnc_hf.method.unit_allocation import UNIT_SCOPES
-from tscnc_hf.training.parser import json_option
+from tscnc_hf.method.pruning.allocation import SCOPES
+from tscnc_hf.method.pruning.schedule import SCHEDULES
+from tscnc_hf.method.pruning.unit_allocation import UNIT_SCOPES
+from tscnc_hf.method.units.groups import KINDS
 
 
 UNSTRUCTURED = "unstructured"
@@ -324,3 +325,17 @@ def _check_range(
     if not inside:
         end = "infinity)" if high == float("inf") else f"{high}{')' if high_open else ']'}"
         raise ValueError(f"{name}={value} is outside {'(' if low_open else '['}{low}, {end}")
+
+
+def json_option(name: str, value: Any) -> Any:
+    """The value of an option that is JSON on the command line and may be a map in YAML.
+
+    Raises:
+        ValueError: a text that is not JSON.
+    """
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{name}={value!r} is not JSON: {error}") from error

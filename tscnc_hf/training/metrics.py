@@ -7,8 +7,8 @@ from collections.abc import Callable
 from torch import nn
 from transformers import EvalPrediction
 
-from tscnc_hf.method.gates import folded_gates
-from tscnc_hf.method.spectrum import spectral_report
+from tscnc_hf.method.reports.spectrum import spectral_report
+from tscnc_hf.method.units.gates import folded_gates
 
 
 SPECTRAL_METRICS = ("median_effective_condition_number", "max_effective_condition_number", "rank_deficient")

@@ -17,23 +17,23 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
 
-from tscnc_hf.artifact.atomic import write_json
-from tscnc_hf.artifact.card import write_card
-from tscnc_hf.artifact.checkpoint import save_sparse
-from tscnc_hf.artifact.hub import push_folder
-from tscnc_hf.artifact.narrowed import recorded_widths
-from tscnc_hf.artifact.rebuilding import RUN_FACTS
-from tscnc_hf.artifact.repository import METHOD_FILE, folder_sizes, read_tensors
-from tscnc_hf.artifact.sizes import storage_limit
-from tscnc_hf.artifact.state import STATE_FILE, load_state
-from tscnc_hf.artifact.words import plain
+from tscnc_hf.artifact.card.card import write_card
+from tscnc_hf.artifact.card.words import plain
+from tscnc_hf.artifact.files.atomic import write_json
+from tscnc_hf.artifact.files.state import STATE_FILE, load_state
+from tscnc_hf.artifact.models.checkpoint import save_sparse
+from tscnc_hf.artifact.models.narrowed import recorded_widths
+from tscnc_hf.artifact.packed.limit import storage_limit
+from tscnc_hf.artifact.repository.push import push_folder
+from tscnc_hf.artifact.repository.recard import RUN_FACTS
+from tscnc_hf.artifact.repository.repository import METHOD_FILE, folder_sizes, read_tensors
 from tscnc_hf.method.averaging import WeightAverage
-from tscnc_hf.method.gates import gated_layers
 from tscnc_hf.method.matrices import full_tensor
-from tscnc_hf.method.pruning import Pruner
+from tscnc_hf.method.pruning.pruner import Pruner
+from tscnc_hf.method.reports.sparsity import sparsity_report
+from tscnc_hf.method.reports.spectrum import spectral_report
 from tscnc_hf.method.sharding import copy_whole_
-from tscnc_hf.method.sparsity import sparsity_report
-from tscnc_hf.method.spectrum import spectral_report
+from tscnc_hf.method.units.gates import gated_layers
 from tscnc_hf.training.config import TSCNCConfig
 
 

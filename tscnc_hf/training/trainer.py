@@ -9,9 +9,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from tscnc_hf.method.batches import collate
+from tscnc_hf.data.batches import collate
+from tscnc_hf.method.adversarial.noise import seeded_generator
+from tscnc_hf.method.adversarial.objectives import objective_terms
+from tscnc_hf.method.adversarial.pixels import normalisation
 from tscnc_hf.method.constraints import constraint_terms, weight_scales
-from tscnc_hf.method.gates import (
+from tscnc_hf.method.matrices import weight_matrices
+from tscnc_hf.method.sharding import reshard_
+from tscnc_hf.method.units.gates import (
     attach_gates,
     gate_parameters,
     gate_report,
@@ -19,19 +24,14 @@ from tscnc_hf.method.gates import (
     gated_layers,
     sample_gates,
 )
-from tscnc_hf.method.matrices import weight_matrices
-from tscnc_hf.method.noise import seeded_generator
-from tscnc_hf.method.objectives import objective_terms
-from tscnc_hf.method.pixels import normalisation
-from tscnc_hf.method.sharding import reshard_
-from tscnc_hf.training.attacking import AttackingTrainer
+from tscnc_hf.training.adversary import AttackingTrainer
 from tscnc_hf.training.callbacks import MethodCallback
 from tscnc_hf.training.checks import check_datasets, check_processes, check_terms
+from tscnc_hf.training.compressor import build_pruner, with_dense_ends
 from tscnc_hf.training.config import TSCNCConfig
-from tscnc_hf.training.gradual import build_pruner, with_dense_ends
 from tscnc_hf.training.metrics import robust_accuracy_metrics
-from tscnc_hf.training.resuming import what_differs
-from tscnc_hf.training.sharding import check_sharding
+from tscnc_hf.training.resume.compatible import what_differs
+from tscnc_hf.training.resume.sharding import check_sharding
 
 
 logger = logging.get_logger(__name__)
@@ -81,7 +81,7 @@ class TSCNCTrainer(AttackingTrainer):
             raise ValueError("model_init and compute_loss_func are not supported: pass a model, the method has a loss")
         check_processes(args.world_size)
         if isinstance(model, str):
-            from tscnc_hf.training.models import load_model
+            from tscnc_hf.artifact.models.loading import load_model
 
             model, loaded_processor = load_model(model)
             processing_class = loaded_processor if processing_class is None else processing_class

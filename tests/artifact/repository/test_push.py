@@ -1,0 +1,217 @@
+"""A folder to the Hub and back: one commit, cut off at any point, private, on branches; what travels when loading."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from huggingface_hub import HfApi, ModelCard
+from huggingface_hub.errors import RepositoryNotFoundError
+
+from tscnc_hf import load_sparse
+from tscnc_hf.artifact.models.checkpoint import save_dense, save_sparse
+from tscnc_hf.artifact.repository.push import push_folder
+from tscnc_hf.artifact.repository.recard import publish
+from tscnc_hf.artifact.repository.repository import published_files
+
+
+PACKED = "model.sparse.safetensors"
+REPO = "tester/my-model"
+
+
+@pytest.fixture
+def folder(tmp_path, tiny_vit):
+    """A pruned model, dense and packed, with a card; and beside it what must not be published."""
+    model, processor = tiny_vit
+    prune(model)
+    folder = tmp_path / "my-model"
+    save_dense(model, folder, processor)
+    save_sparse(model, folder)
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n# by hand\n")
+    never = ("training_args.bin", "optimizer.pt", "_notes.txt", ".hidden", "checkpoint-3/model.safetensors")
+    for name in (*never, "state/evaluation.json"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"never")
+    return folder
+
+
+def prune(model, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim == 2:
+                weight.mul_(torch.rand(weight.shape, generator=generator) < 0.1)
+
+
+def logits(model):
+    images = torch.rand(5, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        return model.eval()(images).logits
+
+
+def uploads(hub):
+    return [line.removeprefix("PUT /lfs/") for line in hub.log if line.startswith("PUT /lfs/")]
+
+
+# ---- what is published ----
+
+
+def test_weights_come_first_and_the_card_last_in_one_commit(folder, hub):
+    names = published_files(folder)
+    assert names == ["model.safetensors", PACKED, "config.json", "preprocessor_config.json", "README.md"]
+    publish(folder, REPO)
+    assert hub.files(REPO) == {*names, ".gitattributes"} and len(hub.commits(REPO)) == 2
+    assert hub.content(REPO, "README.md").startswith(b"---\nlicense: mit")  # somebody else's card is left alone
+    log = [line for line in hub.log if not line.startswith("GET")]
+    assert [line for line in log if "commit" in line] == [log[-1]]
+    assert max(log.index(f"PUT /lfs/{blob}") for blob in uploads(hub)) < len(log) - 1
+
+
+def test_a_repository_never_holds_two_models(folder, hub, tmp_path, tiny_vit):
+    publish(folder, REPO)
+    api = HfApi()
+    for name in ("model-00001-of-00002.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "notes.md"):
+        api.upload_file(path_or_fileobj=b"{}", path_in_repo=name, repo_id=REPO)
+    prune(tiny_vit[0], seed=1)
+    save_sparse(tiny_vit[0], tmp_path / "only-packed")
+    publish(tmp_path / "only-packed", REPO)
+    left = {name for name in hub.files(REPO) if name.endswith((".safetensors", ".bin", "index.json"))}
+    assert left == {PACKED} and "notes.md" in hub.files(REPO)
+
+
+def test_pushing_what_is_there_makes_no_commit(folder, hub):
+    first = publish(folder, REPO)
+    again = publish(folder, REPO)
+    assert again.oid == first.oid and len(hub.commits(REPO)) == 2
+
+
+def test_what_is_no_model_is_not_pushed(folder, hub, tmp_path):
+    (folder / "model.safetensors").unlink()
+    (folder / PACKED).unlink()
+    for push in (publish, push_folder):
+        with pytest.raises(FileNotFoundError, match="weights"):
+            push(folder, REPO)
+    assert not hub.repos
+
+
+def test_a_card_that_the_hub_refuses_stops_before_anything_is_sent(folder, hub):
+    (folder / "README.md").write_text("---\nlicense: [mit, apache]\n---\n")
+    with pytest.raises(ValueError, match="license must be a string"):
+        publish(folder, REPO)
+    assert not uploads(hub) and len(hub.commits(REPO)) == 1
+
+
+# ---- cut off ----
+
+
+def test_a_push_killed_between_files_leaves_main_as_it_was_and_is_taken_up(folder, hub, tmp_path, tiny_vit):
+    publish(folder, REPO)
+    before, files = hub.commits(REPO)[-1], dict(hub.commits(REPO)[-1][2])
+    prune(tiny_vit[0], seed=2)
+    (folder / "README.md").unlink()  # then the push writes one, with a figure
+    save_dense(tiny_vit[0], folder)
+    save_sparse(tiny_vit[0], folder)
+    sent_before, lock, process = len(uploads(hub)), threading.Lock(), None
+
+    def kill_at_the_second(blob):
+        with lock:
+            if len(uploads(hub)) - sent_before >= 2 and process.poll() is None:
+                os.kill(process.pid, signal.SIGKILL)
+                process.wait(10)
+                raise ConnectionResetError
+
+    hub.before_upload = kill_at_the_second
+    command = [sys.executable, "-m", "tscnc_hf.cli", "push", str(folder), REPO]
+    environment = os.environ | hub.environment(tmp_path / "home")
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    assert process.wait(120) == -signal.SIGKILL
+    hub.before_upload = None
+    assert hub.commits(REPO)[-1] == before and hub.commits(REPO)[-1][2] == files
+
+    arrived = {blob for blob in uploads(hub)[sent_before:] if blob in hub.blobs}
+    again = len(uploads(hub))
+    publish(folder, REPO)
+    assert not arrived & set(uploads(hub)[again:])  # what arrived is not sent twice
+    publish(folder, "tester/whole")
+    one, other = hub.commits(REPO)[-1][2], hub.commits("tester/whole")[-1][2]
+    assert one.keys() == other.keys()
+    assert {n: v for n, v in one.items() if n != "README.md"} == {n: v for n, v in other.items() if n != "README.md"}
+    assert len(hub.commits(REPO)) == 3
+
+
+def test_an_upload_that_fails_is_an_error_that_says_what_to_do(folder, hub):
+    publish(folder, REPO)
+    before = hub.commits(REPO)[-1]
+    hub.blobs.clear()
+    hub.before_upload = lambda blob: False
+    (folder / "config.json").write_bytes((folder / "config.json").read_bytes() + b" ")
+    with pytest.raises(OSError, match=f"{REPO} is as it was before. Push again: what arrived is not sent twice"):
+        push_folder(folder, REPO)
+    assert hub.commits(REPO)[-1] == before
+
+
+# ---- private, branches ----
+
+
+def test_private_repositories(folder, hub, monkeypatch, tmp_path):
+    publish(folder, REPO, private=True)
+    assert hub.repos[REPO].private
+    assert torch.equal(logits(load_sparse(REPO)), logits(load_sparse(folder)))
+    publish(folder, "tester/open")
+    with pytest.raises(PermissionError, match="tester/open is public: nothing was sent"):
+        publish(folder, "tester/open", private=True)
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "another-cache"))
+    with pytest.raises(RepositoryNotFoundError):
+        load_sparse(REPO)
+    assert load_sparse("tester/open")
+
+
+def test_a_branch_is_made_and_main_stays(folder, hub, tiny_vit):
+    publish(folder, REPO)
+    main = hub.commits(REPO)[-1]
+    old = logits(load_sparse(REPO))
+    prune(tiny_vit[0], seed=3)
+    save_dense(tiny_vit[0], folder)
+    save_sparse(tiny_vit[0], folder)
+    commit = publish(folder, "my-model", revision="sparser")  # the owner is whose token it is
+    publish(folder, REPO, revision="sparser")
+    assert hub.commits(REPO)[-1] == main and hub.commits(REPO, "sparser")[-1][0] == commit.oid
+    assert torch.equal(logits(load_sparse(REPO)), old)
+    for revision in ("sparser", commit.oid):
+        assert torch.equal(logits(load_sparse(REPO, revision=revision)), logits(tiny_vit[0]))
+
+
+# ---- and back ----
+
+
+def test_only_config_and_packed_file_travel_and_logits_are_identical(folder, hub, tmp_path, tiny_vit):
+    publish(folder, REPO)
+    code = (
+        "import sys, torch\nfrom tscnc_hf import load_sparse\nmodel = load_sparse(sys.argv[1])\n"
+        "x = torch.rand(5, 3, 8, 8, generator=torch.Generator().manual_seed(1))\n"
+        "with torch.no_grad(): torch.save(model(x).logits, sys.argv[2])"
+    )
+    before = len(hub.log)
+    command = [sys.executable, "-c", code, REPO, str(tmp_path / "logits.pt")]
+    subprocess.run(command, check=True, timeout=120, env=os.environ | hub.environment(tmp_path / "fresh"))
+    fetched = [line for line in hub.log[before:] if line.startswith("GET") and "/resolve/" in line]
+    assert {line.rsplit("/", 1)[-1] for line in fetched} == {"config.json", PACKED}
+    sent = [line for line in hub.log[before:] if not line.startswith(("GET", "HEAD"))]
+    assert not sent
+    assert torch.equal(torch.load(tmp_path / "logits.pt"), logits(tiny_vit[0]))
+
+
+def test_the_card_of_a_push_is_valid_for_the_hub(folder, hub):
+    (folder / "README.md").unlink()
+    publish(folder, REPO)
+    card = ModelCard(hub.content(REPO, "README.md").decode())
+    card.validate()
+    assert hub.log[-1] == "POST /api/validate-yaml"
+    assert card.data.eval_results and f'from_pretrained("{REPO}")' in card.text
+    broken = ModelCard(str(card).replace("pipeline_tag: image-classification", "pipeline_tag: [1]"))
+    with pytest.raises(ValueError, match="pipeline_tag must be a string"):
+        broken.validate()

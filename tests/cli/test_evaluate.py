@@ -1,0 +1,242 @@
+"""`recipes/evaluate.py` and `tscnc evaluate`: folders of ours and of others, dense and packed, cut off and resumed."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    ConvNextConfig,
+    ConvNextForImageClassification,
+    ResNetConfig,
+    ResNetForImageClassification,
+    ViTImageProcessor,
+)
+
+from tscnc_hf import evaluate_robustness
+from tscnc_hf.artifact.models.checkpoint import save_sparse
+from tscnc_hf.artifact.models.loading import input_format, load_model
+from tscnc_hf.cli.evaluate import EvaluationArguments, evaluate_model
+
+
+ROOT = Path(__file__).parents[2]
+CLASS_NAMES = [str(digit) for digit in range(10)]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    """A stranger's ConvNeXt, saved as transformers saves it; the same packed, without dense weights beside it."""
+    root = tmp_path_factory.mktemp("models")
+    torch.manual_seed(0)
+    labels = {"id2label": dict(enumerate(CLASS_NAMES)), "label2id": {c: i for i, c in enumerate(CLASS_NAMES)}}
+    config = ConvNextConfig(image_size=8, patch_size=2, num_stages=2, hidden_sizes=[8, 16], depths=[1, 1], **labels)
+    model = ConvNextForImageClassification(config)
+    processor = ViTImageProcessor(size={"height": 8, "width": 8}, image_mean=[0.4] * 3, image_std=[0.3] * 3)
+    for name in ("dense", "packed"):
+        model.save_pretrained(root / name)
+        processor.save_pretrained(root / name)
+    save_sparse(model, root / "packed")
+    (root / "packed" / "model.safetensors").unlink()
+    return {"dense": root / "dense", "packed": root / "packed"}
+
+
+def options(folder: Path, output: Path, **more) -> EvaluationArguments:
+    defaults = {"dataset": "digits", "attacks": ["clean", "fgsm", "pgd-3"], "epsilon": "0.02", "n": 60}
+    defaults |= {"device": "cpu", "cpu_threads": 1}
+    return EvaluationArguments(model=str(folder), output_dir=str(output), **(defaults | more))
+
+
+def test_dense_and_packed_give_the_figures_of_the_function(folders, tmp_path, digits, capsys):
+    dense = evaluate_model(options(folders["dense"], tmp_path / "dense"))
+    packed = evaluate_model(options(folders["packed"], tmp_path / "packed"))
+    assert dense["robustness"] == packed["robustness"]
+    model, processor = load_model(str(folders["dense"]))
+    report = evaluate_robustness(
+        model, digits.test, ("clean", "fgsm", "pgd-3"), epsilon=0.02, n=60, processing_class=processor, progress=False
+    )
+    assert dense["robustness"] == report.to_dict()
+    saved = json.loads((tmp_path / "dense" / "results.json").read_text())
+    assert saved == dense and saved["dataset"] == "digits" and saved["model"] == "dense"
+    assert {path.name for path in (tmp_path / "dense").iterdir()} == {
+        "figures",
+        "results.json",
+        "robustness.md",
+        "state",
+    }
+    figures = {path.name for path in (tmp_path / "dense" / "figures").iterdir()}
+    assert figures == {"security_curve.png", "adversarial_examples.png"}
+    page = (tmp_path / "dense" / "robustness.md").read_text()
+    assert "| worst case |" in page and "| 9 |" in page and "Are gradients hidden?" in page
+    assert "steps 3, step size" in page and str(tmp_path) not in page
+    printed = capsys.readouterr().out
+    assert "pgd-3 accuracy" in printed and "60 of 60 test images of digits" in printed
+
+
+def test_the_command_line(folders, tmp_path):
+    """As a user starts it: the console script, options from a file, then `accelerate launch` of the recipe."""
+    config = tmp_path / "evaluation.yaml"
+    config.write_text("dataset: digits\nattacks: [clean, pgd-2]\nepsilon: 0.02\nn: 40\ncpu_threads: 1\n")
+    common = ["--model", str(folders["packed"]), "--config", str(config), "--device", "cpu"]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", str(ROOT / "recipes" / "evaluate.py")]
+    results = []
+    for command, name in (([sys.executable, "-m", "tscnc_hf.cli", "evaluate"], "a"), (launch, "b")):
+        command = [*command, *common, "--output_dir", str(tmp_path / name)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=ROOT)
+        assert done.returncode == 0, done.stderr
+        assert "clean accuracy" in done.stdout and "img/s" in done.stderr
+        results.append((tmp_path / name / "results.json").read_bytes())
+    assert results[0] == results[1]
+
+
+def test_killed_half_way_and_started_again(folders, tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    command = [sys.executable, "-m", "tscnc_hf.cli", "evaluate", "--model", str(folders["dense"]), "--dataset"]
+    command += ["digits", "--attacks", "clean", "pgd-100", "--epsilon", "0.001", "--batch_size", "10", "--n"]
+    command += ["200", "--device", "cpu", "--cpu_threads", "1", "--output_dir"]
+    subprocess.run([*command, str(whole)], check=True, capture_output=True, timeout=240, cwd=ROOT)
+    process = subprocess.Popen([*command, str(cut)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT)
+    deadline = time.monotonic() + 200
+    while not (cut / "state" / "batch-000004.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    done = len(list((cut / "state").glob("batch-*.json")))
+    assert 5 <= done < 20 and not (cut / "results.json").exists()
+    files = list((cut / "state").glob("batch-*.json"))
+    before = {path: path.stat().st_mtime_ns for path in files if "pgd-100" in json.loads(path.read_text())}
+    assert len(before) >= 4
+    subprocess.run([*command, str(cut)], check=True, capture_output=True, timeout=240, cwd=ROOT)
+    assert (cut / "results.json").read_bytes() == (whole / "results.json").read_bytes()
+    assert all(path.stat().st_mtime_ns == stamp for path, stamp in before.items())  # not computed again
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"attacks": ["pgd"]}, "attack 'pgd' does not exist; known are clean"),
+        ({"epsilon": "8"}, "epsilon=8 is outside"),
+        ({"model": "no/such-model-here"}, "model 'no/such-model-here' cannot be loaded"),
+        ({"dataset": "/no/such/folder"}, "there is no folder"),
+        ({"device": "foo"}, "--device foo cannot be used here: "),
+        ({"device": "meta"}, "--device meta cannot be used here: "),
+    ],
+)
+def test_wrong_options_end_with_one_line(folders, tmp_path, change, message):
+    given = {"model": str(folders["dense"])} | change
+    with pytest.raises(SystemExit, match=message):
+        evaluate_model(options(given.pop("model"), tmp_path, **given))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_gpu_that_is_not_there(folders, tmp_path):
+    with pytest.raises(SystemExit, match="--device cuda:99 cannot be used here: ") as caught:
+        evaluate_model(options(folders["dense"], tmp_path, device="cuda:99"))  # nowhere, whether there are GPUs or not
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("wrong", [{"n": 0}, {"cpu_threads": 0}, {"batch_size": 0}])
+def test_numbers_below_one_are_refused_by_name(wrong):
+    with pytest.raises(ValueError, match=f"^{next(iter(wrong))}=0: "):
+        EvaluationArguments("model", **wrong)
+
+
+def test_models_of_the_same_last_name_have_folders_of_their_own(folders, tmp_path, monkeypatch):
+    def default(model):
+        return EvaluationArguments(model=str(model)).output_dir
+
+    assert default("tester/k") == "outputs/tester-k-robustness"
+    assert default("resnet") == "outputs/resnet-robustness"
+    assert default(folders["dense"]) == default(f"{folders['dense']}/") == "outputs/dense-robustness"
+    monkeypatch.chdir(folders["dense"])
+    assert default(".") == "outputs/dense-robustness"
+
+
+@pytest.mark.parametrize("name", ["dense", "packed"])
+def test_the_folder_of_a_model_is_no_place_for_figures(folders, name):
+    before = {path: path.stat().st_mtime_ns for path in folders[name].rglob("*")}
+    with pytest.raises(SystemExit, match="--output_dir .* holds a model; give another folder"):
+        evaluate_model(options(folders[name], folders[name]))
+    assert {path: path.stat().st_mtime_ns for path in folders[name].rglob("*")} == before
+
+
+def test_other_classes_are_told(folders, tmp_path, capsys):
+    folder = tmp_path / "model"
+    shutil.copytree(folders["dense"], folder)
+    config = json.loads((folder / "config.json").read_text())
+    names = [f"thing {number}" for number in range(10)]
+    config |= {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+    (folder / "config.json").write_text(json.dumps(config))
+    evaluate_model(options(folder, tmp_path / "out", attacks=["clean"], n=8))
+    said = capsys.readouterr().out
+    assert "Warning: " in said and "has thing 0, thing 1" in said and "has 0, 1" in said
+    evaluate_model(options(folders["dense"], tmp_path / "same", attacks=["clean"], n=8))
+    assert "Warning: " not in capsys.readouterr().out
+
+
+def test_started_again_it_is_told_from_the_folder(folders, tmp_path, capsys, monkeypatch):
+    first = evaluate_model(options(folders["dense"], tmp_path))
+    said = capsys.readouterr().err
+    for step in ("hidden gradients", "condition numbers", "6 radii", "Lipschitz", "Drawing"):
+        assert step in said
+    for name in ("security_curve", "evaluate_lipschitz"):
+        monkeypatch.setattr(f"tscnc_hf.evaluation.run.{name}", None)  # a call would be an error
+    monkeypatch.setattr("tscnc_hf.evaluation.measures.robustness.masking_report", None)
+    assert evaluate_model(options(folders["dense"], tmp_path)) == first
+    assert "hidden gradients" not in capsys.readouterr().err
+    with pytest.raises(TypeError):  # the checks against a dense model are others
+        evaluate_model(options(folders["dense"], tmp_path, dense_model=str(folders["dense"])))
+    (tmp_path / "state" / "evaluation.json").unlink()  # figures of settings that nobody knows are not believed
+    with pytest.raises(TypeError):
+        evaluate_model(options(folders["dense"], tmp_path, seed=1))
+
+
+def test_hidden_gradients_that_nobody_could_look_for(folders, tmp_path):
+    wrong = tmp_path / "model"
+    shutil.copytree(folders["dense"], wrong)
+    model, _ = load_model(str(wrong))
+    with torch.no_grad():
+        model.classifier.weight.zero_()
+        model.classifier.bias.copy_(5 * torch.eye(10)[9])  # the first digit is no 9
+    model.save_pretrained(wrong)
+    evaluate_model(options(wrong, tmp_path / "none", attacks=["clean", "pgd-1"], n=1))
+    page = (tmp_path / "none" / "robustness.md").read_text()
+    assert "Not checked: no image was classified correctly" in page
+    evaluate_model(options(wrong, tmp_path / "few", attacks=["clean", "pgd-1"], n=16))
+    assert "images: too few to tell much." in (tmp_path / "few" / "robustness.md").read_text()
+    evaluate_model(options(wrong, tmp_path / "clean", attacks=["clean"], n=8))
+    assert "Not checked: nothing was attacked." in (tmp_path / "clean" / "robustness.md").read_text()
+
+
+def test_another_order_of_classes_is_an_error(folders, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(folders["dense"], folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["id2label"] = {str(i): name for i, name in enumerate(reversed(CLASS_NAMES))}
+    config["label2id"] = {name: i for i, name in enumerate(reversed(CLASS_NAMES))}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SystemExit, match="the data set has them in another order"):
+        evaluate_model(options(folder, tmp_path / "out"))
+
+
+def test_other_settings_in_the_same_folder(folders, tmp_path):
+    evaluate_model(options(folders["dense"], tmp_path))
+    with pytest.raises(SystemExit, match="another epsilon, .*give another folder.*--output_dir"):
+        evaluate_model(options(folders["dense"], tmp_path, epsilon="0.03"))
+    with pytest.raises(SystemExit, match=r"another attacks \(pgd-3 only there, pgd-4 only now\); .*--output_dir$"):
+        evaluate_model(options(folders["dense"], tmp_path, attacks=["clean", "fgsm", "pgd-4"]))
+
+
+def test_the_format_that_a_model_takes(folders, build):
+    assert input_format(*load_model(str(folders["dense"]))) == (8, 3)
+    assert input_format(*build("resnet")) == (8, 3)
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1], num_labels=10)  # says nothing of the size
+    processor = ViTImageProcessor(size={"height": 32, "width": 32})
+    assert input_format(ResNetForImageClassification(config), processor) == (32, 3)
+    assert input_format(ResNetForImageClassification(config)) == (None, 3)

@@ -1,0 +1,182 @@
+"""Options from a YAML file and from the command line."""
+
+import subprocess
+import sys
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import pytest
+
+from tscnc_hf.cli.parser import ConfigParser
+from tscnc_hf.cli.recipe import DataArguments, parse
+from tscnc_hf.training.config import TSCNCConfig
+
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+
+@dataclass
+class Extra:
+    """More options."""
+
+    depth: int = field(default=2, metadata={"help": "Depth."})
+    names: list[str] = field(default_factory=list, metadata={"help": "Names."})
+    needed: int = field(default=0, metadata={"help": "A number."})
+
+
+@pytest.fixture
+def parsed(tmp_path):
+    """`parsed(yaml_text, *command_line)` -> (TSCNCConfig, DataArguments, Extra)."""
+
+    def run(text: str | None, *args: str):
+        own = ["--output_dir", str(tmp_path / "out"), "--use_cpu"]
+        if text is not None:
+            (tmp_path / "options.yaml").write_text(text)
+            own += ["--config", str(tmp_path / "options.yaml")]
+        return parse(Extra, [*own, *args])
+
+    return run
+
+
+@pytest.fixture
+def refused(parsed, capsys):
+    """`refused(yaml_text, *command_line)` -> what is printed when it ends with exit code 2."""
+
+    def run(text: str | None, *args: str) -> str:
+        with pytest.raises(SystemExit) as caught:
+            parsed(text, *args)
+        assert caught.value.code == 2
+        printed = capsys.readouterr().err
+        assert "Traceback" not in printed
+        return printed.split("error: ", 1)[1]
+
+    return run
+
+
+# ---- values ----
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "value"),
+    [
+        ("learning_rate: 5e-5", "learning_rate", 5e-5),  # YAML reads a string
+        ("learning_rate: 5.0e-5", "learning_rate", 5e-5),
+        ("tsc_weight: 1e-7", "tsc_weight", 1e-7),
+        ("num_train_epochs: 3", "num_train_epochs", 3.0),
+        ("epsilon: 8/255", "epsilon", 8 / 255),
+        ('epsilon: "8/255"', "epsilon", 8 / 255),
+        ("epsilon: 0.1", "epsilon", 0.1),
+        ("attack_step_size: 2/255", "attack_step_size", 2 / 255),
+        ("seed: 7", "seed", 7),
+        ("load_best_model_at_end: false", "load_best_model_at_end", False),
+        ("channels_last: true", "channels_last", True),
+        ('channels_last: "yes"', "channels_last", True),
+        ("remove_unused_columns: false", "remove_unused_columns", False),
+        ("pruning_exclude: [classifier, head]", "pruning_exclude", ["classifier", "head"]),
+        ("report_to: [tensorboard]", "report_to", ["tensorboard"]),
+        ("lr_scheduler_kwargs: {num_cycles: 2}", "lr_scheduler_kwargs", {"num_cycles": 2}),
+        ("pruning_exclude: []", "pruning_exclude", []),
+        ("max_steps: 12", "max_steps", 12),
+        ("eval_strategy: epoch", "eval_strategy", "epoch"),
+        ('eval_strategy: "no"', "eval_strategy", "no"),
+        ("eval_strategy: no", "eval_strategy", "no"),  # YAML reads False
+        ("", "epsilon", 8 / 255),
+    ],
+)
+def test_a_value_of_the_file(text, name, value, parsed):
+    config, _, _ = parsed(text)
+    got = getattr(config, name)
+    assert got == value and type(getattr(got, "value", got)) is type(value)
+
+
+def test_every_dataclass_is_served(parsed):
+    _, data, extra = parsed("dataset: digits\ntest_attacks: [clean]\ncompare_dense: true\ndepth: 5\nimage_size: 8\n")
+    assert (data.dataset, data.test_attacks, data.compare_dense, data.image_size) == ("digits", ["clean"], True, 8)
+    assert extra.depth == 5 and DataArguments().compare_dense is False
+
+
+@pytest.mark.parametrize(
+    ("text", "args", "name", "value"),
+    [
+        ("learning_rate: 1e-3", ["--learning_rate", "2e-3"], "learning_rate", 2e-3),
+        ("epsilon: 8/255", ["--epsilon", "4/255"], "epsilon", 4 / 255),
+        ("channels_last: true", ["--channels_last", "false"], "channels_last", False),
+        ("channels_last: false", ["--channels_last"], "channels_last", True),
+        ("pruning_exclude: [head]", ["--pruning_exclude", "a", "b"], "pruning_exclude", ["a", "b"]),
+        ("target_sparsity: 0.5", ["--target_sparsity=0.9"], "target_sparsity", 0.9),
+        (None, ["--epsilon", "8/255"], "epsilon", 8 / 255),
+    ],
+)
+def test_the_command_line_wins(text, args, name, value, parsed):
+    assert getattr(parsed(text, *args)[0], name) == value
+
+
+def test_a_required_option_may_come_from_the_file(tmp_path):
+    @dataclass
+    class Needs:
+        depth: int
+
+    (tmp_path / "a.yaml").write_text("depth: 3")
+    assert ConfigParser([Needs]).parse([f"--config={tmp_path / 'a.yaml'}"])[0].depth == 3
+    with pytest.raises(SystemExit) as caught:
+        ConfigParser([Needs]).parse([])
+    assert caught.value.code == 2
+
+
+# ---- errors ----
+
+
+@pytest.mark.parametrize(
+    ("text", "args", "parts"),
+    [
+        ("sparsity: 0.9\nepsilon: 0.1", [], ["options.yaml", "unknown", "sparsity"]),
+        ("1: 2\nfoo: 3", [], ["unknown", "1", "foo"]),
+        ("config: other.yaml", [], ["unknown", "config"]),
+        (None, ["--sparsity", "0.9"], ["unknown option(s) --sparsity", "`--help` lists"]),
+        (None, ["--name=x"], ["--name (perhaps --names)"]),
+        (None, ["--target_spars", "0.9"], ["--target_spars"]),
+        (None, ["--config", "/nowhere/x.yaml"], ["/nowhere/x.yaml", "no such file"]),
+        ("- epsilon\n- 3", [], ["option: value", "list"]),
+        ("just words", [], ["option: value", "str"]),
+        ("epsilon: [1", [], ["not valid YAML"]),
+        ("objective: gairat", [], ["objective='gairat'", "natural, pgd-at, trades, mart"]),
+        ("pruning_scope: 3", [], ["pruning_scope=3", "global, uniform, erk, learned"]),
+        (None, ["--objective", "gairat"], ["objective", "gairat", "natural"]),
+        ("learning_rate: fast", [], ["learning_rate", "fast"]),
+        ("attack_steps: 1.5", [], ["attack_steps", "1.5"]),
+        ("channels_last: perhaps", [], ["channels_last", "perhaps"]),
+        ("epsilon: 8", [], ["epsilon=8 ", "8/255"]),
+        ("epsilon: [1, 2]", [], ["epsilon"]),
+        ("learning_rate: [1, 2]", [], ["learning_rate"]),
+        ("learning_rate: {a: 1}", [], ["learning_rate"]),
+        ("target_sparsity: 1.0", [], ["target_sparsity=1.0", "[0, 1)"]),
+        ("pruning_exclude: head", [], ["pruning_exclude", "list"]),
+        (None, ["--pruning_start", "0.9", "--pruning_end", "0.1"], ["pruning_end=0.1", "pruning_start=0.9"]),
+        (None, ["--adversary", "none"], ["objective='trades'", "adversary"]),
+    ],
+)
+def test_a_wrong_option_ends_with_code_2_and_is_named(text, args, parts, refused):
+    message = refused(text, *args)
+    for part in parts:
+        assert part in message
+
+
+@pytest.mark.parametrize("recipe", ["vit_cifar10", "timm_cifar10"])
+def test_help_lists_every_option(recipe):
+    done = subprocess.run(
+        [sys.executable, RECIPES / f"{recipe}.py", "--help"], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    listed = set(done.stdout.replace(",", " ").split())
+    for one in (TSCNCConfig, DataArguments):
+        missing = [f.name for f in fields(one) if f.init and f"--{f.name}" not in listed]
+        assert not missing
+    assert "--config" in listed
+
+
+def test_a_later_file_wins_over_an_earlier_one_and_the_command_line_over_both(tmp_path, parsed):
+    for name, text in (("first", "depth: 3\nneeded: 4\nseed: 5\n"), ("second", "needed: 6\nseed: 7\n")):
+        (tmp_path / f"{name}.yaml").write_text(text)
+    files = ["--config", str(tmp_path / "first.yaml"), f"--config={tmp_path / 'second.yaml'}"]
+    config, _, extra = parsed(None, *files, "--seed", "8")
+    assert (extra.depth, extra.needed, config.seed) == (3, 6, 8)

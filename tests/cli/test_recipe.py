@@ -1,0 +1,159 @@
+"""What the recipes share."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from recipes import ablation, vit_cifar10
+from tscnc_hf.cli.recipe import interruptible, parse, resume_point, set_cpu_threads
+from tscnc_hf.training.resume.storage import StorageError
+from tscnc_hf.training.trainer import TSCNCTrainer
+
+
+@pytest.fixture(autouse=True)
+def _threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_one_process_under_accelerate_launch_has_all_cores(make_config, monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1, 2})
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    set_cpu_threads(make_config(), None)
+    assert torch.get_num_threads() == 1  # plain python: torch's own choice stays
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    set_cpu_threads(make_config(), None)
+    assert torch.get_num_threads() == 3
+
+
+def test_threads_asked_for_win(make_config, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    set_cpu_threads(make_config(), 2)
+    assert torch.get_num_threads() == 2
+
+
+def test_several_processes_keep_what_their_launcher_gave(make_config, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    config = make_config()
+    monkeypatch.setattr(type(config), "world_size", 2)
+    set_cpu_threads(config, None)
+    assert torch.get_num_threads() == 1
+
+
+# ---- going on ----
+
+
+@dataclass
+class NoMore:
+    """A recipe without options of its own."""
+
+
+def checkpoint(folder, name="checkpoint-4"):
+    (folder / name).mkdir(parents=True)
+    (folder / name / "trainer_state.json").write_text("{}")
+    return str(folder / name)
+
+
+@pytest.mark.parametrize(
+    ("options", "point"),
+    [
+        ([], False),
+        (["--resume", "true"], True),
+        (["--resume_from_checkpoint", "true"], True),
+        (["--resume_from_checkpoint", "False"], False),
+        (["--resume_from_checkpoint", "{}"], "{}"),
+        (["--resume", "true", "--resume_from_checkpoint", "{}"], "{}"),
+    ],
+)
+def test_what_a_recipe_goes_on_from(options, point, tmp_path):
+    path = checkpoint(tmp_path)
+    config, arguments, _ = parse(NoMore, [text.format(path) for text in options] + ["--output_dir", "out"])
+    assert resume_point(config, arguments) == (point.format(path) if isinstance(point, str) else point)
+
+
+def test_resume_from_checkpoint_in_yaml(tmp_path):
+    (tmp_path / "options.yaml").write_text("resume_from_checkpoint: true")
+    assert resume_point(*parse(NoMore, ["--config", str(tmp_path / "options.yaml")])[:2]) is True
+
+
+@pytest.mark.parametrize(("name", "message"), [("nowhere", "does not exist"), ("", "is no checkpoint of a training")])
+def test_a_checkpoint_that_is_not_there_ends_a_recipe_before_data_is_read(name, message, tmp_path):
+    with pytest.raises(SystemExit, match=f"error: resume_from_checkpoint=.*{message}"):
+        vit_cifar10.main(["--dataset", "nothing", "--resume_from_checkpoint", f"{tmp_path}/{name}"])
+
+
+@pytest.fixture
+def start(monkeypatch, tmp_path):
+    """`start(*options)`: the recipe, up to training. Returns (output folder, what it goes on from) of each."""
+    begun = []
+
+    def train(trainer, resume_from_checkpoint=None):
+        begun.append((trainer.args.output_dir, resume_from_checkpoint))
+        if not trainer.args.output_dir.endswith("twin"):
+            raise StorageError("far enough")
+
+    monkeypatch.setattr(TSCNCTrainer, "train", train)
+    monkeypatch.setattr(TSCNCTrainer, "test", lambda *args, **kwargs: {})
+    small = {"dataset": "digits", "patch_size": 4, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    small |= {"train_limit": 32, "test_limit": 8, "use_cpu": "true", "report_to": "none"}
+    small |= {"output_dir": tmp_path / "run", "augmentation": "none"}
+
+    def run(*options):
+        begun.clear()
+        with pytest.raises(SystemExit) as ending:
+            vit_cifar10.main([text for key, value in small.items() for text in (f"--{key}", str(value))] + [*options])
+        return list(begun), str(ending.value.code)
+
+    return run
+
+
+def test_a_recipe_goes_on_from_the_checkpoint_that_is_named(start, tmp_path):
+    path = checkpoint(tmp_path / "earlier")
+    folder = str(tmp_path / "run")
+    assert start("--resume_from_checkpoint", path)[0] == [(folder, path)]
+    assert start()[0] == [(folder, None)]
+    assert start("--resume_from_checkpoint", "true")[0] == [(folder, None)]  # there is none yet
+    twin = (f"{folder}-dense-twin", None)
+    assert start("--compare_dense", "true", "--resume_from_checkpoint", path)[0] == [twin, (folder, path)]
+    checkpoint(tmp_path / "run")
+    assert start("--resume_from_checkpoint", "true")[0] == [(folder, True)]
+
+
+def test_checkpoints_of_an_earlier_run_end_a_recipe_before_its_twin_is_trained(start, tmp_path):
+    checkpoint(tmp_path / "run")
+    begun, message = start("--compare_dense", "true")
+    assert begun == [] and message.startswith("error: ") and "checkpoint-4 of an earlier run" in message
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--pruning_layer_floor", "0.5", "--target_sparsity", "0.95"], "a sparsity of 0.9"),
+        (["--pruning_exclude", "nosuch"], "pruning_exclude names 'nosuch'"),
+        (["--patch_size", "3"], "patch_size=3 does not divide the image size 8"),
+        (["--num_hidden_layers", "0"], "num_hidden_layers=0: give 1 or more"),
+    ],
+)
+def test_wrong_options_end_a_recipe_before_its_twin_is_trained(options, message, start):
+    begun, said = start("--compare_dense", "true", *options)
+    assert begun == [] and said.startswith(f"error: {message}") and "\n" not in said
+
+
+def test_a_run_too_short_for_its_schedule_ends_with_one_line(monkeypatch, start):
+    monkeypatch.undo()
+    said = start("--target_sparsity", "0.9", "--max_steps", "5")[1]
+    assert said.startswith("error: training has 5 optimizer steps") and "\n" not in said
+
+
+def test_an_ablation_takes_no_checkpoint(tmp_path):
+    with pytest.raises(SystemExit, match="leave resume_from_checkpoint out"):
+        ablation.main(["--dataset", "digits", "--resume_from_checkpoint", checkpoint(tmp_path)])
+
+
+def test_ctrl_c_outside_of_training_ends_with_status_130():
+    with pytest.raises(SystemExit) as ending, interruptible():
+        raise KeyboardInterrupt
+    assert ending.value.code == 130 and ending.value.__suppress_context__

@@ -1,0 +1,103 @@
+"""AWP against a loop written from the paper: perturb in place, take the gradient there, put the weights back."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tscnc_hf.method.adversarial.awp import perturbation, perturbed_model
+
+
+GAMMA = 0.01
+
+
+@pytest.fixture
+def parts():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(216, 20), nn.ReLU(), nn.Linear(20, 5)
+    ).double()
+    with torch.no_grad():
+        model[4].weight.mul_(torch.rand(20, 216) > 0.5)
+    return model, torch.rand(16, 3, 8, 8).double(), torch.randint(5, (16,))
+
+
+def weights_of(model):
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.ndim > 1}
+
+
+def by_hand(model, x, y) -> dict[str, torch.Tensor]:
+    proxy = copy.deepcopy(model).train()
+    F.cross_entropy(proxy(x), y).backward()
+    moved = copy.deepcopy(model).train()
+    with torch.no_grad():
+        for name, parameter in moved.named_parameters():
+            if parameter.ndim > 1:
+                direction = dict(proxy.named_parameters())[name].grad * (parameter != 0)
+                parameter.add_(GAMMA * parameter.norm() * direction / direction.norm())
+    loss = F.cross_entropy(moved(x), y)
+    loss.backward()
+    return {"loss": loss.detach()} | {name: parameter.grad for name, parameter in moved.named_parameters()}
+
+
+def test_gradients_are_those_at_the_perturbed_weights(parts):
+    model, x, y = parts
+    expected = by_hand(model, x, y)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.train()
+    function = perturbed_model(model, lambda f: F.cross_entropy(f(x), y), weights_of(model), GAMMA)
+    assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())  # statistics too
+    loss = F.cross_entropy(function(x), y)
+    loss.backward()
+    torch.testing.assert_close(loss.detach(), expected["loss"])
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name])
+        assert torch.equal(parameter.detach(), state[name])
+    assert model[1].num_batches_tracked == 1  # of the forward that trains
+
+
+def test_it_raises_the_loss_and_is_as_long_as_it_says(parts):
+    model, x, y = parts
+    model.eval()
+    weights = weights_of(model)
+    gradients = dict(zip(weights, torch.autograd.grad(F.cross_entropy(model(x), y), weights.values()), strict=True))
+    move = perturbation(weights, gradients, GAMMA)
+    for name, weight in weights.items():
+        assert move[name].norm() == pytest.approx(GAMMA * weight.norm().item()) and not move[name].requires_grad
+        assert (move[name][weight == 0] == 0).all()
+    function = perturbed_model(model, lambda f: F.cross_entropy(f(x), y), weights, GAMMA)
+    assert F.cross_entropy(function(x), y) > F.cross_entropy(model(x), y)
+
+
+def test_a_weight_without_gradient_or_length_stays(parts):
+    model, x, y = parts
+    with torch.no_grad():
+        model[6].weight.zero_()
+    unused = nn.Parameter(torch.ones(3, 3).double())
+    model.register_parameter("unused", unused)
+    function = perturbed_model(model, lambda f: F.cross_entropy(f(x), y), weights_of(model), GAMMA)
+    assert torch.isfinite(function(x)).all()
+    move = perturbation({"a": unused}, {"a": torch.zeros(3, 3).double()}, GAMMA)
+    assert (move["a"] == 0).all()
+
+
+def test_a_wrapper_is_called_with_moved_weights(parts):
+    model, x, y = parts
+
+    class Wrapper(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.module = model
+
+        def forward(self, *inputs):
+            return self.module(*inputs)
+
+    model.eval()
+    wrapped = perturbed_model(
+        Wrapper(), lambda f: F.cross_entropy(f(x), y), weights_of(model), GAMMA, inner=model, average=lambda g: 3 * g
+    )
+    plain = perturbed_model(model, lambda f: F.cross_entropy(f(x), y), weights_of(model), GAMMA)
+    torch.testing.assert_close(wrapped(x), plain(x))  # the length of the gradient does not matter
+    assert not torch.allclose(wrapped(x), model(x))

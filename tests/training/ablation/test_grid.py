@@ -1,0 +1,317 @@
+"""An ablation: which cells there are, what they share, rows that survive, and the script as it is started."""
+
+import json
+import math
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from scipy.stats import ttest_rel
+
+from tscnc_hf.artifact.models.checkpoint import load_sparse
+from tscnc_hf.training.ablation.comparison import comparison_markdown, paired_difference
+from tscnc_hf.training.ablation.figures import kappa, over_sparsity_figure
+from tscnc_hf.training.ablation.grid import Cell, grid
+from tscnc_hf.training.ablation.rows import Results, differences, read_rows
+
+
+RECIPES = Path(__file__).parents[3] / "recipes"
+CONFIGS = RECIPES / "configs"
+CONFIG = CONFIGS / "ablation_cnn.yaml"
+ARMS = {"plain": {}, "both": {"cnc_weight": 0.01, "tsc_weight": 1e-6}}
+TINY = {
+    "dataset": "digits", "augmentation": "none", "train_limit": 64, "test_limit": 20, "validation_fraction": 0.2,
+    "test_attacks": "clean pgd-2", "attack": "", "workers": 1, "max_steps": 6, "per_device_train_batch_size": 8,
+    "per_device_eval_batch_size": 20, "epsilon": "0.1", "pruning_interval": 1, "use_cpu": "true", "seeds": "0",
+    "model_args": json.dumps({"channels": [8, 8, 8, 8], "layers": [1, 1, 1, 1]}), "pretraining": '{"max_steps": 4}',
+    "sparsities": "0.5 0.9", "arms": json.dumps(ARMS),
+}  # fmt: skip
+
+
+def options(folder: Path, **changed) -> list[str]:
+    given = TINY | {"results": folder / "rows.jsonl", "output_dir": folder / "runs"} | changed
+    del given["attack"]
+    found = ["--config", str(CONFIG)]
+    for name, value in given.items():
+        found += [f"--{name}", *words(name, value)]
+    return [str(text) for text in found]
+
+
+def words(name: str, value) -> list[str]:
+    return str(value).split() if name in ("test_attacks", "seeds", "sparsities", "only") else [str(value)]
+
+
+@pytest.fixture
+def ablation(capsys):
+    def run(folder: Path, **changed) -> str:
+        runpy.run_path(str(RECIPES / "ablation.py"))["main"](options(folder, **changed))
+        return capsys.readouterr().out
+
+    return run
+
+
+def trained(folder: Path, name: str) -> Path:
+    (found,) = (folder / "runs").glob(f"{name}-*/trained.safetensors")
+    return found
+
+
+# ---- the grid ----
+
+
+def test_every_arm_at_every_sparsity_and_seed_after_the_dense_trainings_they_share():
+    arms = {"plain": {}, "cnc": {"cnc_weight": 0.1}, "early": {"cnc_weight": 0.1, "pretraining": {"cnc_weight": 0.1}}}
+    cells = grid(arms, [0.9, 0.99], [3, 4], {"learning_rate": 0.1})
+    dense, pruned = cells[:4], cells[4:]
+    assert [(c.arm, c.seed) for c in dense] == [("dense", 3), ("dense", 4), ("dense-early", 3), ("dense-early", 4)]
+    assert all(cell.is_dense for cell in dense) and not any(cell.is_dense for cell in pruned)
+    assert {(c.arm, c.sparsity, c.seed) for c in pruned} == {
+        (a, s, i) for a in arms for s in (0.9, 0.99) for i in (3, 4)
+    }
+    assert dense[0].options == {"learning_rate": 0.1} and dense[2].options == {"learning_rate": 0.1, "cnc_weight": 0.1}
+    assert len({cell.name for cell in cells}) == len(cells)
+    assert not any(cell.is_dense for cell in grid(arms, [0.9], [0], None))
+
+
+@pytest.mark.parametrize("arms, sparsities", [({}, [0.9]), ({"a": {}}, []), ({"a": {"cnc_wait": 1}}, [0.9])])
+def test_grids_that_cannot_be_run_are_refused(arms, sparsities):
+    with pytest.raises(ValueError, match="give one of each|no option cnc_wait"):
+        grid(arms, sparsities, [0], None)
+
+
+# ---- rows ----
+
+
+def a_row(arm="plain", sparsity=0.9, seed=0, robust=0.2, **more) -> dict:
+    row = {"model": "m", "arm": arm, "sparsity": sparsity, "seed": seed, "split": "test", "settings": "s"}
+    row |= {"accuracy": {"clean": 0.5, "pgd-20": robust}, "median_kappa": 3.0, "max_kappa": "inf", "lost_ranks": 1}
+    return row | {"empty_matrices": 0} | more
+
+
+def test_rows_are_kept_and_those_of_other_settings_are_not_mixed_with(tmp_path):
+    path, cell = tmp_path / "deep" / "rows.jsonl", Cell("plain", 0.9, 0)
+    results = Results(path)
+    assert results.find("m", cell, "s") is None
+    results.add(a_row())
+    results.add(a_row(seed=1))
+    assert Results(path).find("m", cell, "s") == a_row() and len(read_rows(path)) == 2
+    assert Results(path).find("m", cell, "s", "validation") is None
+    with pytest.raises(ValueError, match="plain-0.9-s0 of m with other settings"):
+        Results(path).find("m", cell, "t")
+    path.write_text(path.read_text() + '{"model": "m"}\n')
+    with pytest.raises(ValueError, match="line 3: not a row"):
+        read_rows(path)
+
+
+def test_differences_leave_time_and_place_out():
+    assert differences(a_row(seconds=1, commit="a"), a_row(seconds=2, commit="b")) == {}
+    assert differences(a_row(), a_row(lost_ranks=2)) == {"lost_ranks": (1, 2)}
+
+
+def test_paired_interval_is_that_of_scipy():
+    a, b = np.random.default_rng(0).normal(size=(2, 5))
+    found, truth = paired_difference(list(a), list(b)), ttest_rel(a, b).confidence_interval(0.95)
+    assert math.isclose(found.mean, np.mean(a - b)) and found.pairs == 5
+    assert math.isclose(found.low, truth.low) and math.isclose(found.high, truth.high)
+    assert paired_difference([1.0], [0.5]).high == math.inf
+    with pytest.raises(ValueError, match="pairs need"):
+        paired_difference([1.0], [])
+
+
+def test_table_pairs_by_seed():
+    gains = {0: 0.04, 1: 0.05, 2: 0.06}
+    rows = [a_row(seed=seed, robust=0.1 * seed + 0.1) for seed in (2, 0, 1)]
+    rows += [a_row("CNC", seed=seed, robust=0.1 * seed + 0.1 + gain) for seed, gain in gains.items()]
+    table = comparison_markdown(rows, "pgd-20")
+    half = 100 * 4.302653 * 0.01 / math.sqrt(3)  # t of two degrees of freedom
+    assert f"| 25.0 ± 11.0 | +5.0 ({5 - half:+.1f} to {5 + half:+.1f}) |" in table
+    assert "| 90 % | plain | 3 | 50.0 ± 0.0 | 20.0 ± 10.0 |  |" in table
+    both = comparison_markdown(rows, "pgd-20", ["plain", "CNC"])
+    assert "pgd-20, minus plain | pgd-20, minus CNC |" in both
+    assert f"| 20.0 ± 10.0 |  | -5.0 ({-5 - half:+.1f} to {-5 + half:+.1f}) |" in both
+
+
+def test_a_baseline_that_was_never_run_is_refused():
+    with pytest.raises(ValueError, match="no row is of the baseline ERK; the arms are plain, CNC"):
+        comparison_markdown([a_row(), a_row("CNC")], "pgd-20", ["plain", "ERK"])
+
+
+def test_two_rows_of_a_cell_are_not_averaged():
+    with pytest.raises(ValueError, match=r"two rows of plain of m at 0.9, seed 0 \(split validation\)"):
+        comparison_markdown([a_row(), a_row(split="validation")], "pgd-20")
+
+
+def test_figures_say_what_they_cannot_show():
+    rows = [a_row(sparsity=s, seed=i, median_kappa=k) for s in (0.9, 0.99) for i, k in ((0, 3.0), (1, "inf"))]
+    (axes,) = over_sparsity_figure(rows, kappa, "condition number", log=True).axes
+    assert axes.get_xlabel() == "zeros among the prunable weights (2 runs without a finite value)"
+    (axes,) = over_sparsity_figure(rows, lambda row: row["accuracy"]["pgd-20"], "accuracy", log=False).axes
+    assert axes.get_xlabel() == "zeros among the prunable weights"
+    assert list(axes.lines[0].get_ydata()) == [0.2, 0.2]
+
+
+# ---- the script ----
+
+
+def test_cells_are_trained_measured_resumed_and_reproduced(ablation, tmp_path):
+    printed = ablation(tmp_path, only="dense")
+    assert "1 cells, 0 of them finished before" in printed
+    printed = ablation(tmp_path)
+    assert "5 cells, 1 of them finished before" in printed and "[5/5]" in printed
+    rows = {(row["arm"], row["sparsity"]): row for row in read_rows(tmp_path / "rows.jsonl")}
+    assert set(rows) == {("dense", 0)} | {(arm, sparsity) for arm in ARMS for sparsity in (0.5, 0.9)}
+    for (_, sparsity), row in rows.items():
+        assert abs(row["zeros"] - sparsity) < 1e-3 and row["n"] == 20 and set(row["accuracy"]) == {"clean", "pgd-2"}
+    weights = load_file(trained(tmp_path, "both-0.9-s0"))
+    matrices = [weight for weight in weights.values() if weight.ndim > 1]
+    assert abs(sum(int((w == 0).sum()) for w in matrices) / sum(w.numel() for w in matrices) - 0.9) < 1e-3
+    plain = load_file(trained(tmp_path, "plain-0.9-s0"))
+    assert not torch.equal(plain["timm_model.fc.weight"], weights["timm_model.fc.weight"])
+
+    before = (tmp_path / "rows.jsonl").read_text()
+    assert (
+        "5 cells, 5 of them finished before" in ablation(tmp_path) and (tmp_path / "rows.jsonl").read_text() == before
+    )
+    assert "both-0.9-s0 gives the same row again" in ablation(tmp_path, check="both-0.9-s0")
+    (tmp_path / "rows.jsonl").write_text(before.replace('"n": 20', '"n": 19'))
+    with pytest.raises(SystemExit, match=r"not reproduced: {'n': \(19, 20\)}"):
+        ablation(tmp_path, check="both-0.9-s0")
+    with pytest.raises(SystemExit, match="other settings"):
+        ablation(tmp_path, learning_rate="0.5")
+    with pytest.raises(SystemExit, match="no finished cell 'both-0.7-s0'"):
+        ablation(tmp_path, check="both-0.7-s0")
+
+    (tmp_path / "rows.jsonl").write_text(before)
+    command = [sys.executable, RECIPES / "ablation_report.py", "--rows", tmp_path / "rows.jsonl", "--attack", "pgd-2"]
+    done = subprocess.run([*command, "--output", tmp_path / "report"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "| 90 % | both | 1 |" in (tmp_path / "report" / "ablation.md").read_text()
+    names = ("robustness", "conditioning", "robustness_over_conditioning")
+    assert all((tmp_path / "report" / f"ablation_{name}.png").stat().st_size > 10_000 for name in names)
+
+
+def test_other_settings_are_trained_anew_in_the_same_folder(ablation, tmp_path):
+    """Not read from what lies there: neither the weights nor the evaluation nor the dense training."""
+    one = {"arms": '{"plain": {}}', "sparsities": "0.5"}
+    ablation(tmp_path, **one)
+    changed = one | {"arms": '{"plain": {"learning_rate": 0.05}}', "results": tmp_path / "changed.jsonl"}
+    ablation(tmp_path, **changed)
+    ablation(tmp_path / "fresh", **(changed | {"results": tmp_path / "fresh.jsonl"}))
+    before, after, fresh = (read_rows(tmp_path / f"{name}.jsonl") for name in ("rows", "changed", "fresh"))
+    assert [differences(a, b) for a, b in zip(after, fresh, strict=True)] == [{}, {}]
+    assert differences(before[0], after[0]) == {} and "mean_cnc" in differences(before[1], after[1])
+    ablation(tmp_path, **(one | {"split": "validation", "results": tmp_path / "validation.jsonl"}))
+    rows = read_rows(tmp_path / "validation.jsonl")  # the same weights on other images
+    assert rows[1]["n"] != before[1]["n"] and rows[1]["mean_cnc"] == before[1]["mean_cnc"]
+
+
+def test_a_cell_that_fails_does_not_stop_the_others(ablation, tmp_path, capsys):
+    arms = '{"broken": {"pruning_layer_floor": 0.9}, "plain": {}}'  # floors that leave too few weights to prune
+    with pytest.raises(SystemExit, match="1 of 3 cells failed, the others are kept; broken-0.5-s0: ValueError"):
+        ablation(tmp_path, arms=arms, sparsities="0.5")
+    assert "FAILED broken-0.5-s0" in capsys.readouterr().out
+    assert {row["arm"] for row in read_rows(tmp_path / "rows.jsonl")} == {"dense", "plain"}
+
+
+def test_a_time_limit_ends_it_and_it_goes_on_from_there(ablation, tmp_path):
+    """Models are published as well; each row is that of a run which was not interrupted."""
+    long = {"sparsities": "0.5", "arms": '{"plain": {}}', "max_steps": 120, "pretraining": '{"max_steps": 120}'}
+    long |= {"save_strategy": "steps", "save_steps": 20, "save_total_limit": 1, "cpu_threads": 1, "test_limit": 12}
+    command = [sys.executable, RECIPES / "ablation.py", *options(tmp_path, **long), "--time_limit", "1"]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment)
+    assert done.returncode in (143, -signal.SIGTERM), done.stderr[-3000:]  # while training, or while measuring
+    assert "dense-0-s0 ...\n" in done.stdout and "of 2 cells are finished, the same command goes on" in done.stdout
+    kept = read_rows(tmp_path / "rows.jsonl") if (tmp_path / "rows.jsonl").exists() else []
+    assert len(kept) < 2 and (list((tmp_path / "runs").glob("*/checkpoint-*")) or kept)
+    ablation(tmp_path, **long, save_models="true")
+    ablation(tmp_path / "whole", **long)
+    for one, two in zip(*(read_rows(folder / "rows.jsonl") for folder in (tmp_path, tmp_path / "whole")), strict=True):
+        assert differences(one, two) == {}
+    folder = trained(tmp_path, "plain-0.5-s0").parent
+    model = load_sparse(folder)
+    zeros = sum(int((p == 0).sum()) for p in model.parameters() if p.ndim > 1)
+    results = json.loads((folder / "results.json").read_text())
+    assert zeros == results["sparsity"]["zeros"] > 0 and results["robustness"]["n"] == 12
+    assert "50.0 %" in (folder / "README.md").read_text() and (folder / "figures").is_dir()
+
+
+def test_sigterm_leaves_no_worker_behind(tmp_path):
+    command = [sys.executable, RECIPES / "ablation.py", *options(tmp_path, workers=2, max_steps=100_000)]
+    parent = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    for line in parent.stdout:  # the dense cell is over, two workers train
+        if line.startswith("[1/5]"):
+            break
+    time.sleep(1)
+    parent.terminate()
+    parent.terminate()
+    assert parent.wait(60) == 143 and len(read_rows(tmp_path / "rows.jsonl")) == 1
+    for _ in range(100):
+        try:
+            os.killpg(parent.pid, 0)  # the group has members as long as there is a worker
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
+    os.killpg(parent.pid, signal.SIGKILL)
+    raise AssertionError("workers outlived the run")
+
+
+def test_workers_give_the_rows_of_one_process(ablation, tmp_path):
+    ablation(tmp_path / "one", sparsities="0.9", cpu_threads=1)
+    command = [sys.executable, RECIPES / "ablation.py", *options(tmp_path / "two", sparsities="0.9", workers=2)]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [*command, "--cpu_threads", "1"], capture_output=True, text=True, timeout=280, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = ({(r["arm"], r["seed"]): r for r in read_rows(tmp_path / n / "rows.jsonl")} for n in ("one", "two"))
+    assert one.keys() == two.keys() and len(one) == 3
+    assert all(differences(one[key], two[key]) == {} for key in one)
+
+
+# ---- the other files of settings ----
+
+TINY_VIT = json.dumps({"patch_size": 4, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2})
+# files over each other -> cells to run, of all that they say
+FILES = {
+    ("ablation_vit.yaml",): ("dense TSC", {"TSC", "TSC + CNC"}),
+    ("ablation_cnn.yaml", "ablation_baselines.yaml"): ("dense-0 learned latent", {"learned", "latent", "latent, ERK"}),
+    ("ablation_vit.yaml", "ablation_search.yaml"): ("dense-0 plain", {"plain"}),
+    ("resnet18_gpu.yaml",): ("dense TSC", {"TSC"}),
+    ("vit_small_gpu.yaml",): ("dense-0 plain", {"plain"}),
+}
+
+
+@pytest.mark.parametrize("files", FILES, ids="+".join)
+def test_files_of_settings_run(files, tmp_path, capsys):
+    only, arms = FILES[files]
+    said = [yaml.safe_load((CONFIGS / name).read_text()) for name in files]
+    merged = {name: value for values in said for name, value in values.items()}
+    given = TINY | {"results": tmp_path / "rows.jsonl", "output_dir": tmp_path / "runs", "sparsities": "0.9"}
+    given |= {"only": only, "channels_last": "false", "logging_steps": 1}
+    if merged["architecture"] == "vit":
+        given |= {"model_args": TINY_VIT}
+    for name in ("attack", "arms"):
+        del given[name]
+    command = [text for name in files for text in ("--config", str(CONFIGS / name))]
+    command += [text for name, value in given.items() for text in (f"--{name}", *words(name, value))]
+    runpy.run_path(str(RECIPES / "ablation.py"))["main"](command)
+    rows = read_rows(tmp_path / "rows.jsonl")
+    assert {row["arm"] for row in rows if row["sparsity"]} == arms
+    assert {row["split"] for row in rows} == {merged.get("split", "test")}
+    assert {row["model"] for row in rows} == {merged["label"]}
+    for arm in arms:  # the options of the arm, and those that all share, were used
+        (folder,) = (tmp_path / "runs").glob(f"{arm}-0.9-s0-*")
+        if merged.get("save_models"):
+            used = json.loads((folder / "tscnc_config.json").read_text())
+            assert used["tsc_weight"] == float(merged["arms"][arm].get("tsc_weight", 0))
+            assert (used["bf16"], used["ema_decay"]) == (True, float(merged["ema_decay"]))
+            assert "90.0 %" in (folder / "README.md").read_text()

@@ -1,0 +1,1 @@
+"""The model card: tables, figures, words."""

@@ -1,0 +1,197 @@
+"""The model card: README.md with its figures and model-index, from plain dicts, to rebuild it from a folder."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.utils import yaml_dump
+
+from tscnc_hf.artifact.card import figures, robustness_figures
+from tscnc_hf.artifact.card.tables import KAPPAS, NOT_YET, evaluation_results, layer_table, results_table, size_table
+from tscnc_hf.artifact.card.words import (
+    attack_label,
+    format_kappa,
+    format_percent,
+    format_pixels,
+    is_hub_id,
+    plain,
+    settings_text,
+    used_settings,
+    without_paths,
+    wrapped_command,
+)
+from tscnc_hf.artifact.files.atomic import atomic_file
+
+
+TEMPLATE = Path(__file__).parent / "model_card.md"
+CARD_MARK = "Written by tscnc_hf"  # in a comment of the template: who wrote a card, when it is to be overwritten
+TOTALS = ("rows", "prunable", "zeros", "sparsity", "parameters", "parameter_zeros", "parameter_sparsity")
+
+
+def write_card(
+    folder: str | os.PathLike[str],
+    *,
+    model_name: str,
+    robustness: Mapping[str, Any] | None,
+    sparsity: Mapping[str, Any],
+    spectrum: Mapping[str, Any],
+    config: Mapping[str, Any],
+    dataset_name: str | None,
+    dataset_split: str = "test",
+    class_names: Sequence[str] | None = None,
+    base_model: str | None = None,
+    license: str | None = None,
+    tags: Iterable[str] = (),
+    command: str | None = None,
+    log_history: Iterable[Mapping[str, Any]] | None = None,
+    lipschitz: Mapping[str, Any] | None = None,
+    gates: Mapping[str, Any] | None = None,
+    curve: Mapping[str, Any] | None = None,
+    examples: Mapping[str, Any] | None = None,
+    kept_figures: Iterable[str] = (),
+    dense: Mapping[str, Any] | None = None,
+    sizes: Mapping[str, int] | None = None,
+    versions: Mapping[str, str] | None = None,
+    notes: Sequence[str] = (),
+    own_widths: bool = False,
+) -> Path:
+    """Write README.md, figures/layers.png and, if there is something to draw, further figures into `folder`.
+
+    Args:
+        model_name: what the reader loads: a Hub id ("user/name"), or the name of the folder.
+        robustness: robustness report as a dict (accuracies in [0, 1], epsilon in pixel units), None before evaluation:
+            the card then says so and holds no accuracy.
+        sparsity, spectrum: the two reports as dicts (sparsity = fraction of zeros; an infinite number is "inf").
+        config: the flat training configuration; tokens, empty values and folders of this machine are left out.
+        dataset_name: a Hub id ("user/name"), or a plain name or a local folder, which stays out of `datasets`; None
+            where it is not known.
+        base_model: the model that training started from, if any; only a Hub id reaches the metadata.
+        license: an identifier of the Hub, such as "apache-2.0".
+        command: the command line that trained the model.
+        log_history: `trainer.state.log_history`.
+        lipschitz: `LipschitzReport.to_dict()`, if it was measured.
+        gates: `GateReport.to_dict()` of the gates that were folded into the weights, if there were any.
+        curve: `SecurityCurve.to_dict()`, drawn as figures/security_curve.png.
+        examples: keyword arguments of `examples_figure`, drawn as figures/adversarial_examples.png.
+        kept_figures: "training", "adversarial_examples": figures that lie there and are shown as they are.
+        dense: the `{"robustness", "sparsity", "spectrum", "lipschitz", "curve"}` of a dense twin.
+        sizes: `{"dense_bytes", "sparse_bytes", "limit_bytes"}`: of the two weight files, and `storage_limit`.
+        versions: library -> version; those of `robustness` when left out.
+        notes: further sentences for what the model does not promise.
+        own_widths: the widths of its layers are recorded in config.json, and only this library can build it.
+
+    Returns:
+        the path of README.md.
+
+    Raises:
+        ValueError: if a report lacks what the card prints, or `model_name` is empty.
+    """
+    if not model_name or not str(model_name).strip():
+        raise ValueError(f"model_name={model_name!r}: give a Hub id such as 'user/name', or the name of the folder")
+    model_name = without_paths(str(model_name))
+    _check("sparsity", sparsity, TOTALS)
+    _check("spectrum", spectrum, ("rows", *KAPPAS.values()))
+    if robustness is not None:
+        _check("robustness", robustness, ("threat_model", "attacks"))
+    if lipschitz is not None:
+        _check("lipschitz", lipschitz, ("product_log10", "local_median", "local_max", "n", "epsilon", "steps"))
+    if gates is not None:
+        _check("gates", gates, ("gates", "closed", "rows"))
+    dense = {key: (dense or {}).get(key) for key in ("robustness", "sparsity", "spectrum", "lipschitz", "curve")}
+    config = {key: plain(value) for key, value in config.items() if _is_worth_keeping(key, value)}
+    settings = used_settings(config)
+    dataset_hub, dataset = is_hub_id(dataset_name), without_paths(str(dataset_name)) if dataset_name else ""
+
+    folder = Path(folder)
+    twin = dense if dense["spectrum"] else None
+    figures.save_figure(figures.layer_figure(sparsity, spectrum, twin), folder / "figures" / "layers.png")
+    training = figures.training_figure(log_history) if log_history else None
+    if training is not None:
+        figures.save_figure(training, folder / "figures" / "training.png")
+    if curve is not None:
+        drawn = robustness_figures.curve_figure(curve, dense["curve"])
+        figures.save_figure(drawn, folder / "figures" / "security_curve.png")
+    if examples is not None:
+        drawn = robustness_figures.examples_figure(**examples)
+        figures.save_figure(drawn, folder / "figures" / "adversarial_examples.png")
+
+    card_data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="image-classification",
+        license=license,
+        base_model=base_model if is_hub_id(base_model) else None,
+        datasets=[dataset] if dataset_hub else None,
+        metrics=["accuracy"] if robustness else None,
+        tags=[*_tags(robustness, sparsity, config), *tags],
+        model_name=model_name,
+        # the Hub wants a data set of every result
+        eval_results=evaluation_results(robustness, sparsity, spectrum, dataset or "unknown", dataset_split),
+    )
+    card = ModelCard.from_template(
+        card_data,
+        template_path=str(TEMPLATE),
+        model_name=model_name,
+        robustness=robustness,
+        results=results_table(robustness, sparsity, spectrum, dense, lipschitz),
+        twin=any(dense.values()),
+        sparsity=sparsity,
+        spectrum=spectrum,
+        lipschitz=lipschitz,
+        gates=gates,
+        curve=curve,
+        examples=examples is not None or "adversarial_examples" in kept_figures,
+        layers=layer_table(sparsity, spectrum),
+        config=config,
+        config_yaml=yaml_dump(settings, sort_keys=False).strip(),
+        dataset=dataset,
+        dataset_hub=dataset_hub,
+        split=dataset_split,
+        classes=[str(name) for name in class_names or ()],
+        base_model=without_paths(str(base_model)) if base_model else "",
+        base_model_hub=is_hub_id(base_model),
+        model_hub=is_hub_id(model_name),
+        command=wrapped_command(without_paths(command)) if command else "",
+        training_figure=training is not None or "training" in kept_figures,
+        sizes=size_table(sizes) if sizes else [],
+        packed=bool(sizes) and 0 < sizes.get("sparse_bytes", 0) < sizes.get("dense_bytes", math.inf),
+        own_widths=own_widths,
+        versions=plain(versions or (robustness or {}).get("versions") or {}),
+        notes=[without_paths(str(note)) for note in notes],
+        attack_label=attack_label,
+        settings=settings_text,
+        pixels=format_pixels,
+        percent=format_percent,
+        kappa=format_kappa,
+        not_yet=NOT_YET,
+    )
+    text = re.sub(r"\n{3,}", "\n\n", str(card)).rstrip() + "\n"  # an absent part leaves no hole
+    with atomic_file(folder / "README.md") as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+    return folder / "README.md"
+
+
+def _tags(robustness: Mapping[str, Any] | None, sparsity: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
+    """What the reports and the settings bear out, and nothing more: the model may be anybody's."""
+    tags = ["tscnc"] if config.get("tsc_weight") or config.get("cnc_weight") or config.get("target_sparsity") else []
+    tags += ["image-classification"] + (["robustness"] if robustness or config else [])
+    tags += ["pruning", "sparse"] if sparsity["sparsity"] > 0 else []
+    return tags + (["adversarial-training"] if config.get("objective", "natural") != "natural" else [])
+
+
+def _is_worth_keeping(key: str, value: Any) -> bool:
+    return value is not None and not key.endswith("token") and not (isinstance(value, float) and math.isnan(value))
+
+
+def _check(name: str, report: Mapping[str, Any], keys: Sequence[str]) -> None:
+    missing = [key for key in keys if key not in report]
+    if missing:
+        raise ValueError(
+            f"{name} lacks {', '.join(missing)} (it has {', '.join(map(str, report)) or 'nothing'}); "
+            "give `.to_dict()` of the report, or what was saved of it as JSON"
+        )

@@ -1,0 +1,142 @@
+"""How a card names things: paths, attacks, pixel quantities, sizes."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+
+BLOCK_INDEX = re.compile(r"\[\d+\]$")
+
+
+# an absolute path, POSIX or Windows; not the slash of 8/255, of a URL, of a relative path or of a closing tag
+ABSOLUTE_PATH = re.compile(r"(?<![\w.<:/\\])(?:file://|~|[A-Za-z]:)?[/\\](?:[^\s\"'/\\]+[/\\]+)*([^\s\"'/\\]+)")
+
+
+def is_hub_id(name: str | None) -> bool:
+    """Whether `name` can be "user/name" on the Hub, and is no folder here."""
+    try:
+        validate_repo_id(name)
+    except (HFValidationError, TypeError):
+        return False
+    return "/" in str(name) and not Path(str(name)).exists()
+
+
+def without_paths(text: str) -> str:
+    """`text` with every absolute path cut down to its last part: a card says nothing of the machine that wrote it."""
+    return ABSOLUTE_PATH.sub(r"\1", text)
+
+
+def plain(value: Any) -> Any:
+    """YAML's own types, without absolute paths."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return value if isinstance(value, bool | int | float) else without_paths(str(getattr(value, "value", value)))
+
+
+def attack_label(name: str) -> str:
+    """ "pgd-20" -> "PGD-20"; a name of words stays as it is."""
+    return {"autoattack": "AutoAttack"}.get(name, name.upper() if re.match(r"a?pgd|fgsm|cw\b|fab", name) else name)
+
+
+def settings_text(parameters: Mapping[str, Any]) -> str:
+    """The parameters of an attack as words: "steps 20, step size 0.0125 (3.19/255), random start yes"."""
+    words = []
+    for key, value in parameters.items():
+        if isinstance(value, bool):
+            value = "yes" if value else "no"
+        elif key in ("step_size", "epsilon"):
+            value = format_pixels(value)
+        words.append(f"{key.replace('_', ' ')} {value}")
+    return ", ".join(words)
+
+
+def used_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that had an effect, given the others: no attack steps of a one-step attack, no ridge of no CNC."""
+    off: list[str] = []
+    if config.get("objective") == "natural" or config.get("adversary") == "none":
+        off += ["adversary", "attack_step", "epsilon_warmup", "awp_", "fold_batch_norm"]
+    if config.get("adversary") in ("fgsm-rs", "n-fgsm"):
+        off.append("attack_steps")
+    if config.get("objective") not in ("trades", "mart", None):
+        off.append("trades_beta")
+    if not config.get("awp_gamma", True):
+        off.append("awp_")
+    if not config.get("tsc_weight", True):
+        off.append("tsc_a")
+    if config.get("tsc_on", "gates") != "gates":
+        off.append("gate_")
+    if not config.get("cnc_weight", True):
+        off += ["cnc_form", "cnc_ridge", "cnc_interval"]
+    if not config.get("target_sparsity", True):
+        off += [key for key in config if key.startswith("pruning_") and key != "pruning_exclude"]
+    return {key: value for key, value in config.items() if not key.startswith(tuple(off))}
+
+
+def wrapped_command(command: str, width: int = 100) -> str:
+    """A long command over several lines, one option each, which a shell takes as it is."""
+    return command if len(command) <= width else re.sub(r" (?=--\w)", " \\\\\n    ", command)
+
+
+def format_pixels(value: float | str) -> str:
+    """A pixel quantity in [0, 1] units and in steps of 1/255."""
+    return f"{value:.4g} ({255 * value:.3g}/255)" if isinstance(value, int | float) else str(value)
+
+
+def format_bytes(count: int) -> str:
+    """Bytes for people, in powers of 1000, as the Hub shows them."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.3g} {unit}"
+    return f"{count} bytes"
+
+
+def number(value: Any) -> float:
+    """A float of a JSON figure: "inf" and "nan" are read as such, None as nan."""
+    return math.nan if value is None else float(value)
+
+
+def layer_name(row_name: str) -> str:
+    """Name of the layer that a spectrum row belongs to: "blocks.0.qkv.weight[1]" -> "blocks.0.qkv.weight"."""
+    return BLOCK_INDEX.sub("", row_name)
+
+
+def format_kappa(value: Any) -> str:
+    """A condition number for people: three significant digits, "∞" when infinite, "n/a" when undefined."""
+    value = number(value)
+    if math.isnan(value):
+        return "n/a"
+    if math.isinf(value):
+        return "∞"
+    if value >= 1e6:
+        mantissa, exponent = f"{value:.3g}".split("e")
+        return f"{mantissa}e{int(exponent)}"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def format_percent(fraction: Any) -> str:
+    """A fraction as a percentage; digits are added before "100" or "0" would be a lie."""
+    fraction = number(fraction)
+    if math.isnan(fraction):
+        return "n/a"
+    for digits in (1, 2, 3, 4):
+        text = f"{100 * fraction:.{digits}f}"
+        if float(text) not in (0.0, 100.0) or fraction in (0.0, 1.0):
+            break
+    return f"{text} %"
+
+
+def by_layer(spectrum: Mapping[str, Any] | None) -> dict[str, list[Mapping[str, Any]]]:
+    """Spectrum rows of each layer, in order; a fused or grouped layer has several."""
+    layers: dict[str, list[Mapping[str, Any]]] = {}
+    for row in (spectrum or {}).get("rows", ()):
+        layers.setdefault(layer_name(row["name"]), []).append(row)
+    return layers

@@ -1,0 +1,1 @@
+"""A name or folder <-> a module."""

@@ -1,0 +1,137 @@
+"""Smaller dense models that save and load like any other: slimming, and what becomes of the config."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForImageClassification, PreTrainedModel, TimmWrapperConfig
+
+from tscnc_hf.artifact.models.checkpoint import image_classifier
+from tscnc_hf.artifact.models.config import read_config
+from tscnc_hf.artifact.models.narrowed import as_plain, narrowed, record_widths_, recorded_widths
+from tscnc_hf.method.units.groups import KINDS
+from tscnc_hf.method.units.sites import HEAD_COUNTS
+from tscnc_hf.method.units.slimming import SlimReport, cut_dead_units
+from tscnc_hf.method.units.widths import Widths, changed_widths, layer_widths
+
+
+def slim(
+    model: nn.Module,
+    example_inputs: Tensor | None = None,
+    *,
+    multiple_of: int = 1,
+    uniform: bool = False,
+    kinds: Sequence[str] = KINDS,
+) -> tuple[nn.Module, SlimReport]:
+    """
+    Cut dead channels, hidden units and attention heads out for good: `small, report = slim(model)`.
+
+    What is dead, what is left alone, and the arguments: `tscnc_hf.method.units.slimming.cut_dead_units`. The outputs
+    in evaluation mode are those of the model (up to rounding; the report has the difference in float64).
+
+    Of a transformers model, the config of the copy is made true as well. Where the config's own fields can say the new
+    widths (`report.config == "config"`: `intermediate_size`, `num_attention_heads` and `head_dim` of a ViT;
+    `mlp_ratio`, `base_width`, `block_reduce_first` among timm's `model_args`), the saved model loads everywhere.
+    Otherwise (`"recorded"`) the widths of the layers are recorded in `config.tscnc["slim"]`: `load_slim` and
+    `load_sparse` read them, and stock transformers stops with a size mismatch. Layers of unequal width are what most
+    configs cannot say: `uniform=True` trades some of the gain for a model that loads everywhere.
+
+    Returns:
+        The smaller copy and its `SlimReport`.
+
+    Raises:
+        ValueError: see `cut_dead_units`.
+    """
+    slimmed, report = cut_dead_units(model, example_inputs, multiple_of, uniform, kinds)
+    if isinstance(slimmed, PreTrainedModel) and report.removed:
+        report = replace(report, config=_make_config_true_(slimmed))
+    elif isinstance(slimmed, PreTrainedModel):
+        report = replace(report, config="as before")
+    return slimmed, report
+
+
+def load_slim(name_or_folder: str | os.PathLike, **options: Any) -> PreTrainedModel:
+    """
+    An image classifier with its dense weights, from a folder or the Hub, also one whose widths are recorded.
+
+    Args:
+        options: of `from_pretrained`.
+
+    Raises:
+        ValueError: recorded widths that the model cannot have. Otherwise what `from_pretrained` raises.
+    """
+    config = options.pop("config", None) or read_config(name_or_folder)
+    if not recorded_widths(config):
+        options = {"trust_remote_code": False} | options
+        return AutoModelForImageClassification.from_pretrained(name_or_folder, config=config, **options)
+    model_class = narrowed(image_classifier(config), config)
+    return as_plain(model_class.from_pretrained(name_or_folder, config=config, **options))
+
+
+def _make_config_true_(model: PreTrainedModel) -> str:
+    """Change the model's config so that it describes the model; how: "config" or "recorded"."""
+    config = copy.deepcopy(model.config)
+    record_widths_(config, {})
+    wanted = layer_widths(model)
+    for edits in ({}, *_candidates(config, model, wanted)):
+        edited = copy.deepcopy(config)
+        for key, value in edits.items():
+            setattr(edited, key, value)
+        if _widths_of(type(model), edited) == wanted:
+            for key, value in edits.items():
+                setattr(model.config, key, value)
+            record_widths_(model.config, {})
+            return "config"
+    with torch.device("meta"):
+        built = type(model)(config)
+    record_widths_(model.config, changed_widths(built, model))
+    return "recorded"
+
+
+def _widths_of(model_class: type[PreTrainedModel], config: Any) -> Widths | None:
+    """Of a model that the config builds; None if it builds none."""
+    try:
+        with torch.device("meta"):
+            return layer_widths(model_class(config))
+    except (ValueError, TypeError, RuntimeError, AssertionError):
+        return None
+
+
+def _candidates(config: Any, model: PreTrainedModel, widths: Widths) -> Iterator[dict[str, Any]]:
+    """Changes of a config that may describe the widths; whether one does is seen by building the model."""
+    heads = {count for new in widths.values() for key, count in new.items() if key in HEAD_COUNTS}
+    hidden = {new["in_features"] for name, new in widths.items() if name.endswith(("fc2", "output.dense"))}
+    if isinstance(config, TimmWrapperConfig):
+        for arguments in _timm_candidates(model, widths, hidden):
+            yield {"model_args": (config.model_args or {}) | arguments}
+        return
+    edits: dict[str, Any] = {}
+    if len(hidden) == 1 and hasattr(config, "intermediate_size"):
+        edits["intermediate_size"] = hidden.pop()
+    if len(heads) == 1 and hasattr(config, "num_attention_heads"):
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        edits |= {"num_attention_heads": heads.pop(), "head_dim": size}
+    if edits:
+        yield edits
+
+
+def _timm_candidates(model: PreTrainedModel, widths: Widths, hidden: set[int]) -> Iterator[dict[str, Any]]:
+    inputs = {new["in_features"] for name, new in widths.items() if name.endswith("fc1") and "in_features" in new}
+    if len(hidden) == len(inputs) == 1:
+        units, width = hidden.pop(), inputs.pop()
+        ratio = units / width
+        yield {"mlp_ratio": ratio if int(width * ratio) == units else math.nextafter(ratio, math.inf)}
+    first = next(
+        (m for m in model.modules() if hasattr(m, "conv1") and hasattr(m, "conv2") and hasattr(m, "bn2")), None
+    )
+    if first is not None and hasattr(first, "conv3"):
+        yield {"base_width": 64 * 4 * first.conv2.out_channels / first.conv3.out_channels}
+    elif first is not None:
+        yield {"block_reduce_first": first.conv2.out_channels // first.conv1.out_channels}

@@ -1,0 +1,1 @@
+"""The packed file of docs/packed_format.md."""

@@ -1,0 +1,172 @@
+"""What a model repository is: architecture, sparsity, spectrum, sizes, and what it says of its own accuracy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard
+from torch import nn
+
+from tscnc_hf.artifact.card.words import format_bytes, format_kappa, format_pixels, layer_name, number, without_paths
+from tscnc_hf.artifact.models.narrowed import recorded_widths
+from tscnc_hf.artifact.packed.limit import storage_limit
+from tscnc_hf.artifact.repository.repository import (
+    CARD_FILE,
+    RESULTS_FILE,
+    Repository,
+    build_model,
+    method_settings,
+    read_json,
+    read_tensors,
+)
+from tscnc_hf.method.reports.sparsity import sparsity_report
+from tscnc_hf.method.reports.spectrum import spectral_report
+
+
+def inspect_model(repository: Repository, layers: bool = False, spectrum: bool = True) -> dict[str, Any]:
+    """
+    Plain JSON types; what is not known is left out, an infinite number is "inf".
+
+    Args:
+        repository: from `open_repository`.
+        layers: also the rows of `sparsity_report` and `spectral_report`, one a weight and one a matrix.
+        spectrum: singular values take a second for every ten million weights or so; False leaves them out.
+
+    Returns:
+        {"model", "commit", "architecture", "classes", "dtype", "parameters",
+        "sparsity": {"prunable", "zeros", "sparsity", "parameters", "parameter_zeros", "parameter_sparsity"},
+        "spectrum": {"matrices", "lost_ranks", and the summary of `SpectralReport`},
+        "sizes": {"dense_bytes", "sparse_bytes", "limit_bytes"}: of the two files, and what a lossless file needs at
+        least (`storage_limit`), "metrics": [{"name", "value", ...}], "metrics_from": the file that they are from,
+        "method": options of the run, "gates", "narrowed": layers that are narrower than config.json says by itself}
+
+    Raises:
+        FileNotFoundError: no weights, or no config.json.
+        ValueError: damaged files, or weights that do not fit config.json.
+    """
+    folder = repository.folder
+    tensors = read_tensors(folder)
+    model = build_model(folder, tensors, repository.name)
+    results = read_json(folder / RESULTS_FILE)
+    method = method_settings(folder, model.config)
+    sparsity = sparsity_report(model, method.get("pruning_exclude") or ()).to_dict()
+    found: dict[str, Any] = {
+        "model": without_paths(repository.name),
+        "commit": repository.commit,
+        **_architecture(model),
+        "parameters": sparsity["parameters"],
+        "sparsity": sparsity if layers else {key: value for key, value in sparsity.items() if key != "rows"},
+    }
+    if spectrum:
+        report = spectral_report(model)
+        whole = report.to_dict() | {
+            "matrices": len(report.rows),
+            "lost_ranks": sum(row.full_rank - row.rank for row in report.rows),
+        }
+        hidden = () if layers else ("rows",)
+        known = {key: value for key, value in whole.items() if value == value and key not in hidden}  # no NaN
+        found["spectrum"] = known
+    found["sizes"] = repository.sizes | {"limit_bytes": storage_limit(tensors)}
+    found["metrics"], found["metrics_from"] = known_metrics(folder, results)
+    found |= {"method": method, "gates": results.get("gates"), "narrowed": sorted(recorded_widths(model.config))}
+    return {key: value for key, value in found.items() if value not in (None, {}, [])}
+
+
+def known_metrics(folder: Path, results: Mapping[str, Any] | None = None) -> tuple[list[dict], str | None]:
+    """What a repository says of its accuracy, and in which file: results.json, or the model-index of its card."""
+    results = read_json(folder / RESULTS_FILE) if results is None else results
+    robustness = results.get("robustness") or {}
+    if robustness.get("attacks"):
+        threat = {key: robustness.get("threat_model", {}).get(key) for key in ("norm", "epsilon")}
+        rows = [*robustness["attacks"], *([robustness["worst_case"]] if robustness.get("worst_case") else [])]
+        kept = ("low", "high", "n")
+        metrics = [
+            {"name": f"accuracy, {row['name']}", "value": row["accuracy"], **{key: row.get(key) for key in kept}}
+            | ({} if row["name"] == "clean" else threat)
+            for row in rows
+        ]
+        return metrics, RESULTS_FILE
+    if not (folder / CARD_FILE).is_file():
+        return [], None
+    try:
+        card = ModelCard.load(folder / CARD_FILE, ignore_metadata_errors=True)
+        entries = card.data.eval_results or []
+    except Exception as error:  # of a YAML parser, on text that somebody else wrote
+        raise ValueError(f"{folder / CARD_FILE}: its front matter can not be read ({error})") from error
+    metrics = [
+        {"name": e.metric_name or e.metric_type, "value": e.metric_value, "dataset": e.dataset_name} for e in entries
+    ]
+    return metrics, CARD_FILE if metrics else None
+
+
+def _architecture(model: nn.Module) -> dict[str, Any]:
+    config = model.config
+    timm_name = getattr(config, "architecture", None)
+    return {
+        "architecture": type(model).__name__ + (f" ({timm_name})" if timm_name else ""),
+        "classes": config.num_labels if "Classification" in type(model).__name__ else None,
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
+
+
+def summary_rows(found: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """`inspect_model`'s result for people: (what, value)."""
+    sparsity, sizes = found["sparsity"], found["sizes"]
+    rows = [
+        ("model", found["model"] + (f" at {found['commit'][:8]}" if "commit" in found else "")),
+        ("architecture", found["architecture"] + (f", {found['classes']} classes" if "classes" in found else "")),
+        ("parameters", f"{found['parameters']:,} in {found['dtype']}"),
+        ("zeros", _share(sparsity["zeros"], sparsity["prunable"], "prunable weights")),
+        ("", _share(sparsity["parameter_zeros"], sparsity["parameters"], "parameters")),
+    ]
+    if spectrum := found.get("spectrum"):
+        kappas = [format_kappa(spectrum[f"{which}_effective_condition_number"]) for which in ("median", "max")]
+        rows.append(("effective condition number", f"median {kappas[0]}, largest {kappas[1]}"))
+        deficient = f"{spectrum['rank_deficient']} of {spectrum['matrices']} matrices"
+        rows.append(("lost ranks", f"{spectrum['lost_ranks']:,} in {deficient}"))
+    dense, packed, limit = (
+        format_bytes(sizes[key]) if key in sizes else "none" for key in ("dense_bytes", "sparse_bytes", "limit_bytes")
+    )
+    rows.append(("weights on disk", f"dense {dense}, packed {packed}; a lossless file needs {limit}"))
+    for index, metric in enumerate(found.get("metrics", ())):
+        rows.append((f"claims ({found['metrics_from']})" if not index else "", _metric(metric)))
+    if method := found.get("method"):
+        shown = ("objective", "adversary", "epsilon", "tsc_weight", "cnc_weight", "target_sparsity")
+        rows.append(("trained with", ", ".join(f"{key} {method[key]}" for key in shown if key in method)))
+    if gates := found.get("gates"):
+        rows.append(("gates", f"{gates['closed']} of {gates['gates']} closed and folded into the weights"))
+    if layers := found.get("narrowed"):
+        rows.append(("slimmed", f"{len(layers)} layers, as recorded: load it with load_slim or load_sparse"))
+    return rows
+
+
+def layer_rows(found: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """The layers of `inspect_model(..., layers=True)` as rows of a table, the first its header."""
+    matrices: dict[str, list] = {}
+    for row in found.get("spectrum", {}).get("rows", ()):
+        matrices.setdefault(layer_name(row["name"]), []).append(row)
+    table = [("weight", "shape", "zeros", "effective kappa", "rank")]
+    for row in found["sparsity"]["rows"]:
+        kappa = rank = ""
+        if views := matrices.get(row["name"]):
+            kappa = format_kappa(max(number(view["effective_condition_number"]) for view in views))
+            rank = f"{sum(view['rank'] for view in views)} of {sum(view['full_rank'] for view in views)}"
+        table.append((row["name"], " x ".join(map(str, row["shape"])), f"{row['sparsity']:.2%}", kappa, rank))
+    return table
+
+
+def _share(part: int, whole: int, what: str) -> str:
+    return f"{part / max(whole, 1):.2%} of {whole:,} {what}"
+
+
+def _metric(metric: Mapping[str, Any]) -> str:
+    value, text = metric["value"], metric["name"]
+    fraction = isinstance(value, float) and 0 <= value <= 1
+    text += f" {value:.1%}" if fraction else f" {value:.4g}" if isinstance(value, int | float) else f" {value}"
+    if metric.get("low") is not None:
+        text += f" ({metric['low']:.1%} to {metric['high']:.1%}, n = {metric['n']})"
+    if metric.get("epsilon") is not None:
+        text += f", {metric['norm']} {format_pixels(metric['epsilon'])}"
+    return text

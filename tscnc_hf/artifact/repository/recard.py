@@ -1,0 +1,166 @@
+"""The card of a folder, from nothing but what lies in it: for a model that was trained elsewhere, evaluated later, or
+renamed; and a push that takes it along."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitInfo, HfApi, ModelCard
+
+from tscnc_hf.artifact.card.card import CARD_MARK, write_card
+from tscnc_hf.artifact.card.words import number
+from tscnc_hf.artifact.files.atomic import atomic_file, write_json
+from tscnc_hf.artifact.models.narrowed import KEY, recorded_widths
+from tscnc_hf.artifact.packed.limit import storage_limit
+from tscnc_hf.artifact.repository.push import push_folder
+from tscnc_hf.artifact.repository.repository import (
+    CARD_FILE,
+    RESULTS_FILE,
+    Repository,
+    build_model,
+    method_settings,
+    open_repository,
+    read_json,
+    read_tensors,
+)
+from tscnc_hf.method.reports.sparsity import sparsity_report
+from tscnc_hf.method.reports.spectrum import spectral_report
+
+
+# what tscnc_config.json records of a run beside the options of its method: arguments of `write_card`
+RUN_FACTS = ("dataset_name", "base_model", "license", "tags", "command", "versions")
+KEPT_FIGURES = ("training", "adversarial_examples")  # drawn from what no file holds
+
+
+def is_own_card(path: Path) -> bool:
+    """Whether this library wrote the README.md."""
+    return CARD_MARK in path.read_text(encoding="utf-8")
+
+
+def rebuild_card(
+    repository: Repository,
+    output: str | os.PathLike | None = None,
+    *,
+    results_file: str | os.PathLike | None = None,
+    overwrite: bool = False,
+    **given: Any,
+) -> Path:
+    """
+    Write README.md and its figures; sparsity and spectrum are measured on the weights, the rest is read.
+
+    Args:
+        repository: from `open_repository`; of any model, also one that was never pruned.
+        output: folder of the card; by default that of the model.
+        results_file: figures of another evaluation than the results.json in the folder; copied to beside the card.
+        overwrite: also a card that this library did not write.
+        given: arguments of `write_card` that win over what is recorded, such as `model_name` or `dataset_name`.
+
+    Raises:
+        FileExistsError: there is a README.md that this library did not write.
+        ValueError: the results are of other weights; damaged files; weights that do not fit config.json.
+    """
+    if output is None and repository.commit is not None:
+        raise ValueError(f"{repository.name} is on the Hub: say where the card goes with --output FOLDER")
+    folder, target = repository.folder, repository.folder if output is None else Path(output)
+    if (target / CARD_FILE).is_file() and not overwrite and not is_own_card(target / CARD_FILE):
+        raise FileExistsError(
+            f"{target / CARD_FILE} was not written by this library: give another --output, or --overwrite"
+        )
+    if results_file is not None and not Path(results_file).is_file():
+        raise FileNotFoundError(f"{results_file}: no such file")
+    tensors = read_tensors(folder)
+    model = build_model(folder, tensors, repository.name)
+    results = read_json(folder / RESULTS_FILE if results_file is None else Path(results_file))
+    method = method_settings(folder, model.config)
+    measured = {
+        "sparsity": sparsity_report(model, method.get("pruning_exclude") or ()).to_dict(),
+        "spectrum": spectral_report(model).to_dict(),
+    }
+    _check_results(results, measured, results_file or folder / RESULTS_FILE)
+    known = {"dataset_name": results.get("dataset")} | _facts_of_card(folder / CARD_FILE)
+    known |= {key: method[key] for key in RUN_FACTS if method.get(key)}
+    kept = [name for name in KEPT_FIGURES if _keep_figure(folder, target, name)]
+    names = [str(name) for name in (getattr(model.config, "id2label", None) or {}).values()]
+    path = write_card(
+        target,
+        **{
+            "model_name": repository.name if repository.commit else folder.resolve().name,
+            "robustness": results.get("robustness"),
+            **measured,
+            "config": {key: value for key, value in method.items() if key not in (*RUN_FACTS, KEY)},
+            "class_names": None if all(name.startswith("LABEL_") for name in names) else names,
+            "sizes": repository.sizes | {"limit_bytes": storage_limit(tensors)},
+            "kept_figures": kept,
+            "own_widths": bool(recorded_widths(model.config)),
+            **{key: results.get(key) for key in ("lipschitz", "gates", "curve", "dense")},
+            **known,
+            **given,
+        },
+    )
+    if results_file is not None:
+        write_json(results, target / RESULTS_FILE)
+    return path
+
+
+def publish(folder: str | os.PathLike, repo_id: str, **options: Any) -> CommitInfo:
+    """
+    Check a folder, write its card for the name it will have (unless somebody else wrote the card), and push it.
+
+    Args:
+        options: of `push_folder`.
+
+    Raises:
+        What `push_folder` and `rebuild_card` raise.
+    """
+    repository = open_repository(folder)
+    if repository.commit is not None:
+        raise ValueError(f"{folder} is on the Hub already; push takes a folder here")
+    if "/" not in repo_id:
+        repo_id = f"{HfApi(token=options.get('token')).whoami()['name']}/{repo_id}"
+    if (repository.folder / CARD_FILE).is_file() and not is_own_card(repository.folder / CARD_FILE):
+        build_model(repository.folder, read_tensors(repository.folder), repository.name)
+    else:
+        rebuild_card(repository, model_name=repo_id)
+    return push_folder(folder, repo_id, **options)
+
+
+def _check_results(results: Mapping[str, Any], measured: Mapping[str, Any], source: str | os.PathLike) -> None:
+    """A card must not show the accuracies of another model than the one beside it."""
+    if not results.get("sparsity") or not results.get("spectrum"):
+        return
+    for report, key in (
+        ("sparsity", "parameters"),
+        ("sparsity", "parameter_zeros"),
+        ("spectrum", "median_effective_condition_number"),
+    ):
+        then, now = number(results[report].get(key)), number(measured[report][key])
+        if not (math.isclose(then, now, rel_tol=1e-3) or (math.isnan(then) and math.isnan(now))):
+            raise ValueError(
+                f"{source} is of other weights: {key.replace('_', ' ')} {then:.6g} there, {now:.6g} here. Evaluate "
+                "this model (tscnc evaluate) and give its results.json with --results"
+            )
+
+
+def _facts_of_card(path: Path) -> dict[str, Any]:
+    """What the front matter of an earlier card says and no other file does."""
+    if not path.is_file():
+        return {}
+    data = ModelCard.load(path, ignore_metadata_errors=True).data
+    datasets = data.datasets if isinstance(data.datasets, list) else [data.datasets]
+    shown = [result.dataset_name for result in data.eval_results or () if result.dataset_name != "unknown"]
+    facts = {"dataset_name": next(filter(None, [*datasets, *shown]), None)}
+    facts |= {key: getattr(data, key, None) for key in ("base_model", "license")}
+    return {key: value for key, value in facts.items() if isinstance(value, str)}
+
+
+def _keep_figure(folder: Path, target: Path, name: str) -> bool:
+    source, copy = (path / "figures" / f"{name}.png" for path in (folder, target))
+    if source.is_file() and source.resolve() != copy.resolve():
+        with atomic_file(copy) as temporary:
+            shutil.copyfile(source, temporary)
+    return source.is_file()

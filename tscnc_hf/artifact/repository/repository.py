@@ -1,0 +1,228 @@
+"""A model repository, in a folder here or on the Hub: what lies in it, what of it is published, the model in it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub.errors import (
+    HFValidationError,
+    HTTPError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, PreTrainedModel
+
+from tscnc_hf.artifact.models.checkpoint import config_digest
+from tscnc_hf.artifact.models.config import read_config
+from tscnc_hf.artifact.models.narrowed import KEY
+from tscnc_hf.artifact.models.weights import (
+    INDEX_FILE,
+    WEIGHTS_FILE,
+    build_exactly,
+    has_weights,
+    read_weights,
+    same_tensors,
+)
+from tscnc_hf.artifact.packed.file import SPARSE_FILE, read_sparse_file
+
+
+CONFIG_FILE = "config.json"
+CARD_FILE = "README.md"
+RESULTS_FILE = "results.json"
+FIGURES_PAGE = "robustness.md"
+METHOD_FILE = "tscnc_config.json"
+SHARD = re.compile(r"model-\d+-of-\d+\.safetensors$")
+STATE_FOLDER = "state"  # where an evaluation stands: of use to nobody but its next start
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+READABLE = ("*.json", "*.md", "*.txt", "figures/*", "LICENSE*")  # what a repository has beside its weights
+
+
+@dataclass(frozen=True)
+class Repository:
+    """
+    Attributes:
+        name: what was asked for: a folder, or a Hub id.
+        folder: where its files are: the folder itself, or a snapshot in the Hub's cache.
+        commit: of the snapshot; None for a folder here.
+        sizes: bytes of the weight files, downloaded or not: {"dense_bytes", "sparse_bytes"}, each if it is there.
+    """
+
+    name: str
+    folder: Path
+    commit: str | None
+    sizes: dict[str, int]
+
+
+def is_dense_file(name: str) -> bool:
+    """Whether a file of this name, at the top of a repository, holds dense weights or the index of their shards."""
+    return name in (WEIGHTS_FILE, INDEX_FILE) or SHARD.fullmatch(name) is not None
+
+
+def weight_sizes(files: Iterable[tuple[str, int]]) -> dict[str, int]:
+    """{"dense_bytes", "sparse_bytes"}, each if it is there, of (name, bytes) at the top of a repository."""
+    files = dict(files)
+    dense = [WEIGHTS_FILE] if WEIGHTS_FILE in files else [name for name in files if SHARD.fullmatch(name)]
+    sizes = {"dense_bytes": sum(files[name] for name in dense)} if dense else {}
+    return sizes | ({"sparse_bytes": files[SPARSE_FILE]} if SPARSE_FILE in files else {})
+
+
+def folder_sizes(folder: str | os.PathLike) -> dict[str, int]:
+    """`weight_sizes` of a folder here."""
+    return weight_sizes((path.name, path.stat().st_size) for path in Path(folder).iterdir() if path.is_file())
+
+
+@contextmanager
+def talking_to_the_hub() -> Iterator[None]:
+    """Inside, a connection that fails is a ConnectionError, and so an OSError as all that the Hub itself answers."""
+    try:
+        yield
+    except HTTPError as error:
+        if isinstance(error, OSError):
+            raise
+        raise ConnectionError(f"the Hub at {constants.ENDPOINT} can not be reached: {error}") from error
+
+
+@talking_to_the_hub()
+def open_repository(
+    source: str | os.PathLike, revision: str | None = None, token: str | bool | None = None, weights: str = "any"
+) -> Repository:
+    """
+    A folder here, or what is needed of a repository on the Hub, downloaded from one commit.
+
+    Args:
+        weights (`str`): which to download: "any" (the packed file where there is one: it is smaller), "dense",
+            "packed".
+
+    Raises:
+        FileNotFoundError: no such folder, and no such repository or revision that may be read.
+        OSError: the Hub can not be reached, or refuses.
+    """
+    folder = Path(source)
+    if folder.is_dir():
+        if revision is not None:
+            raise ValueError(f"{source} is a folder here, which has no revision {revision!r}; leave it out")
+        return Repository(str(source), folder, None, folder_sizes(folder))
+    if folder.is_file():
+        raise FileNotFoundError(f"{folder} is a file; give the folder that holds it")
+    try:
+        info = HfApi(token=token).model_info(str(source), revision=revision, files_metadata=True)
+    except HFValidationError:
+        raise FileNotFoundError(f"{str(source)!r} is neither a folder here nor a model id (owner/name)") from None
+    except RevisionNotFoundError:
+        raise FileNotFoundError(f"{source} on the Hub has no revision {revision!r}") from None
+    except RepositoryNotFoundError:
+        raise FileNotFoundError(
+            f"there is no folder {str(source)!r} here, and no such model on the Hub that you may read; a private one "
+            "needs a token (hf auth login, or HF_TOKEN)"
+        ) from None
+    except OfflineModeIsEnabled:
+        folder = Path(snapshot_download(str(source), revision=revision, local_files_only=True))
+        return Repository(str(source), folder, folder.name, folder_sizes(folder))
+    files = {file.rfilename: file.size or 0 for file in info.siblings or ()}
+    packed = SPARSE_FILE in files and weights != "dense"
+    wanted = [SPARSE_FILE] if packed or weights == "packed" else [name for name in files if is_dense_file(name)]
+    folder = Path(snapshot_download(str(source), revision=info.sha, token=token, allow_patterns=[*READABLE, *wanted]))
+    return Repository(str(source), folder, info.sha, weight_sizes(files.items()))
+
+
+def published_files(folder: str | os.PathLike) -> list[str]:
+    """
+    What is published of a folder, as paths in it, in the order of a push: weights, then what describes them, and the
+    card last.
+
+    Left out are pickles (`.bin`, `.pt`, ... and so `training_args.bin` and optimizer states), hidden files and what
+    starts with "_", training checkpoints (`checkpoint-*`), and the state of an evaluation (`state/`).
+    """
+    folder, names = Path(folder), []
+    for path in sorted(folder.rglob("*")):
+        parts = path.relative_to(folder).parts
+        hidden = any(part.startswith((".", "_")) for part in parts)
+        kept = not hidden and not parts[0].startswith("checkpoint-") and parts[0] != STATE_FOLDER
+        if kept and path.is_file() and path.suffix not in PICKLES:
+            names.append("/".join(parts))
+    return sorted(names, key=lambda name: (name == CARD_FILE, not name.endswith(".safetensors")))
+
+
+def read_json(path: Path) -> dict:
+    """The JSON object of a file; {} where there is no such file, or no object in it: then it is somebody else's.
+
+    Raises:
+        ValueError: the file is no JSON.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error})") from error
+    return value if isinstance(value, dict) else {}
+
+
+def method_settings(folder: Path, config: Any) -> dict:
+    """The options that a model was trained with, from tscnc_config.json or `config.tscnc`; {} where nobody says."""
+    recorded = getattr(config, "tscnc", None) or {}
+    return read_json(folder / METHOD_FILE) or {key: value for key, value in recorded.items() if key != KEY}
+
+
+def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """
+    The tensors of a checkpoint folder under the names on disk: the dense weights, or else the packed ones.
+
+    Raises:
+        FileNotFoundError: there are neither.
+        ValueError: a damaged file; or both are there, and are not the same weights.
+    """
+    packed = folder / SPARSE_FILE
+    if not has_weights(folder) and not packed.is_file():
+        raise FileNotFoundError(f"{folder} has no weights: {WEIGHTS_FILE}, {INDEX_FILE} or {SPARSE_FILE}")
+    digest = config_digest(folder) if packed.is_file() and (folder / CONFIG_FILE).is_file() else None
+    if not has_weights(folder):
+        return read_sparse_file(packed, digest)
+    tensors = read_weights(folder)
+    if packed.is_file() and not same_tensors(read_sparse_file(packed, digest), tensors):
+        raise ValueError(
+            f"{packed} holds other weights than the dense file beside it. One of them is of another model: remove it, "
+            "then `tscnc pack` or `tscnc unpack` makes the other from what is left"
+        )
+    return tensors
+
+
+def build_model(folder: Path, tensors: dict[str, torch.Tensor], source: str | None = None) -> PreTrainedModel:
+    """
+    The model that config.json describes, with the checkpoint's tensors in it and nothing missing or left over.
+
+    Any class of transformers, and timm's models in their wrapper. No code of the repository is run.
+
+    Raises:
+        FileNotFoundError: there is no config.json.
+        ValueError: config.json names no class of transformers, or the tensors do not fit it.
+    """
+    if not (folder / CONFIG_FILE).is_file():
+        raise FileNotFoundError(f"{folder} has no {CONFIG_FILE}: it is no model of transformers or timm")
+    config = read_config(folder)
+    return build_exactly(_model_class(config), config, tensors, source or folder)
+
+
+def _model_class(config: Any) -> type[PreTrainedModel]:
+    for name in config.architectures or ():
+        found = getattr(transformers, name, None)  # a name of transformers itself, never one of the repository
+        if isinstance(found, type) and issubclass(found, PreTrainedModel):
+            return found
+    if type(config) in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:  # timm's own config.json names no class
+        found = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING[type(config)]
+        return found[0] if isinstance(found, (tuple, list)) else found
+    raise ValueError(
+        f"{CONFIG_FILE} describes {type(config).__name__} with the architectures {config.architectures}, which is no "
+        "model class of transformers"
+    )

@@ -1,0 +1,224 @@
+"""The robustness of any image classifier, ours or not: from a name and a data set to a folder of figures."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tscnc_hf.cli.parser import ConfigParser
+from tscnc_hf.evaluation.page import _page
+
+
+@dataclass
+class EvaluationArguments:
+    """
+    What is evaluated, on what, against what.
+
+    Parameters:
+        model (`str`): Hub id or local folder of an image classifier, dense or packed.
+        dataset (`str`, *optional*, defaults to `"uoft-cs/cifar10"`): Hub id, local folder, or "digits"; its test part.
+        image_column, label_column (`str`, *optional*): found by type if not given.
+        image_size (`int`, *optional*): side in pixels; by default what the model takes.
+        attacks (`list[str]`, *optional*, defaults to clean, fgsm, pgd-20 and apgd): see `make_attack`.
+        epsilon (`str`, *optional*, defaults to `"8/255"`): radius in pixel units.
+        norm (`str`, *optional*, defaults to `"linf"`): or "l2".
+        n (`int`, *optional*): the first n test images.
+        seed (`int`, *optional*, defaults to 0): of the attacks.
+        batch_size (`int`, *optional*, defaults to 128): halved by itself where memory runs out.
+        dense_model (`str`, *optional*): the model before pruning, whose adversarial images must not be stronger.
+        output_dir (`str`, *optional*): not the folder of a model. Defaults to outputs/<model>-robustness, of a folder
+            its last part, of a Hub id owner-name.
+        device (`str`, *optional*): defaults to a GPU where there is one.
+        cpu_threads (`int`, *optional*): threads on a CPU; all cores by default.
+        json (`bool`, *optional*, defaults to `False`): print what `results.json` holds on stdout, and nothing else.
+    """
+
+    model: str = field(metadata={"help": "Hub id or folder of an image classifier, dense or packed."})
+    dataset: str = field(default="uoft-cs/cifar10", metadata={"help": 'Hub id, local folder, or "digits".'})
+    image_column: str | None = field(default=None, metadata={"help": "Name of the image column."})
+    label_column: str | None = field(default=None, metadata={"help": "Name of the label column."})
+    image_size: int | None = field(default=None, metadata={"help": "Side in pixels. Default: what the model takes."})
+    attacks: list[str] = field(
+        default_factory=lambda: ["clean", "fgsm", "pgd-20", "apgd"],
+        metadata={"help": "clean, fgsm, pgd-K, pgd-KxR, cw-K, apgd, apgd-dlr, square, autoattack."},
+    )
+    epsilon: str = field(default="8/255", metadata={"help": 'Radius in pixel units, e.g. "8/255".'})
+    norm: str = field(default="linf", metadata={"help": "Norm of the perturbation.", "choices": ("linf", "l2")})
+    n: int | None = field(default=None, metadata={"help": "The first n test images. Default: all."})
+    seed: int = field(default=0, metadata={"help": "Of the attacks."})
+    batch_size: int = field(default=128, metadata={"help": "Halved by itself where memory runs out."})
+    dense_model: str | None = field(default=None, metadata={"help": "The model before pruning, for a transfer check."})
+    output_dir: str | None = field(default=None, metadata={"help": "Default: outputs/<model>-robustness."})
+    device: str | None = field(default=None, metadata={"help": "Default: a GPU where there is one."})
+    cpu_threads: int | None = field(default=None, metadata={"help": "Threads on a CPU. Default: all cores."})
+    json: bool = field(default=False, metadata={"help": "Print one JSON object on stdout and nothing else."})
+
+    def __post_init__(self):
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size={self.batch_size}: at least 1 image is attacked at a time")
+        if self.n is not None and self.n < 1:
+            raise ValueError(f"n={self.n}: give 1 test image or more, or leave it out for all")
+        if self.cpu_threads is not None and self.cpu_threads < 1:
+            raise ValueError(f"cpu_threads={self.cpu_threads}: at least 1 is needed")
+        if self.output_dir is None:
+            here = Path(self.model).is_dir()
+            name = Path(os.path.abspath(self.model)).name if here else self.model.replace("/", "-")
+            self.output_dir = f"outputs/{name}-robustness"
+
+
+def parse(
+    args: Sequence[str] | None = None, prog: str | None = None, epilog: str | None = None
+) -> EvaluationArguments:
+    """The options, from `--config` and the command line; exit code 2 and a message where one is wrong."""
+    (arguments,) = ConfigParser([EvaluationArguments], prog=prog, epilog=epilog).parse(args)
+    return arguments
+
+
+def evaluate_model(arguments: EvaluationArguments) -> dict:
+    """
+    Evaluate and write `results.json`, `robustness.md` and figures into the output folder. An evaluation that was cut
+    off goes on when it is started again; the processes of `accelerate launch` share the images.
+
+    Returns:
+        `dict`: what `results.json` holds: "model", "dataset", and the figures as `measure` gives them.
+
+    Raises:
+        SystemExit: an option, the model or the data set cannot be used; the message says why.
+    """
+    import torch
+    from accelerate import PartialState
+
+    from tscnc_hf.artifact.card.figures import save_figure
+    from tscnc_hf.artifact.card.robustness_figures import curve_figure, examples_figure
+    from tscnc_hf.artifact.card.words import without_paths
+    from tscnc_hf.artifact.files.atomic import write_json
+    from tscnc_hf.artifact.models.loading import load_model
+    from tscnc_hf.evaluation.attacks import make_attack
+    from tscnc_hf.evaluation.measures.examples import adversarial_examples
+    from tscnc_hf.evaluation.memory import announce
+    from tscnc_hf.evaluation.page import comparison_table
+    from tscnc_hf.evaluation.run import measure
+    from tscnc_hf.evaluation.state import OtherEvaluation
+    from tscnc_hf.method.adversarial.pixels import pixel_quantity
+
+    _refuse_model_folder(Path(arguments.output_dir))
+    given = _device(arguments.device) if arguments.device else None
+    use_cpu = given.type == "cpu" if given else not torch.cuda.is_available()
+    processes = PartialState(cpu=use_cpu)
+    device = given or processes.device
+    threads = arguments.cpu_threads or (torch.get_num_threads() if processes.num_processes > 1 else _cores())
+    if device.type == "cpu":
+        torch.set_num_threads(threads)
+    shown = sys.stderr if arguments.json else sys.stdout
+
+    def say(text: str) -> None:
+        if processes.is_main_process:
+            print(text, file=shown, flush=True)
+
+    try:
+        epsilon = pixel_quantity("epsilon", arguments.epsilon, arguments.norm)
+        for name in arguments.attacks:
+            make_attack(name, epsilon, arguments.norm)
+        model, processor = _load(load_model, arguments.model)
+        dense, of_dense = _load(load_model, arguments.dense_model) if arguments.dense_model else (None, None)
+        data = _load_data(arguments, model, processor, say)
+    except (ValueError, OSError, ImportError) as error:  # the message says what to do; a traceback would hide it
+        raise SystemExit(f"error: {error}") from None
+    n = len(data.test) if arguments.n is None else min(arguments.n, len(data.test))
+    folder, name = Path(arguments.output_dir), without_paths(arguments.model)
+    say(f"Model: {name}, {sum(p.numel() for p in model.parameters()):,} parameters, on {device}")
+    say(f"Data: {n} of {len(data.test)} test images of {data.name}, {data.image_size[0]}x{data.image_size[1]}")
+    options = {"epsilon": epsilon, "norm": arguments.norm, "seed": arguments.seed, "processing_class": processor}
+    try:
+        results = measure(
+            model.to(device),
+            data.test,
+            attacks=arguments.attacks,
+            n=n,
+            batch_size=arguments.batch_size,
+            state_folder=folder / "state",
+            dense_model=dense,
+            dense_processing_class=of_dense,
+            distributed=processes.num_processes > 1,
+            **options,
+        )
+    except OtherEvaluation as error:
+        raise SystemExit(f"error: {error}. The option is --output_dir") from None
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from None
+    results = {"model": name, "dataset": data.name} | results
+    if not processes.is_main_process:
+        return results
+    write_json(results, folder / "results.json")
+    if "curve" in results:
+        announce("Drawing the security curve and adversarial examples")
+        save_figure(curve_figure(results["curve"]), folder / "figures" / "security_curve.png")
+        if examples := adversarial_examples(model, data.test, **options):
+            figure = examples_figure(**examples.for_figure(data.class_names))
+            save_figure(figure, folder / "figures" / "adversarial_examples.png")
+    (folder / "robustness.md").write_text(_page(results, data.class_names), encoding="utf-8")
+    say(f"\n{comparison_table({name: results})}\n\nFigures, tables and results.json: {folder.resolve()}")
+    if arguments.json:
+        print(json.dumps(results, allow_nan=False))
+    return results
+
+
+def _refuse_model_folder(folder: Path) -> None:
+    """SystemExit where a model lies: its own results.json and figures would be overwritten."""
+    from tscnc_hf.artifact.models.weights import has_weights
+    from tscnc_hf.artifact.repository.repository import CONFIG_FILE, SPARSE_FILE
+
+    if has_weights(folder) or any((folder / name).is_file() for name in (CONFIG_FILE, SPARSE_FILE)):
+        raise SystemExit(f"error: --output_dir {folder} holds a model; give another folder for the figures")
+
+
+def _device(name: str):
+    """The device of this name; SystemExit where nothing can be computed on it."""
+    import torch
+
+    try:
+        device = torch.device(name)
+        torch.ones(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # whatever the backend thinks of
+        reason = (str(error).splitlines() or ["it gives no reason"])[0]
+        raise SystemExit(f"error: --device {name} cannot be used here: {reason}") from None
+    return device
+
+
+def _load(load_model, name: str):
+    try:
+        return load_model(name)
+    except (OSError, ValueError) as error:  # of transformers, which does not always say which model it was
+        raise ValueError(f"model {name!r} cannot be loaded: {error}") from error
+
+
+def _load_data(arguments: EvaluationArguments, model, processor, say: Callable[[str], None]):
+    from tscnc_hf.artifact.models.loading import input_format
+    from tscnc_hf.data.class_names import compare_class_names
+    from tscnc_hf.data.loading import load_image_data
+
+    side, channels = input_format(model, processor)
+    data = load_image_data(
+        arguments.dataset,
+        image_column=arguments.image_column,
+        label_column=arguments.label_column,
+        image_size=arguments.image_size or side,
+        channels={1: "grey", 3: "rgb"}.get(channels, "auto"),
+        augmentation="none",
+        train_limit=1,
+        test_limit=arguments.n,
+    )
+    names = [str(model.config.id2label[index]) for index in range(model.config.num_labels)]
+    if warning := compare_class_names(names, data.class_names):
+        say(warning)
+    return data
+
+
+def _cores() -> int:
+    import os
+
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

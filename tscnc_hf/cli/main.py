@@ -1,0 +1,226 @@
+"""`tscnc`: one command for what needs no script. Thin: each calls functions of the rooms and shows the result."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
+from typing import Any
+
+from tscnc_hf import __version__
+
+
+EXIT_CODES = "exit codes: 0 done, 1 refused (the reason is on stderr), 2 wrong usage"
+# command -> (what it does, an example)
+COMMANDS = {
+    "inspect": (
+        "what a model is: architecture, sparsity, condition numbers, sizes, accuracies it claims",
+        "tscnc inspect you/your-model --layers",
+    ),
+    "pack": (
+        "write the packed model.sparse.safetensors from dense weights, bit for bit",
+        "tscnc pack outputs/my-model",
+    ),
+    "unpack": (
+        "write model.safetensors from a packed file, bit for bit",
+        "tscnc unpack you/your-model --output dense-model",
+    ),
+    "evaluate": (
+        "clean and robust accuracy of any image classifier",
+        "tscnc evaluate --model outputs/my-model --dataset uoft-cs/cifar10 --attacks clean pgd-20 autoattack --n 1000",
+    ),
+    "card": (
+        "write README.md and its figures again from what lies in the folder",
+        "tscnc card outputs/my-model --results outputs/my-model-robustness/results.json",
+    ),
+    "push": (
+        "upload a folder to the Hub in one commit, with its card",
+        "tscnc push outputs/my-model you/your-model --private",
+    ),
+}
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the command named first. SystemExit: code 1 and one line on stderr if it is refused, 2 for wrong usage."""
+    args = list(sys.argv[1:] if args is None else args)
+    try:
+        if args[:1] == ["evaluate"]:  # its options are those of the recipes, with --config
+            _evaluate(args[1:])
+        else:
+            options = _parser().parse_args(args or ["--help"])
+            RUN[options.command](options)
+    except SystemExit as end:
+        if not isinstance(end.code, str):
+            raise
+        _refuse(end.code)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except (ValueError, OSError, ImportError) as error:  # the message says what to do; a traceback would hide it
+        _refuse(f"error: {error}")
+
+
+def _refuse(reason: str) -> None:
+    print(" ".join(reason.split()), file=sys.stderr)
+    raise SystemExit(1) from None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="tscnc",
+        description="Sparse, adversarially robust vision models: look at them, pack them, attack them, publish them.",
+        epilog=EXIT_CODES,
+    )
+    parser.add_argument("--version", action="version", version=f"tscnc-hf {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    made = {}
+    for name, (what, example) in COMMANDS.items():
+        made[name] = one = commands.add_parser(
+            name,
+            help=what,
+            description=f"{what[0].upper()}{what[1:]}.",
+            epilog=f"example: {example}\n\n{EXIT_CODES}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        if name in ("inspect", "pack", "unpack", "card"):
+            one.add_argument("model", metavar="FOLDER_OR_HUB_ID", help="of transformers or timm, dense or packed")
+            one.add_argument("--revision", help="branch, tag or commit on the Hub")
+        if name in ("pack", "unpack", "card"):
+            one.add_argument("--output", metavar="FOLDER", help="where to write. Default: beside what is read")
+        one.add_argument("--json", action="store_true", help="print one JSON object on stdout and nothing else")
+
+    packing = made["pack"]
+    packing.add_argument("--compression", choices=("zstd",), help="compress further, without loss (pip: zstandard)")
+    packing.add_argument("--value-dtype", choices=("fp16", "bf16"), help="round values: half as large, another model")
+    made["inspect"].add_argument("--layers", action="store_true", help="also every weight and every matrix")
+    made["inspect"].add_argument("--no-spectrum", action="store_true", help="leave singular values out: faster")
+    card = made["card"]
+    card.add_argument("--results", metavar="FILE", help="results.json of `tscnc evaluate`; copied beside the card")
+    card.add_argument("--name", help="what a reader loads. Default: the name of the folder, or the Hub id")
+    card.add_argument("--dataset", help="Hub id or name of the data. Default: as recorded")
+    card.add_argument("--base-model", help="Hub id that training started from. Default: as recorded")
+    card.add_argument("--license", help="identifier of the licence, e.g. apache-2.0. Default: as recorded")
+    card.add_argument("--overwrite", action="store_true", help="also a README.md that this library did not write")
+    push = made["push"]
+    push.add_argument("folder", metavar="FOLDER", help="a model of transformers or timm, dense or packed")
+    push.add_argument("repo_id", metavar="REPO_ID", help="owner/name on the Hub; made if it is not there")
+    push.add_argument("--private", action="store_true", help="make the repository private; refuse a public one")
+    push.add_argument("--revision", help="branch to commit to, made if it is not there. Default: main")
+    push.add_argument("--message", default="Upload model", help="of the commit")
+    return parser
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    def work() -> dict[str, Any]:
+        from tscnc_hf.artifact.repository.inspection import inspect_model
+        from tscnc_hf.artifact.repository.repository import open_repository
+
+        repository = open_repository(options.model, options.revision)
+        return inspect_model(repository, layers=options.layers, spectrum=not options.no_spectrum)
+
+    def show(found: dict[str, Any]) -> None:
+        from tscnc_hf.artifact.repository.inspection import layer_rows, summary_rows
+
+        _table(summary_rows(found))
+        if options.layers:
+            print()
+            _table(layer_rows(found), header=True)
+
+    _run(options, work, show)
+
+
+def _convert(options: argparse.Namespace) -> None:
+    def work() -> dict[str, Any]:
+        from tscnc_hf.artifact.repository.conversion import pack, unpack
+        from tscnc_hf.artifact.repository.repository import folder_sizes, open_repository
+
+        packing = options.command == "pack"
+        repository = open_repository(options.model, options.revision, weights="dense" if packing else "packed")
+        how = {"compression": options.compression, "value_dtype": options.value_dtype} if packing else {}
+        path = (pack if packing else unpack)(repository, options.output, **how)
+        return {"written": str(path)} | repository.sizes | folder_sizes(path.parent)
+
+    def show(done: dict[str, Any]) -> None:
+        from tscnc_hf.artifact.card.words import format_bytes
+
+        sizes = {key: format_bytes(done[key]) for key in ("dense_bytes", "sparse_bytes") if key in done}
+        print(f"{done['written']}: dense {sizes.get('dense_bytes', '-')}, packed {sizes.get('sparse_bytes', '-')}")
+
+    _run(options, work, show)
+
+
+def _card(options: argparse.Namespace) -> None:
+    def work() -> dict[str, Any]:
+        from tscnc_hf.artifact.repository.recard import rebuild_card
+        from tscnc_hf.artifact.repository.repository import open_repository
+
+        given = {"model_name": options.name, "dataset_name": options.dataset}
+        given |= {"base_model": options.base_model, "license": options.license}
+        path = rebuild_card(
+            open_repository(options.model, options.revision),
+            options.output,
+            results_file=options.results,
+            overwrite=options.overwrite,
+            **{key: value for key, value in given.items() if value is not None},
+        )
+        return {"written": str(path)}
+
+    _run(options, work, lambda done: print(done["written"]))
+
+
+def _push(options: argparse.Namespace) -> None:
+    def work() -> dict[str, Any]:
+        from tscnc_hf.artifact.repository.recard import publish
+
+        commit = publish(
+            options.folder,
+            options.repo_id,
+            message=options.message,
+            revision=options.revision,
+            private=True if options.private else None,
+        )
+        return {"url": commit.commit_url, "commit": commit.oid}
+
+    _run(options, work, lambda done: print(done["url"]))
+
+
+def _evaluate(args: Sequence[str]) -> None:
+    from tscnc_hf.cli.evaluate import evaluate_model, parse
+
+    evaluate_model(parse(args, prog="tscnc evaluate", epilog=f"example: {COMMANDS['evaluate'][1]}  ({EXIT_CODES})"))
+
+
+RUN = {"inspect": _inspect, "pack": _convert, "unpack": _convert, "card": _card, "push": _push}
+
+
+def _run(options: argparse.Namespace, work: Callable[[], dict], show: Callable[[dict], None]) -> None:
+    """Work with all output on stderr, then the result on stdout: for people, or one JSON object."""
+    with redirect_stdout(sys.stderr):
+        result = work()
+    if options.json:
+        print(json.dumps(result, allow_nan=False))
+    else:
+        show(result)
+
+
+def _table(rows: Sequence[Sequence[str]], header: bool = False) -> None:
+    """Columns, the first to the left and the others to the right; with colour and lines on a terminal."""
+    if sys.stdout.isatty():
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(show_header=header, box=None if not header else Table().box, pad_edge=False)
+        for index in range(len(rows[0])):
+            table.add_column(rows[0][index] if header else "", justify="right" if index and header else "left")
+        for row in rows[1:] if header else rows:
+            table.add_row(*row)
+        Console().print(table)
+        return
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+if __name__ == "__main__":
+    main()

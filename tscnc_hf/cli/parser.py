@@ -1,0 +1,88 @@
+"""Command line and YAML: `--config` sets defaults, the command line wins, an unknown key is an error."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from difflib import get_close_matches
+from pathlib import Path
+
+import yaml
+from transformers import HfArgumentParser
+
+
+class ConfigParser(HfArgumentParser):
+    """
+    `HfArgumentParser` with `--config FILE.yaml`, which may be given several times: later files win.
+
+    A key of the file is the name of an option; its value becomes the option's default and is converted like one typed
+    on the command line (YAML reads `5e-5` as a string). Options that the dataclasses require may come from either.
+    """
+
+    def __init__(self, dataclass_types, **kwargs):
+        super().__init__(dataclass_types, allow_abbrev=False, **kwargs)
+        self.add_argument(
+            "--config",
+            metavar="FILE.yaml",
+            help="YAML file with defaults; of several the later win, and the command line over all.",
+        )
+
+    def parse(self, args: Sequence[str] | None = None) -> tuple:
+        """One instance per dataclass. Ends with exit code 2 and a message on unknown options, keys or wrong values."""
+        args = list(sys.argv[1:] if args is None else args)
+        for path in _config_paths(args):
+            self._apply_yaml(Path(path))
+        try:
+            *instances, _, unknown = self.parse_args_into_dataclasses(
+                args, look_for_args_file=False, return_remaining_strings=True
+            )
+        except ValueError as error:  # raised by a dataclass's own checks
+            self.exit(2, f"{self.prog}: error: {error}\n")
+        if unknown:
+            self.exit(2, f"{self.prog}: error: {self._about_unknown(unknown)}\n")
+        return tuple(instances)
+
+    def _about_unknown(self, words: Sequence[str]) -> str:
+        """What is said of words that no option takes: options by name, with those that look alike, or values."""
+        names = [word.split("=", 1)[0] for word in words if word.startswith("--")]
+        alike = [get_close_matches(name, self._option_string_actions, n=1) for name in names]
+        shown = [f"{name} (perhaps {near[0]})" if near else name for name, near in zip(names, alike, strict=True)]
+        problem = f"unknown option(s) {', '.join(shown)}" if names else f"{', '.join(words)}: no option before it"
+        return f"{problem}; `--help` lists those that exist"
+
+    def _apply_yaml(self, path: Path) -> None:
+        if not path.is_file():
+            self.error(f"--config {path}: no such file")
+        try:
+            values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        except yaml.YAMLError as error:
+            self.error(f"--config {path} is not valid YAML: {error}")
+        if not isinstance(values, dict):
+            self.error(f"--config {path}: expected `option: value` lines, got a {type(values).__name__}")
+        actions = {action.dest: action for action in self._actions if action.dest not in ("help", "config")}
+        unknown = sorted(map(str, set(values) - set(actions)))
+        if unknown:
+            self.error(f"--config {path}: unknown option(s) {', '.join(unknown)}; `--help` lists those that exist")
+        for name, value in values.items():
+            action = actions[name]
+            if value is False and "no" in (action.choices or ()):
+                value = "no"  # YAML reads a bare `no` as false
+            if isinstance(value, list | dict) and action.nargs is None and action.type is not str:
+                self.error(f"--config {path}: {name}={value!r}; give one value")
+            if action.choices is not None and value is not None and value not in action.choices:
+                allowed = ", ".join(map(str, action.choices))
+                self.error(f"--config {path}: {name}={value!r}; use one of {allowed}")
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                value = str(value)  # a string default goes through the option's own type
+            action.required = False
+            self.set_defaults(**{name: value})
+
+
+def _config_paths(args: Sequence[str]) -> list[str]:
+    paths = []
+    for position, arg in enumerate(args):
+        if arg == "--config" and position + 1 < len(args):
+            paths.append(args[position + 1])
+        elif arg.startswith("--config="):
+            paths.append(arg.split("=", 1)[1])
+    return paths

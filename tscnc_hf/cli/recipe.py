@@ -1,0 +1,272 @@
+"""What the recipes share: options of data and model, and the steps between data and a finished folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tscnc_hf.cli.parser import ConfigParser
+from tscnc_hf.training.config import TSCNCConfig
+from tscnc_hf.training.resume.termination import INTERRUPTED_STATUS
+
+
+DECODE = {"auto": "auto", "once": True, "as-read": False}  # as `in_memory` of load_image_data
+
+
+@dataclass
+class DataArguments:
+    """
+    Where images come from. Model selection uses a part of train; the test split is touched once, at the end.
+
+    Parameters:
+        dataset (`str`, *optional*, defaults to `"uoft-cs/cifar10"`): Hub id, local folder (parquet or one folder per
+            class), or "digits" (scikit-learn's, no download).
+        image_column, label_column (`str`, *optional*): found by type if not given.
+        test_split (`str`, *optional*): the split to test on; "test", else "validation", else a fifth of train.
+        image_size (`int`, *optional*): resize to this side in pixels.
+        channels (`str`, *optional*, defaults to `"rgb"`): "rgb", "grey" or "auto".
+        decode (`str`, *optional*, defaults to `"auto"`): "once", into memory, "as-read", in every batch anew, which
+            needs no memory for images and an image_size, or "auto": once up to 96 pixels a side and 4 GB.
+        augmentation (`str`, *optional*, defaults to `"crop-flip"`): "none", "flip", "crop" or "crop-flip". Crops are
+            of the padded image where images are in memory, and random resized crops where they are decoded as read.
+        validation_fraction (`float`, *optional*, defaults to 0.1): of train.
+        train_limit (`int`, *optional*): train on the first n images only.
+        test_limit (`int`, *optional*): test on the first n images only.
+        test_attacks (`list[str]`, *optional*, defaults to clean and pgd-20): for the final figures.
+        compare_dense (`bool`, *optional*, defaults to `False`): also train a dense twin, the same but for pruning and
+            constraints, and show both side by side.
+        cpu_threads (`int`, *optional*): threads on a CPU. By default a single process has all cores: `accelerate
+            launch` gives it one, which makes training half as fast or worse.
+        resume (`bool`, *optional*, defaults to `False`): go on from the last whole checkpoint in the output folder;
+            from the beginning where there is none yet. `resume_from_checkpoint` (of `TrainingArguments`) names a
+            checkpoint to go on from instead, or is "true", which is the same as this.
+    """
+
+    dataset: str = field(default="uoft-cs/cifar10", metadata={"help": 'Hub id, local folder, or "digits".'})
+    image_column: str | None = field(
+        default=None, metadata={"help": "Name of the image column, if not found by type."}
+    )
+    label_column: str | None = field(
+        default=None, metadata={"help": "Name of the label column, if not found by type."}
+    )
+    test_split: str | None = field(default=None, metadata={"help": "Split to test on, if not test or validation."})
+    image_size: int | None = field(default=None, metadata={"help": "Resize images to this side, in pixels."})
+    channels: str = field(default="rgb", metadata={"help": "Channels.", "choices": ("rgb", "grey", "auto")})
+    decode: str = field(
+        default="auto",
+        metadata={
+            "help": "Decode images once, into memory, or as they are read. Auto: by size.",
+            "choices": tuple(DECODE),
+        },
+    )
+    augmentation: str = field(
+        default="crop-flip",
+        metadata={"help": "Augmentation of the training images.", "choices": ("none", "flip", "crop", "crop-flip")},
+    )
+    validation_fraction: float = field(default=0.1, metadata={"help": "Part of train kept for model selection."})
+    train_limit: int | None = field(default=None, metadata={"help": "Train on the first n images only."})
+    test_limit: int | None = field(default=None, metadata={"help": "Test on the first n images only."})
+    test_attacks: list[str] = field(
+        default_factory=lambda: ["clean", "pgd-20"], metadata={"help": "Attacks of the final figures."}
+    )
+    compare_dense: bool = field(default=False, metadata={"help": "Also train a dense twin and compare."})
+    cpu_threads: int | None = field(
+        default=None, metadata={"help": "Threads on a CPU. Default: all cores for a single process."}
+    )
+    resume: bool = field(default=False, metadata={"help": "Go on from the last checkpoint in the output folder."})
+
+
+def parse(model_arguments: type, args: list[str] | None = None) -> tuple[TSCNCConfig, DataArguments, object]:
+    """The options of a recipe, from `--config` and the command line."""
+    parsed = ConfigParser([TSCNCConfig, DataArguments, model_arguments]).parse(args)
+    with one_line_errors():
+        resume_point(*parsed[:2])  # a wrong one ends here, before data is read
+    return parsed
+
+
+def resume_point(config: TSCNCConfig, arguments: DataArguments) -> str | bool:
+    """
+    What to go on from: the folder that `resume_from_checkpoint` names, else whether `resume` or it asks for the last.
+
+    Raises:
+        ResumeError: the folder is not there, or is no checkpoint.
+    """
+    from transformers.trainer import TRAINER_STATE_NAME
+
+    from tscnc_hf.training.resume.checkpoints import ResumeError
+
+    named = config.resume_from_checkpoint
+    if named is None or str(named).lower() in ("", "true", "false"):
+        return arguments.resume or str(named).lower() == "true"
+    if not (Path(named) / TRAINER_STATE_NAME).is_file():
+        what = "is no checkpoint of a training run" if Path(named).is_dir() else "does not exist"
+        raise ResumeError(f"resume_from_checkpoint={named} {what}: name a folder such as <output_dir>/checkpoint-100")
+    return named
+
+
+def set_cpu_threads(config: TSCNCConfig, threads: int | None) -> None:
+    """Threads of torch on a CPU; see `DataArguments.cpu_threads`. With plain `python`, torch keeps its own choice."""
+    import torch
+
+    if config.device.type != "cpu":
+        return
+    if threads is None and config.world_size == 1 and "ACCELERATE_MIXED_PRECISION" in os.environ:
+        threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Inside, what cannot be used ends the process: the message says what to do, a traceback would hide it."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError) as error:  # the last: a tracker that is not installed
+        raise SystemExit(f"error: {error}") from None
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Inside, Ctrl-C ends the process with status 130, without a traceback; a trainer has saved what it could."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise SystemExit(INTERRUPTED_STATUS) from None
+
+
+def load_data(arguments: DataArguments, seed: int):
+    """`ImageData` as the options say. An attack that does not exist ends here, before any training."""
+    from tscnc_hf.data.loading import load_image_data
+    from tscnc_hf.evaluation.attacks import make_attack
+
+    with one_line_errors():
+        for name in arguments.test_attacks:
+            make_attack(name, 0.0)
+        data = load_image_data(
+            arguments.dataset,
+            image_column=arguments.image_column,
+            label_column=arguments.label_column,
+            image_size=arguments.image_size,
+            channels=arguments.channels,
+            augmentation=arguments.augmentation,
+            validation_fraction=arguments.validation_fraction,
+            train_limit=arguments.train_limit,
+            test_limit=arguments.test_limit,
+            in_memory=DECODE[arguments.decode],
+            test_split=arguments.test_split,
+            seed=seed,
+        )
+    print(f"Data: {data.description}", flush=True)
+    return data
+
+
+def train(config: TSCNCConfig, model, processor, data, resume: str | bool = False):
+    """Train and return the trainer. `resume`: a checkpoint, or whether to go on from the last in the output folder."""
+    from transformers.utils.logging import disable_progress_bar
+
+    from tscnc_hf.training.resume.checkpoints import checkpoints
+    from tscnc_hf.training.trainer import TSCNCTrainer
+
+    disable_progress_bar()  # of reading and writing files; training keeps its own
+    with one_line_errors():
+        trainer = TSCNCTrainer(
+            model=model,
+            args=config,
+            train_dataset=data.train,
+            eval_dataset=data.validation,
+            processing_class=processor,
+        )
+    class_names = [str(model.config.id2label[index]) for index in range(model.config.num_labels)]
+    trainer.card_options |= {"class_names": class_names, "command": command_line(), "dataset_name": data.name}
+    goal = f"to {config.target_sparsity:.1%} sparsity" if config.target_sparsity else "dense"
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    adversary = f"with {config.adversary}, epsilon {config.epsilon:.4g}"
+    print(
+        f"Training {goal}: {config.objective} {adversary if config.objective != 'natural' else '(no adversary)'}, "
+        f"TSC {config.tsc_weight:g}, CNC {config.cnc_weight:g}; {parameters:,} parameters",
+        flush=True,
+    )
+    if resume is True and not checkpoints(config.output_dir):  # cut off before the first, or a twin that is to come
+        print(f"No checkpoint in {config.output_dir} yet: training from the beginning", flush=True)
+        resume = False
+    trainer.train(resume_from_checkpoint=resume or None)
+    return trainer
+
+
+def dense_twin(config: TSCNCConfig) -> TSCNCConfig:
+    """The same run without pruning and constraints, in a folder beside: inside, a push would upload it too."""
+    return dataclasses.replace(
+        config,
+        output_dir=f"{Path(config.output_dir)}-dense-twin",
+        target_sparsity=0.0,
+        tsc_on="weights",
+        tsc_weight=0.0,
+        cnc_weight=0.0,
+        keep_masks=False,
+        push_to_hub=False,
+    )
+
+
+def finish(trainer, data, arguments: DataArguments, dense: dict | None = None) -> dict:
+    """Test once, save the folder, write the card, push if asked for; print the table and the folder's path."""
+    from tscnc_hf.evaluation.page import comparison_table
+
+    results = trainer.test(data.test, attacks=arguments.test_attacks)
+    if dense is not None:
+        results["dense"] = dense
+    trainer.save_model()  # with the card; uploads too when push_to_hub is set
+    if trainer.is_world_process_zero():
+        columns = ({"dense": dense} if dense else {}) | {"pruned": results}
+        print(f"\n{comparison_table(columns)}\n\nModel, card and figures: {Path(trainer.args.output_dir).resolve()}")
+    return results
+
+
+def run(config: TSCNCConfig, arguments: DataArguments, build: Callable[[], tuple], data) -> None:
+    """Train what `build()` gives (model, image processor), after a dense twin if asked for, and `finish` it."""
+    from transformers import set_seed
+
+    from tscnc_hf.training.compressor import ScheduleError, build_pruner, with_dense_ends
+    from tscnc_hf.training.resume.checkpoints import ResumeError, others_text
+    from tscnc_hf.training.resume.storage import StorageError
+
+    def build_one(config: TSCNCConfig) -> tuple:
+        set_seed(config.seed)  # the twin starts from the same weights
+        with one_line_errors():
+            return build()
+
+    def train_one(config: TSCNCConfig, resume: str | bool):
+        return train(config, *build_one(config), data, resume)
+
+    dense = None
+    try:
+        resume = resume_point(config, arguments)
+        if arguments.compare_dense:
+            if not resume and (text := others_text(config.output_dir)):
+                raise ResumeError(text)  # before the twin is trained, not after
+            with one_line_errors():
+                model, _ = build_one(config)
+                build_pruner(model, with_dense_ends(model, config))
+            dense = train_one(dense_twin(config), bool(resume)).test(data.test, arguments.test_attacks)
+        trainer = train_one(config, resume)
+        finish(trainer, data, arguments, dense)
+    except (StorageError, ResumeError, ScheduleError) as error:  # one line says it all
+        raise SystemExit(f"error: {error}") from None
+    trainer.end()
+
+
+def command_line() -> str:
+    """What was typed to start this process, as far as it can be told: the launcher, the script and its options."""
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if "ACCELERATE_MIXED_PRECISION" in os.environ:  # set by accelerate launch, always
+        launcher = ["accelerate", "launch", *(["--num_processes", str(processes)] if processes > 1 else [])]
+    elif "TORCHELASTIC_RUN_ID" in os.environ:
+        launcher = ["torchrun", "--nproc_per_node", os.environ.get("LOCAL_WORLD_SIZE", str(processes))]
+    else:
+        launcher = ["python"]
+    return shlex.join([*launcher, *sys.argv])

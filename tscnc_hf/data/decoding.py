@@ -1,0 +1,157 @@
+"""Encoded images -> uint8 pixels, with PIL, so that an image that cannot be read is named."""
+
+import io
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from tscnc_hf.data.augmentation import centre_box
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+CHANNELS = {"rgb": 3, "grey": 1}
+SIXTEEN_BIT_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N")
+GREY_MODES = ("1", "L", "LA", "La", *SIXTEEN_BIT_MODES)
+ORIENTATION = 0x0112
+CHUNK = 1000
+PROGRESS_FROM = 5_000
+
+
+class ColourError(ValueError):
+    """An image is in colour where only grey was expected."""
+
+
+@dataclass(frozen=True)
+class ImageDecoder:
+    """Turns one stored image into uint8 pixels.
+
+    Attributes:
+        channels: "rgb" (c = 3) or "grey" (c = 1). Palette, CMYK, 16-bit grey ... are converted, alpha is dropped.
+        only_grey: refuse images in colour, for data sets whose first image was found to be grey.
+    """
+
+    channels: str = "rgb"
+    only_grey: bool = False
+
+    def open(self, stored: Any, where: str) -> Image.Image:
+        """Decode `{"bytes", "path"}`, or bytes alone, to a PIL image in mode RGB or L, upright.
+
+        Raises:
+            ValueError: the image cannot be decoded, or is in colour where only grey was expected; names `where`, the
+                path where known, and the decoder's message.
+        """
+        content, path = (stored.get("bytes"), stored.get("path")) if isinstance(stored, dict) else (stored, None)
+        if content is None and path is None:
+            raise ValueError(f"{where} holds no image (neither bytes nor a path). Remove the row or repair the file.")
+        try:
+            image = Image.open(path if content is None else io.BytesIO(content))
+            image.load()
+            if image.getexif().get(ORIENTATION) is not None:
+                image = ImageOps.exif_transpose(image)
+            is_grey = image.mode in GREY_MODES
+            image = self._convert(image)
+        except Exception as error:  # PIL's plugins raise OSError, SyntaxError, ValueError, struct.error and more
+            source = path if content is None else f"{len(content)} bytes" + (f" of {path}" if path else "")
+            raise ValueError(
+                f"{where} ({source}) cannot be decoded: {type(error).__name__}: {error}. Repair or remove the image."
+            ) from error
+        if self.only_grey and not is_grey:
+            raise ColourError(
+                f'{where} is in colour although the first training image is grey; give channels="rgb" (or "grey" to '
+                "drop all colour)."
+            )
+        return image
+
+    def _convert(self, image: Image.Image) -> Image.Image:
+        target = "RGB" if self.channels == "rgb" else "L"
+        if image.mode == target:
+            return image
+        if image.mode in SIXTEEN_BIT_MODES:
+            # PIL would clip 16-bit grey at 255 instead of scaling it.
+            values = np.asarray(image).astype(np.int64)
+            if values.min() < 0 or values.max() > 65535:
+                raise ValueError(f"grey values in [{values.min()}, {values.max()}], allowed are 8 and 16 bits")
+            image = Image.fromarray(np.round(values / 257).astype(np.uint8))
+        elif image.mode == "F":
+            raise ValueError("floating-point pixels have no defined range; store 8 or 16 bits")
+        elif image.mode == "P" and "transparency" in image.info:
+            image = image.convert("RGBA")
+        return image.convert(target)
+
+
+def decoder_for(stored: Any, channels: str, where: str) -> tuple[ImageDecoder, tuple[int, int]]:
+    """The decoder for `channels` ("rgb", "grey" or "auto") by a data set's first image, and that image's (h, w)."""
+    if channels == "auto":
+        try:
+            decoder = ImageDecoder("grey", only_grey=True)
+            image = decoder.open(stored, where)
+        except ColourError:
+            return decoder_for(stored, "rgb", where)
+    else:
+        decoder = ImageDecoder(channels)
+        image = decoder.open(stored, where)
+    return decoder, (image.height, image.width)
+
+
+def resize_to(image: Image.Image, size: tuple[int, int], box: tuple[float, ...] | None = None) -> Image.Image:
+    """Resize to `size` (h, w), bilinear with antialias, from `box` or else the largest centred box of that shape."""
+    box = box or centre_box(image.width, image.height, size)
+    if (image.height, image.width) == size and tuple(box) == (0, 0, image.width, image.height):
+        return image
+    return image.resize((size[1], size[0]), Image.Resampling.BILINEAR, box=box)
+
+
+def to_planes(image: Image.Image) -> np.ndarray:
+    """PIL image in mode RGB or L -> uint8 array (c, h, w)."""
+    pixels = np.asarray(image)
+    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+
+
+def decode_rows(
+    rows: "Dataset", indices: np.ndarray, split: str, decoder: ImageDecoder, image_size: tuple[int, int] | None
+) -> torch.Tensor:
+    """Decode the images of the rows `indices` into memory.
+
+    Args:
+        rows: a split whose only column holds undecoded images.
+        indices: int64 (n,), rows of the split.
+        split: its name, for messages.
+        decoder: what pixels to make.
+        image_size: (h, w) to resize to: shorter side first, then a centre crop; None keeps the stored size.
+
+    Returns:
+        uint8 (n, c, h, w).
+
+    Raises:
+        ValueError: an image cannot be decoded, or sizes differ and no `image_size` was given.
+    """
+    from tqdm.auto import tqdm
+
+    column = rows.column_names[0]
+    chunks = rows.select(indices).with_format("arrow").iter(batch_size=CHUNK)
+    planes, size, at = None, image_size, 0
+    with tqdm(total=len(indices), desc=f"decoding {split}", unit="img", disable=len(indices) <= PROGRESS_FROM) as bar:
+        for chunk in chunks:
+            for stored in chunk.column(column).to_pylist():
+                where = f"image {int(indices[at])} of split {split!r}"
+                image = decoder.open(stored, where)
+                if image_size is not None:
+                    image = resize_to(image, image_size)
+                size = size or (image.height, image.width)
+                if (image.height, image.width) != size:
+                    raise ValueError(
+                        f"{where} is {image.height}x{image.width}, images before it are {size[0]}x{size[1]} "
+                        "(height x width). Give image_size to bring all images to one size."
+                    )
+                if planes is None:
+                    planes = np.empty((len(indices), CHANNELS[decoder.channels], *size), dtype=np.uint8)
+                planes[at] = to_planes(image)
+                at += 1
+            bar.update(len(chunk))
+    return torch.from_numpy(planes)

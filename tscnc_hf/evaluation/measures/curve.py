@@ -1,0 +1,99 @@
+"""A security curve: accuracy over the radius of the attack."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+
+from torch import nn
+from torch.utils.data import Subset
+
+from tscnc_hf.evaluation.measures.report import AttackResult
+from tscnc_hf.evaluation.measures.robustness import evaluate_robustness
+from tscnc_hf.method.adversarial.pixels import pixel_quantity
+
+
+MULTIPLES = (0.25, 0.5, 1.0, 1.5, 2.0, 4.0)  # of the radius that a model was trained for
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """Accuracy at one radius (pixel units), and its 95 % Wilson interval [low, high] (fractions)."""
+
+    epsilon: float
+    accuracy: float
+    low: float
+    high: float
+    correct: int
+
+
+@dataclass(frozen=True)
+class SecurityCurve:
+    """
+    Attributes:
+        norm, attack: what was run, at each radius with the parameters that `make_attack` gives it there.
+        n: images.
+        points: from the clean accuracy (epsilon 0) upwards; never rising, because the balls contain each other.
+    """
+
+    norm: str
+    attack: str
+    n: int
+    points: tuple[CurvePoint, ...]
+
+    def to_dict(self) -> dict:
+        return asdict(self) | {"points": [asdict(point) for point in self.points]}
+
+    def to_markdown(self) -> str:
+        lines = [f"| epsilon ({self.norm}) | {self.attack} | 95 % interval |", "| ---: | ---: | ---: |"]
+        for point in self.points:
+            shown = f"{point.epsilon:.4g} ({255 * point.epsilon:.3g}/255)"
+            lines.append(f"| {shown} | {point.accuracy:.1%} | {point.low:.1%} to {point.high:.1%} |")
+        return "\n".join(lines)
+
+
+def default_epsilons(epsilon: float, norm: str) -> tuple[float, ...]:
+    """Radii around the one of interest: a quarter of it to four times it, for L-infinity at most 1."""
+    radii = [multiple * epsilon for multiple in MULTIPLES]
+    return tuple(radius for radius in radii if norm != "linf" or radius <= 1)
+
+
+def security_curve(
+    model: nn.Module,
+    dataset: Iterable,
+    epsilons: Sequence[float | str],
+    *,
+    attack: str = "pgd-20",
+    norm: str = "linf",
+    n: int = 256,
+    seed: int = 0,
+    batch_size: int = 128,
+    processing_class: object | None = None,
+) -> SecurityCurve:
+    """
+    Accuracy under one attack at several radii.
+
+    An image that falls at one radius counts as fallen at every larger one and is not attacked again.
+
+    Args:
+        epsilons (`Sequence`): radii in pixel units; sorted, 0 (clean images) is always there.
+        attack (`str`): see `make_attack`; "clean" has no curve.
+        n (`int`): the first n images, or all where there are fewer.
+
+    Everything else, and what is raised, as in `evaluate_robustness`.
+    """
+    if attack == "clean":
+        raise ValueError("attack='clean' has no radius; use an attack such as 'pgd-20'")
+    radii = sorted({pixel_quantity("epsilon", epsilon, norm) for epsilon in epsilons} - {0.0})
+    left = list(range(min(n, len(dataset))))
+    count, points = len(left), []
+    options = {"seed": seed, "batch_size": batch_size, "processing_class": processing_class}
+    options |= {"masking": False, "progress": False, "norm": norm}
+    for epsilon in (0.0, *radii):
+        if left or not points:  # without a single image it is for evaluate_robustness to say so
+            name = "clean" if epsilon == 0 else attack
+            report = evaluate_robustness(model, Subset(dataset, left), (name,), epsilon=epsilon, **options)
+            left = [index for index, survived in zip(left, report.survived[name], strict=True) if survived]
+        result = AttackResult.count(attack, len(left), count)
+        points.append(CurvePoint(epsilon, result.accuracy, result.low, result.high, result.correct))
+    return SecurityCurve(norm, attack, count, tuple(points))

@@ -1,0 +1,91 @@
+"""Adversarial examples to look at."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from tscnc_hf.data.batches import collate
+from tscnc_hf.evaluation.attacks import make_attack
+from tscnc_hf.evaluation.memory import InParts
+from tscnc_hf.method.adversarial.pixels import attack_mode, normalisation, pixel_logits, pixel_quantity
+
+
+SEARCHED = 256  # images, for some that are classified correctly
+
+
+@dataclass(frozen=True)
+class AdversarialExamples:
+    """
+    The first images of a data set that are classified correctly, and what an attack makes of them.
+
+    Attributes:
+        clean, adversarial: pixels (k, c, h, w) in [0, 1], on the CPU.
+        labels, predictions: (k,), int64: the true class, and the predicted one under attack.
+        attack, norm, epsilon: what was run.
+    """
+
+    clean: Tensor
+    adversarial: Tensor
+    labels: Tensor
+    predictions: Tensor
+    attack: str
+    norm: str
+    epsilon: float
+
+    def for_figure(self, class_names: Sequence[str] | None = None) -> dict:
+        """Keyword arguments of `tscnc_hf.artifact.card.robustness_figures.examples_figure`."""
+
+        def names(classes: Tensor) -> list[str]:
+            return [str(class_names[index]) if class_names else str(index) for index in classes.tolist()]
+
+        return {
+            "clean": self.clean,
+            "adversarial": self.adversarial,
+            "truth": names(self.labels),
+            "guesses": names(self.predictions),
+            "attack": self.attack,
+            "norm": self.norm,
+            "epsilon": self.epsilon,
+        }
+
+
+def adversarial_examples(
+    model: nn.Module,
+    dataset: Iterable,
+    *,
+    epsilon: float | str,
+    norm: str = "linf",
+    attack: str = "pgd-20",
+    count: int = 8,
+    seed: int = 0,
+    processing_class: object | None = None,
+) -> AdversarialExamples | None:
+    """
+    Attack the first `count` images that are classified correctly; fewer, or None, where the first 256 have fewer.
+
+    Arguments and what is raised as in `evaluate_robustness`.
+    """
+    epsilon = pixel_quantity("epsilon", epsilon, norm)
+    run = make_attack(attack, epsilon, norm).run
+    if run is None:
+        raise ValueError("attack='clean' makes no adversarial examples; use an attack such as 'pgd-20'")
+    device = next(model.parameters()).device
+    forward = pixel_logits(model, *normalisation(model, processing_class))
+    batch = collate([dataset[index] for index in range(min(SEARCHED, len(dataset)))])
+    x, y = batch["pixel_values"].to(device), batch["labels"].to(device)
+    with attack_mode(model):
+        with torch.no_grad():
+            guesses = InParts()(lambda part: forward(x[part]), len(x)).argmax(-1)
+        right = (guesses == y).nonzero().flatten()[:count]
+        if len(right) == 0:
+            return None
+        x_adv = InParts()(
+            lambda part: run(forward, x[right[part]], y[right[part]], right[part].cpu(), seed), len(right)
+        )
+        with torch.no_grad():
+            predictions = InParts()(lambda part: forward(x_adv[part]), len(x_adv)).argmax(-1)
+    return AdversarialExamples(x[right].cpu(), x_adv.cpu(), y[right].cpu(), predictions.cpu(), attack, norm, epsilon)

@@ -1,0 +1,105 @@
+"""Lipschitz bounds of an image classifier: the product of its layers, and what ascent reaches around each image."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Subset
+
+from tscnc_hf.data.batches import collate
+from tscnc_hf.evaluation.memory import halving
+from tscnc_hf.method.adversarial.pgd import seeded_generator
+from tscnc_hf.method.adversarial.pixels import attack_mode, normalisation, pixel_logits, pixel_quantity
+from tscnc_hf.method.reports.lipschitz import LipschitzProduct, lipschitz_product, local_lipschitz
+
+
+@dataclass(frozen=True)
+class LipschitzReport:
+    """
+    Attributes:
+        product: of the layers' operator norms (l2), from the weights alone.
+        local: per image, a lower bound of the local Lipschitz constant (l1 of logits over L-infinity of pixels).
+        epsilon, steps: radius in pixel units and gradient steps with which `local` was searched.
+    """
+
+    product: LipschitzProduct
+    epsilon: float
+    steps: int
+    local: tuple[float, ...] = field(repr=False)
+
+    def summary(self) -> dict[str, float]:
+        return {
+            "product_log10": self.product.log10,
+            "local_median": statistics.median(self.local),
+            "local_mean": statistics.fmean(self.local),
+            "local_max": max(self.local),
+        }
+
+    def to_dict(self) -> dict:
+        """Plain JSON types; minus infinity (an all-zero layer) is the string "-inf"."""
+        plain = {key: value if math.isfinite(value) else str(value) for key, value in self.summary().items()}
+        rest = {"n": len(self.local), "epsilon": self.epsilon, "steps": self.steps}
+        return plain | rest | {"product": self.product.to_dict()}
+
+    def to_markdown(self) -> str:
+        values = self.summary()
+        lines = ["| Lipschitz constant | |", "| --- | ---: |"]
+        lines.append(f"| product of layer norms, log10 | {values['product_log10']:.2f} |")
+        for name in ("median", "mean", "max"):
+            lines.append(
+                f"| local lower bound, {name} over {len(self.local)} images | {values[f'local_{name}']:.4g} |"
+            )
+        return "\n".join(lines)
+
+
+def evaluate_lipschitz(
+    model: nn.Module,
+    dataset: Iterable,
+    *,
+    epsilon: float | str = "8/255",
+    n: int = 256,
+    steps: int = 10,
+    seed: int = 0,
+    batch_size: int = 128,
+    processing_class: object | None = None,
+) -> LipschitzReport:
+    """
+    Bounds from above and from below (`tscnc_hf.method.reports.lipschitz`). The model is left as it was.
+
+    Args:
+        model (`nn.Module`): a classifier of normalised images.
+        dataset: gives {"pixel_values": (c, h, w) in [0, 1], ...} items.
+        epsilon (`float` or `str`): radius of the ball around each image, in pixel units, above 0.
+        n (`int`): the first n images, or all where there are fewer.
+        steps (`int`): gradient steps of the search; costs steps forwards and backwards of n images.
+        seed, batch_size (`int`): the starts of the search depend on both; halved by itself where memory runs out.
+        processing_class (*optional*): image processor that says how inputs are normalised, unless the config does.
+
+    Raises:
+        ValueError: epsilon outside (0, 1], no images, n or steps below 1.
+    """
+    epsilon = pixel_quantity("epsilon", epsilon)
+    size = len(dataset)
+    if size == 0 or n < 1:
+        raise ValueError(f"n={n} of a data set of {size} images: at least one image is needed")
+    device = next(model.parameters()).device
+    forward = pixel_logits(model, *normalisation(model, processing_class))
+    images = Subset(dataset, range(min(n, size)))
+
+    def search(batch_size: int) -> list[float]:
+        generator = torch.Generator().manual_seed(seed)  # a loader draws from torch's global generator otherwise
+        loader, found = DataLoader(images, batch_size, collate_fn=collate, generator=generator), []
+        for index, batch in enumerate(loader):
+            x = batch["pixel_values"].to(device)
+            generator = seeded_generator(device, seed, "lipschitz", index)
+            found += local_lipschitz(forward, x, epsilon=epsilon, steps=steps, generator=generator).tolist()
+        return found
+
+    with attack_mode(model):
+        local = halving(search, batch_size)
+    return LipschitzReport(lipschitz_product(model), epsilon, steps, tuple(local))

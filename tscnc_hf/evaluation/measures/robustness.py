@@ -1,0 +1,254 @@
+"""Clean and robust accuracy of an image classifier under named attacks: one function, one result object."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from importlib.metadata import version
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from tscnc_hf import __version__
+from tscnc_hf.data.batches import collate
+from tscnc_hf.evaluation.attacks import KNOWN_ATTACKS, Attack, make_attack
+from tscnc_hf.evaluation.measures.masking import MaskingReport, masking_report
+from tscnc_hf.evaluation.measures.report import AttackResult, RobustnessReport
+from tscnc_hf.evaluation.memory import InParts, announce, halving
+from tscnc_hf.evaluation.state import EvaluationState, KeptFigures, OtherEvaluation, data_digest, model_digest
+from tscnc_hf.method.adversarial.ball import check_norm
+from tscnc_hf.method.adversarial.pixels import LogitsFn, attack_mode, normalisation, pixel_logits, pixel_quantity
+
+
+def evaluate_robustness(
+    model: nn.Module,
+    dataset: Iterable,
+    attacks: Sequence[str] | str = ("clean", "fgsm", "pgd-20", "apgd"),
+    *,
+    epsilon: float | str = "8/255",
+    norm: str = "linf",
+    n: int | None = None,
+    seed: int = 0,
+    batch_size: int = 128,
+    processing_class: object | None = None,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+    state_folder: str | os.PathLike | None = None,
+    masking: bool = True,
+    dense_model: nn.Module | None = None,
+    dense_processing_class: object | None = None,
+    distributed: bool = False,
+) -> RobustnessReport:
+    """
+    Clean accuracy, accuracy under attack, and checks for gradients that mislead attacks.
+
+    Args:
+        model (`nn.Module`): a classifier of normalised images; left as it was (modes, statistics, gradients).
+        dataset: gives {"pixel_values": (c, h, w) in [0, 1], "labels": int} items.
+        attacks (`Sequence[str]` or `str`): one or several, see `make_attack`. The default is what a plain install can
+            run; for figures to publish add "autoattack".
+        epsilon (`float` or `str`): radius in pixel units.
+        norm (`str`): "linf" or "l2".
+        n (`int`, *optional*): the first n images; all by default.
+        seed (`int`): of the attacks' random starts; torch's global generator is neither used nor changed.
+        batch_size (`int`): images attacked together; halved by itself where memory runs out. Changes no count of the
+            attacks that are ours (those of pyautoattack draw for a whole batch).
+        processing_class (*optional*): image processor that says how inputs are normalised, unless the config does.
+        device (*optional*): defaults to where the model is.
+        progress (`bool`): show a progress bar with the time left, and say what comes after it.
+        state_folder (*optional*): what each attack (each part of "autoattack") found on a batch is kept there, and so
+            are the masking checks; an evaluation that was cut off goes on.
+        masking (`bool`): run the gradient-masking checks (`tscnc_hf.evaluation.measures.masking`) on up to 64 images.
+        dense_model (`nn.Module`, *optional*): the model before pruning, whose adversarial images must not be stronger.
+        dense_processing_class (*optional*): its image processor; defaults to `processing_class`.
+        distributed (`bool`): share the batches among the processes of `accelerate launch`; all of them must call this
+            and all get the whole report.
+
+    Raises:
+        ValueError: unknown attack or norm, epsilon outside its range, no images, n too large, labels that the model
+            has no output for, a model that returns probabilities, a state folder of another evaluation.
+        ImportError: an attack needs a package that is not installed.
+    """
+    check_norm(norm)
+    epsilon = pixel_quantity("epsilon", epsilon, norm)
+    if not attacks:
+        raise ValueError(f"no attack was named; known are {KNOWN_ATTACKS}")
+    attacks = [attacks] if isinstance(attacks, str) else attacks
+    made = [make_attack(name, epsilon, norm) for name in dict.fromkeys(attacks)]
+    size = len(dataset)
+    if size == 0:
+        raise ValueError("the data set has no images")
+    if n is not None and not 0 < n <= size:
+        raise ValueError(f"n={n} of a data set of {size} images: give n between 1 and {size} (or leave it out)")
+    n = size if n is None else n
+    device = next(model.parameters()).device if device is None else torch.device(device)
+    rank, world = _processes(device) if distributed else (0, 1)
+    device = PartialState().device if world > 1 else device
+    model.to(device)
+    mean_std = normalisation(model, processing_class)
+    forward = pixel_logits(model, *mean_std)
+    versions = {"tscnc_hf": __version__, "torch": torch.__version__, "transformers": version("transformers")}
+    threat_model = {"norm": norm, "epsilon": epsilon, "seed": seed}
+    attack_parameters = {attack.name: attack.parameters for attack in made}
+    settings = threat_model | {"n": n, "images": size, "batch_size": batch_size, "attacks": attack_parameters}
+    if state_folder is not None:
+        settings |= {"model": model_digest(model), "data": data_digest(dataset, n), "mean_std": mean_std}
+        settings |= {"versions": versions}
+    state, kept = EvaluationState(state_folder, settings), KeptFigures(state_folder, ["masking"])
+    batches = [list(range(first, min(first + batch_size, n))) for first in range(0, n, batch_size)]
+    found = {index: state.read(index) for index in range(rank, len(batches), world)}
+    names = {attack.name for attack in made}
+    todo = [index for index, result in found.items() if result is None or not names <= result.keys()]
+    # a loader draws a seed from torch's global generator unless it has one of its own
+    loader = DataLoader(
+        dataset, batch_sampler=[batches[i] for i in todo], collate_fn=collate, generator=torch.Generator()
+    )
+    bar = tqdm(total=n, initial=sum(len(batches[i]) for i in found if i not in todo) * world, unit="img",
+               desc="Robust evaluation", disable=not progress or rank > 0)  # fmt: skip
+    in_parts = InParts()
+    with attack_mode(model), bar:
+        for index, batch in zip(todo, loader, strict=True):
+            x, y = batch["pixel_values"].to(device), batch["labels"].to(device)
+            for flags, part in _attack_batch(forward, made, x, y, batches[index], seed, in_parts, found[index] or {}):
+                if flags != found[index]:
+                    state.write(index, flags)
+                found[index] = flags
+                bar.set_description(f"Robust evaluation: {part}" if part else "Robust evaluation")
+            bar.update(min(len(y) * world, n - bar.n))
+            done = [result for result in found.values() if result is not None and names <= result.keys()]
+            bar.set_postfix({attack.name: f"{_share(done, attack.name):.1%}" for attack in made})
+    if world > 1:
+        found = dict(gather_object(list(found.items())))
+    results = [found[index] for index in range(len(batches))]
+    checks = None
+    if masking and epsilon > 0 and len(made) > (made[0].name == "clean"):
+        options, of_dense = {"epsilon": epsilon, "norm": norm, "seed": seed}, None
+        if dense_model is not None:
+            processor = processing_class if dense_processing_class is None else dense_processing_class
+            dense_mean_std = normalisation(dense_model, processor)
+            options["dense_fn"] = pixel_logits(dense_model, *dense_mean_std)
+            if state_folder is not None:
+                of_dense = {"model": model_digest(dense_model), "mean_std": dense_mean_std}
+
+        def check() -> dict:
+            announce("Checking for hidden gradients", progress and rank == 0)
+            return _masking(forward, dataset, n, device, [model, dense_model], options).to_dict()
+
+        checks = kept("masking", check, of_dense)
+    return _report(results, made, threat_model, versions, checks)
+
+
+def _processes(device: torch.device) -> tuple[int, int]:
+    """Rank and number of the processes that `accelerate launch` or torchrun has started."""
+    state = PartialState(cpu=device.type == "cpu" and not torch.cuda.is_available())
+    if state.num_processes != int(os.environ.get("WORLD_SIZE", 1)):
+        raise RuntimeError(
+            f"{os.environ['WORLD_SIZE']} processes were started, but accelerate runs {state.num_processes}: it was "
+            "set up before, without them. Make an Accelerator (or TSCNCConfig) first, on a CPU with "
+            "ACCELERATE_USE_CPU=1"
+        )
+    return state.process_index, state.num_processes
+
+
+def _attack_batch(
+    forward, attacks: Sequence[Attack], x, y, places: list[int], seed, in_parts, flags: Mapping
+) -> Iterator[tuple[dict[str, list[int]], str | None]]:
+    """
+    Per image: its label, and for each attack and each of its parts whether it is right after it (1) or not (0); what
+    there is, `flags` to begin with, is yielded before each part, with the part's name, and at last with None.
+    """
+    with torch.no_grad():
+        logits = in_parts(lambda part: forward(x[part]), len(x))
+    check_logits(logits, y)
+    right, index = logits.argmax(-1) == y, torch.tensor(places)
+    if "clean" in flags:  # what attacks were run on; another kernel may decide a tie otherwise
+        right = torch.tensor(flags["clean"], device=y.device) == 1
+    flags = {"labels": y.tolist(), **flags}
+    if flags["labels"] != y.tolist():
+        raise OtherEvaluation(
+            f"the state folder has other labels for images {places[0]} to {places[-1]}: the data set has changed "
+            "since. Give another folder"
+        )
+    for attack in attacks:
+        survived = right.clone()
+        for name, run in attack.parts.items():
+            if name in flags:
+                survived = torch.tensor(flags[name], device=y.device) == 1
+                continue
+            yield dict(flags), name
+            if survived.any():
+                images, labels, kept = x[survived], y[survived], index[survived.cpu()]
+
+                def survives(part, run=run, images=images, labels=labels, kept=kept):
+                    x_adv = run(forward, images[part], labels[part], kept[part], seed)
+                    with torch.no_grad():
+                        return forward(x_adv).argmax(-1) == labels[part]
+
+                survived[survived.clone()] = in_parts(survives, len(labels))
+            flags[name] = survived.int().tolist()
+        flags[attack.name] = survived.int().tolist()
+    yield dict(flags), None
+
+
+def check_logits(logits: Tensor, y: Tensor) -> None:
+    """ValueError when `logits` (b, k) cannot be logits for these labels: wrong shape, not finite, probabilities."""
+    if logits.ndim != 2:
+        raise ValueError(
+            f"the model returns a tensor of shape {tuple(logits.shape)}; logits (batch, classes) are needed"
+        )
+    low, high, classes = int(y.min()), int(y.max()), logits.shape[1]
+    if low < 0 or high >= classes:
+        raise ValueError(
+            f"the labels lie between {low} and {high}, the model has {classes} outputs (0 to {classes - 1}): is this "
+            "the data set that it was trained for, with its classes in the same order?"
+        )
+    if not torch.isfinite(logits).all():
+        raise ValueError("the model returns logits that are not finite for clean images")
+    if (
+        classes > 1
+        and (logits >= 0).all()
+        and torch.allclose(logits.sum(-1), torch.ones_like(logits[:, 0]), atol=1e-3)
+    ):
+        raise ValueError(
+            "the model returns probabilities (each row is >= 0 and sums to 1); attacks need logits: leave out its "
+            "softmax, or wrap it to return log(p)"
+        )
+
+
+def _share(results: list[dict], name: str) -> float:
+    flags = [flag for result in results for flag in result[name]]
+    return sum(flags) / len(flags)
+
+
+def _masking(forward: LogitsFn, dataset, n: int, device, models: Sequence[nn.Module | None], options) -> MaskingReport:
+    """On the first 64 images; on fewer where memory runs out."""
+    batch = collate([dataset[index] for index in range(min(n, 64))])
+    x, y = batch["pixel_values"].to(device), batch["labels"].to(device)
+    with ExitStack() as stack:
+        for model in models:
+            if model is not None:
+                stack.enter_context(attack_mode(model.to(device)))
+        return halving(lambda count: masking_report(forward, x[:count], y[:count], **options), len(x))
+
+
+def _report(results, attacks, threat_model, versions, checks) -> RobustnessReport:
+    names = [attack.name for attack in attacks]
+    labels = [label for result in results for label in result["labels"]]
+    flags = {name: [flag for result in results for flag in result[name]] for name in names}
+    n = len(labels)
+    rows = tuple(AttackResult.count(attack.name, sum(flags[attack.name]), n, attack.parameters) for attack in attacks)
+    hostile, worst = [name for name in names if name != "clean"], None
+    if len(hostile) > 1:
+        survivors = sum(all(flags[name][i] for name in hostile) for i in range(n))
+        worst = AttackResult.count("worst case", survivors, n, {"attacks": hostile})
+    per_class = {}
+    for label in sorted(set(labels)):
+        mine = [i for i in range(n) if labels[i] == label]
+        per_class[label] = {"n": len(mine)} | {name: sum(flags[name][i] for i in mine) for name in names}
+    survived = {name: tuple(flags[name]) for name in names}
+    return RobustnessReport(threat_model, n, rows, versions, worst, per_class, checks, survived)

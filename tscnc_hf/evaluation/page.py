@@ -1,0 +1,82 @@
+"""What an evaluation says to people: a table for the terminal, a page of Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+
+def _page(results: dict, class_names: Sequence[str]) -> str:
+    """The tables as Markdown, with the figures beside them."""
+    from tscnc_hf.artifact.card.words import attack_label, settings_text
+    from tscnc_hf.evaluation.measures.report import RobustnessReport
+
+    report = RobustnessReport.from_dict(results["robustness"])
+    threat = report.threat_model
+    parts = [
+        f"# Robustness of {results['model']}",
+        f"{report.n} test images of {results['dataset']}; {threat['norm']} perturbations within "
+        f"{threat['epsilon']:.4g} ({255 * threat['epsilon']:.3g}/255), seed {threat['seed']}. White-box attacks, 95 % "
+        "Wilson intervals.",
+        report.to_markdown(),
+        "## Are gradients hidden?\n\n" + report.masking_markdown(),
+    ]
+    if "curve" in results:
+        figures = "![Accuracy over the radius](figures/security_curve.png)\n\n"
+        parts.append(f"## Over the radius\n\n{figures}![Examples](figures/adversarial_examples.png)")
+    parts += [f"## By class\n\n{report.per_class_markdown(class_names)}"]
+    attacks = [attack for attack in report.attacks if attack.parameters]
+    settings = "\n".join(f"* {attack_label(a.name)}: {settings_text(a.parameters)}" for a in attacks)
+    parts += [f"## Settings\n\n{settings}", ", ".join(f"{name} {value}" for name, value in report.versions.items())]
+    return "\n\n".join(parts) + "\n"
+
+
+def comparison_table(results: Mapping[str, Mapping]) -> str:
+    """A plain-text table, one column per model: accuracies with 95 % intervals, sparsity, condition numbers."""
+    names = list(results)
+    rows = [["", *names]]
+    attacks = [attack["name"] for attack in results[names[0]]["robustness"]["attacks"]]
+    for index, attack in enumerate(attacks):
+        label = "clean accuracy" if attack == "clean" else f"{attack} accuracy"
+        rows.append([label, *(_accuracy(results[name]["robustness"]["attacks"][index]) for name in names)])
+    if all(results[name]["robustness"].get("worst_case") for name in names):
+        worst = (_accuracy(results[name]["robustness"]["worst_case"]) for name in names)
+        rows.append(["worst case accuracy", *worst])
+    rows.append(["sparsity", *(f"{results[name]['sparsity']['sparsity']:.2%}" for name in names)])
+    for key, label in (
+        ("median_effective_condition_number", "median effective condition number"),
+        ("max_effective_condition_number", "largest effective condition number"),
+        ("rank_deficient", "rank-deficient matrices"),
+    ):
+        rows.append([label, *(_number(results[name]["spectrum"][key]) for name in names)])
+    if all("lipschitz" in results[name] for name in names):
+        rows.append(["local Lipschitz, median", *(_number(results[n]["lipschitz"]["local_median"]) for n in names)])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(names) + 1)]
+    lines = [
+        "  ".join(
+            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        )
+        for row in rows
+    ]
+    first = results[names[0]]["robustness"]
+    epsilon = first["threat_model"]["epsilon"]
+    norm = {"linf": "L-infinity", "l2": "L2"}[first["threat_model"]["norm"]]
+    note = f"{first['n']} test images, {norm} epsilon {epsilon:.4g} ({epsilon * 255:.3g}/255), 95 % intervals"
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], note, *_masking_notes(results)])
+
+
+def _masking_notes(results: Mapping[str, Mapping]) -> list[str]:
+    """One line for each model whose accuracy under attack is not to be trusted."""
+    notes = []
+    for name, figures in results.items():
+        checks = (figures["robustness"].get("masking") or {}).get("checks", ())
+        if failed := [check["name"] for check in checks if not check["passed"]]:
+            notes.append(f"SUSPICIOUS: {name} failed gradient-masking checks ({', '.join(failed)}); see the card")
+    return notes
+
+
+def _accuracy(attack: Mapping) -> str:
+    return f"{attack['accuracy']:.1%} [{attack['low']:.1%}, {attack['high']:.1%}]"
+
+
+def _number(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:.4g}"

@@ -1,0 +1,1 @@
+"""Images and weights made worse, and the objectives on them."""

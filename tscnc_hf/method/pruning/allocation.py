@@ -1,0 +1,254 @@
+"""Which weights of a network are zero: scores and a total in, masks out, exact to one weight."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from tscnc_hf.method.matrices import WeightMatrix
+from tscnc_hf.method.pruning.topk import keep_largest
+
+
+SCOPES = ("global", "uniform", "erk", "learned")
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """
+    How zeros are shared among the layers, and what may not become zero.
+
+    Attributes:
+        scope: "global" ranks all weights together; "uniform" prunes every layer alike; "erk" keeps in each layer a
+            number of weights proportional to the sum of its dimensions (Erdos-Renyi-kernel, Evci et al. 2020);
+            "learned" is global, with a factor for each layer that training learns (`layer_rates`).
+        layer_sparsity: part of a weight's name -> fraction of zeros of that layer, in [0, 1]; the other layers share
+            what is left of the total as `scope` says.
+        layer_floor: fraction of its weights that every layer keeps at least, in [0, 1).
+        row_floor: weights that every row of every matrix keeps at least, so that no output of a layer dies. (Rows as
+            in the matrix view.)
+        pattern: (n, m), at most n of m consecutive input channels (at one position of the kernel) are kept; None has
+            no pattern. Until the sparsity 1 - n/m is reached only a part of the groups follows it.
+    """
+
+    scope: str = "global"
+    layer_sparsity: Mapping[str, float] = field(default_factory=dict)
+    layer_floor: float = 0.0
+    row_floor: int = 0
+    pattern: tuple[int, int] | None = None
+
+    def __post_init__(self):
+        if self.scope not in SCOPES:
+            raise ValueError(f"scope={self.scope!r} is unknown; use one of {', '.join(SCOPES)}")
+        for name, value in self.layer_sparsity.items():
+            if not 0 <= value <= 1:
+                raise ValueError(f"layer_sparsity of {name!r} is {value}, a fraction of zeros lies in [0, 1]")
+        if not 0 <= self.layer_floor < 1:
+            raise ValueError(f"layer_floor={self.layer_floor} is outside [0, 1): a fraction of a layer's weights")
+        if self.row_floor < 0:
+            raise ValueError(f"row_floor={self.row_floor}: a number of weights, 0 or more")
+        if self.pattern is not None:
+            n, m = self.pattern
+            if not 0 < n < m:
+                raise ValueError(f"pattern {n}:{m} keeps {n} of {m}; n must be at least 1 and less than m")
+
+    def masks(
+        self, records: Sequence[WeightMatrix], scores: Mapping[str, Tensor], sparsity: float
+    ) -> dict[str, Tensor]:
+        """
+        Masks with exactly round(sparsity * N) zeros, N the number of all scores.
+
+        Args:
+            records: the prunable weights (their views say what a row and an input channel is).
+            scores: weight name -> scores of its shape, larger = more important.
+            sparsity: fraction of zeros, in [0, 1).
+
+        Returns:
+            `dict[str, Tensor]`: bool, of the scores' shapes, True = kept.
+
+        Raises:
+            ValueError: the sparsity cannot be reached with what must be kept; a pattern that does not divide the
+                input channels of a layer; a name in `layer_sparsity` that no weight has.
+        """
+        sizes = {record.name: scores[record.name].numel() for record in records}
+        pruned = round(sparsity * sum(sizes.values()))
+        scores = {record.name: scores[record.name] for record in records}
+        barred = self._outside_pattern(records, scores)
+        needed = self._needed(records, scores, barred)
+        minimum = {name: int(mask.sum()) for name, mask in needed.items()}
+        bars = {name: int(mask.sum()) for name, mask in barred.items()}
+        whole = pruned >= sum(bars.values())  # else only a part of the groups follows the pattern yet
+        maximum = {name: size - (bars.get(name, 0) if whole else 0) for name, size in sizes.items()}
+        masks = {}
+        for names, count in self._kept(records, sizes, sum(sizes.values()) - pruned, minimum, maximum):
+            cut = sum(sizes[name] for name in names) - count
+            first = cut >= sum(bars.get(name, 0) for name in names)
+            ranked = []
+            for name in names:
+                score = scores[name]
+                if name in barred:  # what the pattern bars goes before anything else, the least important of it first
+                    outside = barred[name]
+                    score = score.masked_fill(outside, -math.inf) if first else score.masked_fill(~outside, math.inf)
+                ranked.append(score.masked_fill(needed[name], math.inf) if name in needed else score)
+            masks |= dict(zip(names, keep_largest(ranked, cut), strict=True))
+        return {name: masks[name] for name in sizes}
+
+    def check(self, records: Sequence[WeightMatrix], target: float) -> None:
+        """Raise what `masks` would raise at the target, before any training."""
+        if not (self.layer_sparsity or self.layer_floor or self.row_floor or self.pattern):
+            return
+        generator = torch.Generator().manual_seed(0)
+        scores = {record.name: torch.rand(record.weight.shape, generator=generator) for record in records}
+        self.masks(records, scores, target)
+        if self.pattern is not None:
+            n, m = self.pattern
+            fixed = 1 - n / m
+            size = sum(score.numel() for score in scores.values())
+            if round(target * size) < round(fixed * size):
+                raise ValueError(
+                    f"target_sparsity={target} does not give {n}:{m}, which has {fixed:.4g} zeros: use {fixed:.4g} or "
+                    "more"
+                )
+
+    # ---- what must be kept, what may not be ----
+
+    def _outside_pattern(self, records, scores) -> dict[str, Tensor]:
+        """Name -> bool mask of the weights that do not belong to the n largest of their group."""
+        if self.pattern is None:
+            return {}
+        n, m = self.pattern
+        barred = {}
+        for record in records:
+            groups = _input_groups(record, m, scores[record.name].device)
+            values = scores[record.name].reshape(-1)[groups]
+            smallest = groups.gather(-1, values.argsort(dim=-1, stable=True)[..., : m - n])
+            mask = torch.zeros(scores[record.name].numel(), dtype=torch.bool, device=groups.device)
+            mask[smallest.reshape(-1)] = True
+            barred[record.name] = mask.view(scores[record.name].shape)
+        return barred
+
+    def _needed(self, records, scores, barred) -> dict[str, Tensor]:
+        """Name -> bool mask of the weights that the floors keep."""
+        needed: dict[str, Tensor] = {}
+        for record in records if self.layer_floor > 0 or self.row_floor > 0 else ():
+            name, score = record.name, scores[record.name]
+            if name in barred:
+                score = score.masked_fill(barred[name], -math.inf)
+            (mask,) = keep_largest([score], score.numel() - math.ceil(self.layer_floor * score.numel()))
+            if self.row_floor > 0:
+                index = _index_view(record, score.device)
+                count = min(self.row_floor, index.shape[-1])
+                best = score.reshape(-1)[index].topk(count, dim=-1).indices
+                flat = mask.reshape(-1)
+                flat[index.gather(-1, best).reshape(-1)] = True
+                mask = flat.view(mask.shape)
+            needed[name] = mask & ~barred[name] if name in barred else mask
+        return needed
+
+    def _kept(self, records, sizes, total: int, minimum, maximum) -> list[tuple[list[str], int]]:
+        """Groups of layers that are ranked together, and how many weights each group keeps."""
+        fixed = {name: round((1 - share) * sizes[name]) for name, share in self._given(sizes).items()}
+        for name, count in fixed.items():
+            if not minimum.get(name, 0) <= count <= maximum[name]:
+                raise ValueError(
+                    f"layer_sparsity of {name!r} keeps {count} weights; with the floors and the pattern it can keep "
+                    f"{minimum.get(name, 0)} to {maximum[name]}"
+                )
+        rest = [name for name in sizes if name not in fixed]
+        left = total - sum(fixed.values())
+        lowest, highest = sum(minimum.get(name, 0) for name in rest), sum(maximum[name] for name in rest)
+        if not lowest <= left <= highest:
+            self._unreachable(sum(sizes.values()), total, sum(fixed.values()), lowest, highest)
+        groups = [([name], count) for name, count in fixed.items()]
+        if self.scope in ("global", "learned"):
+            return groups + ([(rest, left)] if rest else [])
+        weights = {record.name: _erk(record) if self.scope == "erk" else sizes[record.name] for record in records}
+        counts = share_out(left, {name: weights[name] for name in rest}, minimum, maximum)
+        return groups + [([name], counts[name]) for name in rest]
+
+    def _given(self, sizes: Mapping[str, int]) -> dict[str, float]:
+        given = {}
+        for part, share in self.layer_sparsity.items():
+            names = [name for name in sizes if part in name]
+            if not names:
+                raise ValueError(
+                    f"layer_sparsity names {part!r}, which no prunable weight has in its name; they look like "
+                    f"{', '.join(list(sizes)[:3])}"
+                )
+            given |= dict.fromkeys(names, share)
+        return given
+
+    def _unreachable(self, size: int, total: int, fixed: int, lowest: int, highest: int) -> None:
+        wanted, most, least = 1 - total / size, 1 - (fixed + lowest) / size, 1 - (fixed + highest) / size
+        raise ValueError(
+            f"a sparsity of {wanted:.6g} is not reachable with the floors (layer_floor={self.layer_floor}, "
+            f"row_floor={self.row_floor}) and the layers' own sparsities: the largest is {most:.6g}, the smallest "
+            f"{least:.6g} of the prunable weights. Lower the target or the floors, or leave fewer layers dense"
+        )
+
+
+def share_out(
+    total: int, weights: Mapping[str, float], minimum: Mapping[str, int], maximum: Mapping[str, int]
+) -> dict[str, int]:
+    """
+    Whole numbers that add up to `total`, proportional to `weights` as far as minimum and maximum allow.
+
+    Args:
+        total: between the sums of the minima and of the maxima.
+        weights: name -> positive number; the keys are what is shared among.
+    """
+
+    def at(factor: float) -> dict[str, float]:
+        return {
+            name: min(max(factor * weight, minimum.get(name, 0)), maximum[name]) for name, weight in weights.items()
+        }
+
+    low, high = 0.0, max((maximum[name] / weight for name, weight in weights.items()), default=0.0)
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if sum(at(middle).values()) < total else (low, middle)
+    shares = at(high)
+    counts = {name: min(max(math.floor(value), minimum.get(name, 0)), maximum[name]) for name, value in shares.items()}
+    order = sorted(counts, key=lambda name: counts[name] - shares[name])
+    while (missing := total - sum(counts.values())) != 0:
+        step = 1 if missing > 0 else -1
+        for name in order if step > 0 else reversed(order):
+            if minimum.get(name, 0) <= counts[name] + step <= maximum[name] and missing != 0:
+                counts[name] += step
+                missing -= step
+    return counts
+
+
+def _erk(record: WeightMatrix) -> float:
+    """Sum of the dimensions of a layer: outputs, inputs, sides of the kernel."""
+    b, rows, columns = record.view(torch.empty(record.weight.shape, device="meta")).shape
+    kernel = _kernel(record)
+    return b * rows + columns // math.prod(kernel) + sum(kernel)
+
+
+def _kernel(record: WeightMatrix) -> tuple[int, ...]:
+    size = getattr(record.module, "kernel_size", ())
+    return tuple(size) if isinstance(size, (tuple, list)) else (size,)
+
+
+def _index_view(record: WeightMatrix, device: torch.device) -> Tensor:
+    """(b, r, c): where in the flattened weight each entry of the matrices stands, int64."""
+    shape = record.weight.shape
+    return record.view(torch.arange(shape.numel(), device=device).view(shape))
+
+
+def _input_groups(record: WeightMatrix, m: int, device: torch.device) -> Tensor:
+    """(..., m): places in the flattened weight of m consecutive input channels at one position of the kernel."""
+    index = _index_view(record, device)
+    b, rows, columns = index.shape
+    positions = math.prod(_kernel(record))
+    inputs = columns // positions
+    if inputs % m:
+        raise ValueError(
+            f"{record.name} reads {inputs} input channels, which groups of {m} do not divide: leave it dense "
+            f"(pruning_exclude={[record.name]!r}), or choose another pattern"
+        )
+    return index.view(b, rows, inputs // m, m, positions).transpose(-1, -2)

@@ -1,0 +1,329 @@
+"""
+Pruning while training: the masks of a model, and what is done with them around an optimizer step.
+
+Weights stay ordinary parameters. Between two steps the pruned ones are exactly zero, so every forward, constraint,
+report and checkpoint sees the pruned network. Three ways to spend the time between the first choice of masks and the
+last, all without touching the model's code:
+
+* plain: a pruned weight is zero when a step begins, and competes with what the step made of it;
+* latent weights (straight-through estimator; Guo, Yao and Chen 2016, "dynamic network surgery"): a dense copy is
+  brought back for the optimizer step, which moves it by the gradient at the pruned network, so that a weight that was
+  pruned too early can return in earnest;
+* learned scores (HYDRA, Sehwag et al. 2020): weights are frozen, and what the optimizer moves in their place is a
+  score for each, by the gradient times the weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from tscnc_hf.method.criteria import find_criterion, initial_scores
+from tscnc_hf.method.matrices import WeightMatrix, full_tensor
+from tscnc_hf.method.pruning.allocation import Allocation
+from tscnc_hf.method.pruning.layer_rates import LayerRates
+from tscnc_hf.method.sharding import laid_out
+
+
+class Pruner:
+    """
+    Args:
+        weights (`Iterable[WeightMatrix]`): the prunable weights.
+        criterion (`str`): a registered name, see `tscnc_hf.method.criteria`.
+        allocation (`Allocation` or `str`): what is pruned how; a scope's name for the rest as it is by default. Any
+            object with the methods `masks` and `check` and the attribute `scope` of `Allocation` will do.
+        latent (`bool`): keep dense weights while the schedule runs. Learned scores always do; the criteria "movement"
+            and "taylor" and the scope "learned" need them to judge pruned weights, and have them too.
+        rate_learning_rate (`float`): of the factors of the scope "learned".
+
+    The order of calls in a step, `begin` once before the first of them: backward, `before_step`, the optimizer's step,
+    `after_step`, perhaps `update`, `apply_`; at last `update` to the target, `finish`, `apply_`.
+    """
+
+    def __init__(
+        self,
+        weights: Iterable[WeightMatrix],
+        criterion: str = "magnitude",
+        allocation: Allocation | str = "global",
+        *,
+        latent: bool = False,
+        rate_learning_rate: float = 0.01,
+    ):
+        self.records = {record.name: record for record in weights}
+        if not self.records:
+            raise ValueError("the model has nothing to prune: no Linear or convolution weight was found")
+        self.criterion_name, self.criterion = criterion, find_criterion(criterion)
+        self.allocation = Allocation(allocation) if isinstance(allocation, str) else allocation
+        self._rates = None
+        if self.allocation.scope == "learned":
+            self._rates = LayerRates(list(self.records), rate_learning_rate)
+        self._latent = latent or self.criterion.learned or bool(self.criterion.gathers) or self._rates is not None
+        self._pruned: dict[str, Tensor] = {}  # True = zero: masked_fill_ then also clears NaN and inf
+        self._dense: dict[str, Tensor] = {}  # latent weights, while the schedule runs
+        self._scores: dict[str, Tensor] = {}  # learned ones
+        self._gathered: dict[str, Tensor] = {}
+        self._gathered_steps = 0
+        self.initial_sparsity = 0.0
+
+    # ---- what there is ----
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """The parameters as they are now: wrapping a model for FSDP2 puts new ones into its modules."""
+        return {name: self._weight(name) for name in self.records}
+
+    def _weight(self, name: str) -> Tensor:
+        return self.records[name].module._parameters[name.rsplit(".", 1)[-1]]
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """Bool, True = kept, whole also where weights are sharded; empty before the first `update`."""
+        return {name: ~full_tensor(pruned) for name, pruned in self._pruned.items()}
+
+    @property
+    def local_masks(self) -> dict[str, Tensor]:
+        """`masks`, sharded as the weights are: without communication."""
+        return {name: ~pruned for name, pruned in self._pruned.items()}
+
+    @property
+    def prunable_count(self) -> int:
+        return sum(weight.numel() for weight in self.weights.values())
+
+    @property
+    def pruned_count(self) -> int:
+        return sum(int(full_tensor(pruned).sum()) for pruned in self._pruned.values())
+
+    @property
+    def active(self) -> bool:
+        """Whether latent weights or scores are in use: between `begin` and `finish`."""
+        return bool(self._dense)
+
+    @property
+    def learns_scores(self) -> bool:
+        """Whether the weights are frozen at present, and scores move in their place."""
+        return bool(self._scores)
+
+    def target_count(self, sparsity: float) -> int:
+        return round(sparsity * self.prunable_count)
+
+    def check(self, target: float) -> None:
+        """
+        Whether the target can be reached.
+
+        Raises:
+            ValueError: it cannot, with the floors, the pattern and the layers' own sparsities (the message has the
+                largest that can); the criterion needs what this model does not have.
+        """
+        records = list(self._whole_records().values())
+        if not (self.criterion.gathers or self.criterion.learned):
+            self.criterion.score(records, None)
+        self.allocation.check(records, target)
+
+    # ---- around an optimizer step ----
+
+    @torch.no_grad()
+    def begin(self, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """The schedule starts. The optimizer is given so that moments of weights are not taken for those of scores."""
+        if not self._latent or self.active:
+            return
+        weights = self.weights
+        self._dense = {name: weight.detach().clone() for name, weight in weights.items()}
+        if self.criterion.gathers:
+            self._gathered = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+            self._gathered_steps = 0
+        if self.criterion.learned:
+            for name, record in self.records.items():
+                whole = replace(record, weight=full_tensor(self._dense[name]))
+                self._scores[name] = self._laid_out(name, initial_scores(whole))
+            self._forget_moments(optimizer)
+
+    @torch.no_grad()
+    def before_step(self) -> None:
+        """After backward and clipping: gather what the criterion needs, and let the optimizer move what it is to."""
+        if not self.active:
+            return
+        products = {}
+        for name, weight in self.weights.items():
+            gradient, dense = weight.grad, self._dense[name]
+            if gradient is None:
+                continue
+            if self.criterion.gathers or self._rates is not None:
+                seen = gradient.nan_to_num(0.0, 0.0, 0.0)  # of a step with an overflow, which a gradient scaler skips
+                if self.criterion.gathers == "mean":
+                    self._gathered[name] += seen
+                elif self.criterion.gathers == "movement":
+                    self._gathered[name] -= seen * dense
+                if self._rates is not None and self._rates.near:
+                    products[name] = full_tensor((seen * dense * self._rates.near[name]).sum())
+            if self.learns_scores:
+                gradient.mul_(dense).mul_(self._scores[name].sign())
+                weight.copy_(self._scores[name])
+            else:
+                weight.copy_(dense)
+        self._gathered_steps += 1
+        if products:
+            self._rates.learn(products)
+
+    def freeze_others(self, model: nn.Module) -> None:
+        """While scores are learned: no gradients for anything but the prunable weights (biases, norms, gates)."""
+        if self.learns_scores:
+            own = {id(weight) for weight in self.weights.values()}
+            for parameter in model.parameters():
+                if id(parameter) not in own:
+                    parameter.grad = None
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """After the optimizer's step: its result becomes the latent weight, or the score."""
+        for name, weight in self.weights.items() if self.active else ():
+            if self.learns_scores:
+                self._scores[name].copy_(weight)
+                weight.copy_(self._dense[name])
+            else:
+                self._dense[name].copy_(weight)
+
+    @torch.no_grad()
+    def update(self, sparsity: float) -> None:
+        """
+        Choose the masks anew, exactly round(sparsity * prunable_count) zeros.
+
+        Raises:
+            ValueError: the criterion needs gradients and there were none; scores that are not finite; a sparsity that
+                cannot be reached.
+        """
+        records = list(self._whole_records().values())
+        scores = self.criterion.score(records, self._whole_gradients())
+        if self._rates is not None:
+            scores = self._rates.weigh(scores)
+        masks = self.allocation.masks(records, scores, sparsity)
+        if self._rates is not None:
+            self._rates.mark(scores, masks)
+            self._rates.near = {name: self._laid_out(name, near) for name, near in self._rates.near.items()}
+        self.masks_from(masks)
+        if self.criterion.gathers == "mean":
+            for gathered in self._gathered.values():
+                gathered.zero_()
+            self._gathered_steps = 0
+
+    @torch.no_grad()
+    def finish(self, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """The schedule ends: masks stay as they are, and what is not zero is trained as ever."""
+        if self.learns_scores:
+            self._forget_moments(optimizer)
+        self._dense, self._scores, self._gathered = {}, {}, {}
+        if self._rates is not None:
+            self._rates.near = {}
+
+    @torch.no_grad()
+    def apply_(self) -> None:
+        """Set the pruned weights to exactly zero."""
+        weights = self.weights
+        for name, pruned in self._pruned.items():
+            if self.active:
+                weights[name].copy_(self._dense[name])
+            weights[name].masked_fill_(pruned, 0.0)
+
+    @torch.no_grad()
+    def mask_gradients_(self) -> None:
+        """Zero the gradients of pruned weights, so that clipping and moments see only what can move (frozen masks)."""
+        weights = self.weights
+        for name, pruned in self._pruned.items():
+            if (gradient := weights[name].grad) is not None:
+                gradient.masked_fill_(pruned, 0.0)
+
+    # ---- masks and state from elsewhere ----
+
+    def masks_from(self, masks: Mapping[str, Tensor]) -> None:
+        """Take given masks (bool, True = kept). ValueError when names or shapes differ from the prunable weights."""
+        weights = self.weights
+        if masks and masks.keys() != weights.keys():
+            odd = sorted(masks.keys() ^ weights.keys())
+            raise ValueError(f"masks do not fit the model's prunable weights; differing names: {', '.join(odd[:5])}")
+        for name, mask in masks.items():
+            if mask.shape != weights[name].shape:
+                raise ValueError(
+                    f"mask of {name} has shape {tuple(mask.shape)}, its weight {tuple(weights[name].shape)}"
+                )
+        self._pruned = {name: self._laid_out(name, ~mask) for name, mask in masks.items()}
+
+    @torch.no_grad()
+    def keep_zeros(self) -> None:
+        """Take the zeros that the weights have now as masks: of a sparse checkpoint that is to be trained further."""
+        self.masks_from({name: full_tensor(weight) != 0 for name, weight in self.weights.items()})
+        self.initial_sparsity = self.pruned_count / self.prunable_count
+
+    def state(self) -> dict[str, Tensor]:
+        """What a resumed run needs, by name: masks and, while the schedule runs, latent weights, scores and sums."""
+        parts = {"latent": self._dense, "score": self._scores, "gathered": self._gathered}
+        state = {f"mask.{name}": mask for name, mask in self.masks.items()}
+        for kind, tensors in parts.items():
+            state |= {f"{kind}.{name}": full_tensor(tensor) for name, tensor in tensors.items()}
+        state["pruning.gathered_steps"] = torch.tensor(self._gathered_steps)
+        state["pruning.initial_sparsity"] = torch.tensor(self.initial_sparsity, dtype=torch.float64)
+        if self._rates is not None:
+            state |= {f"rate.{name}": full_tensor(tensor) for name, tensor in self._rates.state().items()}
+        return state
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """
+        Go on from what `state` gave; keys that are not the pruner's are passed over.
+
+        Raises:
+            ValueError: the state is of another model, or of a run with another criterion or scope.
+        """
+
+        def part(kind: str) -> dict[str, Tensor]:
+            return {name[len(kind) + 1 :]: tensor for name, tensor in state.items() if name.startswith(f"{kind}.")}
+
+        dense, scores, gathered, rates = part("latent"), part("score"), part("gathered"), part("rate")
+        fits = bool(dense) <= self._latent and bool(scores) == (bool(dense) and self.criterion.learned)
+        fits &= bool(gathered) == (bool(dense) and bool(self.criterion.gathers))
+        if not fits or bool(rates) != (self._rates is not None):
+            raise ValueError(
+                f"the checkpoint is of a run with another way of pruning than criterion={self.criterion_name!r}, "
+                f"scope={self.allocation.scope!r}, latent={self._latent}: resume with the options that it was started "
+                "with"
+            )
+        self.masks_from(part("mask"))
+        for own, given in ((self._dense, dense), (self._scores, scores), (self._gathered, gathered)):
+            own.clear()
+            own.update({name: self._laid_out(name, tensor) for name, tensor in given.items()})
+        numbers = part("pruning")
+        self._gathered_steps = int(numbers.get("gathered_steps", 0))
+        self.initial_sparsity = float(numbers.get("initial_sparsity", 0.0))
+        if self._rates is not None:
+            self._rates.load(rates)
+            self._rates.near = {name: self._laid_out(name, near) for name, near in self._rates.near.items()}
+
+    # ---- inside ----
+
+    def _laid_out(self, name: str, tensor: Tensor) -> Tensor:
+        return laid_out(tensor, self._weight(name))
+
+    def _whole_records(self) -> dict[str, WeightMatrix]:
+        """Records with the values that count: scores, latent weights, or the weights; whole, float32, no gradient."""
+        values = self._scores or self._dense or self.weights
+        return {
+            name: replace(record, weight=full_tensor(values[name].detach()).float())
+            for name, record in self.records.items()
+        }
+
+    def _whole_gradients(self) -> dict[str, Tensor] | None:
+        if not self.criterion.gathers:
+            return None
+        if not self._gathered or self._gathered_steps == 0:
+            raise ValueError(
+                f"the criterion {self.criterion_name!r} needs gradients and there were none: call begin(), and "
+                "before_step() after each backward, before the masks are chosen"
+            )
+        count = self._gathered_steps if self.criterion.gathers == "mean" else 1
+        return {name: full_tensor(gathered).float() / count for name, gathered in self._gathered.items()}
+
+    def _forget_moments(self, optimizer: torch.optim.Optimizer | None) -> None:
+        """Moments of weights say nothing of scores, nor those of scores of weights: start anew."""
+        states = getattr(optimizer, "state", {})
+        for weight in self.weights.values():
+            states.pop(weight, None)

@@ -1,0 +1,116 @@
+"""Which whole channels, hidden units and attention heads are zero: what `slim` can then cut out for good."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from tscnc_hf.method.matrices import WeightMatrix
+from tscnc_hf.method.units.groups import KINDS, StructureGroup, structure_groups
+
+
+UNIT_SCOPES = ("global", "uniform", "learned")
+
+
+@dataclass(frozen=True)
+class UnitAllocation:
+    """
+    The counterpart of `Allocation` for whole units. A unit's score is the root mean square of the scores of all its
+    weights, those that make it and those that read it; the best unit of every group always stays.
+
+    Attributes:
+        groups: of the model that is pruned, see `unit_allocation`.
+        scope: "global" ranks the units of all groups together, "uniform" takes the same fraction of each group,
+            "learned" is global with learned factors (`tscnc_hf.method.pruning.layer_rates`).
+    """
+
+    groups: tuple[StructureGroup, ...]
+    scope: str = "global"
+
+    def masks(
+        self, records: Sequence[WeightMatrix], scores: Mapping[str, Tensor], sparsity: float
+    ) -> dict[str, Tensor]:
+        """
+        Masks with the fewest zeros that are at least round(sparsity * N), N the number of all scores: a part of a unit
+        is not cut, so there can be more zeros than asked for, by less than what the last unit holds.
+
+        Arguments and what is returned as in `Allocation.masks`.
+
+        Raises:
+            ValueError: so many zeros cannot be reached by whole units (the message has the largest sparsity that can).
+        """
+        shapes = {record.name: scores[record.name] for record in records}
+        total = sum(score.numel() for score in shapes.values())
+        wanted, order = round(sparsity * total), self._order(scores)
+        low, high = 0, len(order)
+        if wanted > (most := _zeros(self._cut(shapes, order, high))):
+            raise ValueError(
+                f"a sparsity of {sparsity:.6g} is not reachable with whole units, one of each group kept: the largest "
+                f"is {most / total:.6g} of the prunable weights, for {len(self.groups)} groups. Lower the target, or "
+                'prune single weights (pruning_structure="unstructured")'
+            )
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (low, middle) if _zeros(self._cut(shapes, order, middle)) >= wanted else (middle + 1, high)
+        return self._cut(shapes, order, low)
+
+    def check(self, records: Sequence[WeightMatrix], target: float) -> None:
+        """Raise what `masks` would raise at the target, before any training."""
+        self.masks(records, {record.name: record.weight.detach().abs() for record in records}, target)
+
+    def _order(self, scores: Mapping[str, Tensor]) -> list[tuple[int, int]]:
+        """(group, unit), the least important first, without the best unit of each group."""
+        ranked = []
+        for index, group in enumerate(self.groups):
+            names = [part.name for part in group.weights]
+            squares = group.unit_sums({name: scores[name].double().square() for name in names})
+            sizes = group.unit_sums({name: torch.ones_like(scores[name], dtype=torch.double) for name in names})
+            values = (squares / sizes).sqrt().tolist()
+            for place, (value, unit) in enumerate(sorted(zip(values, range(group.count), strict=True))[:-1]):
+                ranked.append((place / group.count if self.scope == "uniform" else value, index, unit))
+        return [(group, unit) for _, group, unit in sorted(ranked)]
+
+    def _cut(self, shapes: Mapping[str, Tensor], order: list[tuple[int, int]], count: int) -> dict[str, Tensor]:
+        keep = [torch.ones(group.count, dtype=torch.bool) for group in self.groups]
+        for group, unit in order[:count]:
+            keep[group][unit] = False
+        masks = {name: torch.ones_like(score, dtype=torch.bool) for name, score in shapes.items()}
+        for group, units in zip(self.groups, keep, strict=True):
+            for name, mask in group.unit_masks(units).items():
+                masks[name] &= mask.to(masks[name].device)
+        return masks
+
+
+def unit_allocation(
+    model: nn.Module, records: Sequence[WeightMatrix], kinds: Sequence[str] = KINDS, scope: str = "global"
+) -> UnitAllocation:
+    """
+    The units of a model that can be pruned: all whose weights are among `records`.
+
+    Args:
+        kinds (`Sequence[str]`): of "channels", "hidden", "heads".
+        scope (`str`): "global", "uniform" or "learned".
+
+    Raises:
+        ValueError: unknown kind or scope, or the model has no such units.
+    """
+    if scope not in UNIT_SCOPES:
+        raise ValueError(f"scope={scope!r} does not go with whole units; use one of {', '.join(UNIT_SCOPES)}")
+    if odd := [kind for kind in kinds if kind not in KINDS]:
+        raise ValueError(f"kind {odd[0]!r} is unknown; units are {', '.join(KINDS)}")
+    names = {record.name for record in records}
+    found = structure_groups(model)
+    groups = tuple(g for g in found if g.kind in kinds and g.count > 1 and {part.name for part in g.weights} <= names)
+    if not groups:
+        others = sorted({group.kind for group in found}) or ["none"]
+        raise ValueError(
+            f"{type(model).__name__} has no prunable units of kind {', '.join(kinds)}; found: {', '.join(others)}"
+        )
+    return UnitAllocation(groups, scope)
+
+
+def _zeros(masks: Mapping[str, Tensor]) -> int:
+    return sum(mask.numel() - int(mask.sum()) for mask in masks.values())

@@ -1,0 +1,159 @@
+"""What a forward pass costs: multiply-accumulates, of the dense network and of its non-zero weights only."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from tscnc_hf.method.matrices import CONVOLUTIONS, full_tensor, weight_matrices
+
+
+# products of two activations, where no weight takes part (in anything but a linear layer or convolution)
+PRODUCTS = ("bmm", "baddbmm", "scaled_dot_product", "attention_forward")
+
+
+@dataclass(frozen=True)
+class LayerFlops:
+    """
+    What one module costs itself, without the modules inside it.
+
+    Attributes:
+        name: of the module; of an attention, its products of queries, keys and values.
+        macs: multiply-accumulates of one forward pass.
+        nonzero: fraction of the module's prunable weights that are not zero; 1 where it has none.
+        sparse_macs: the multiply-accumulates that a non-zero weight takes part in: macs x nonzero, and all of the
+            products of activations.
+    """
+
+    name: str
+    macs: int
+    nonzero: float
+    sparse_macs: int
+
+
+@dataclass(frozen=True)
+class FlopsReport:
+    """
+    Multiply-accumulates of one forward pass; a FLOP count is twice that (one multiplication, one addition).
+
+    Counted are convolutions, linear layers and the products inside an attention, as `torch.utils.flop_counter` does;
+    not norms, activations, softmax, biases and pooling. `sparse_macs` is what an engine would do that skipped every
+    zero weight for free; on dense kernels, zeros save nothing until they are cut out (`slim`).
+
+    Attributes:
+        rows: one per module that multiplies, in the order of the modules.
+        input_shape: of the input, batch first.
+        macs, sparse_macs: over all rows.
+    """
+
+    rows: tuple[LayerFlops, ...]
+    input_shape: tuple[int, ...]
+    macs: int
+    sparse_macs: int
+
+    @property
+    def flops(self) -> int:
+        return 2 * self.macs
+
+    @property
+    def sparse_flops(self) -> int:
+        return 2 * self.sparse_macs
+
+    def to_dict(self) -> dict:
+        return {
+            "input_shape": list(self.input_shape),
+            "macs": self.macs,
+            "sparse_macs": self.sparse_macs,
+            "flops": self.flops,
+            "sparse_flops": self.sparse_flops,
+            "rows": [asdict(row) for row in self.rows],
+        }
+
+    def to_markdown(self) -> str:
+        lines = ["| layer | MACs | non-zero weights | MACs of those |", "| --- | ---: | ---: | ---: |"]
+        lines += [f"| `{r.name}` | {r.macs:,} | {r.nonzero:.2%} | {r.sparse_macs:,} |" for r in self.rows]
+        share = self.sparse_macs / max(self.macs, 1)
+        return "\n".join([*lines, f"| all | {self.macs:,} | {share:.2%} of the MACs | {self.sparse_macs:,} |"])
+
+
+@torch.no_grad()
+def flops_report(model: nn.Module, input_shape: Sequence[int]) -> FlopsReport:
+    """
+    Count what a forward pass in evaluation mode multiplies. Nothing is computed (shapes only) and the model keeps its
+    state.
+
+    Args:
+        model (`nn.Module`): takes one tensor, e.g. images.
+        input_shape (`Sequence[int]`): (b, c, h, w); with b = 1 the cost of an image.
+
+    Raises:
+        ValueError: the forward pass failed on this shape, or needs more than shapes.
+    """
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    counter = FlopCounterMode(display=False)
+    shapes = _without_data(model).eval()
+    try:
+        with counter:
+            shapes(torch.empty(tuple(input_shape), device="meta", dtype=dtype))
+    except (RuntimeError, ValueError, AssertionError, TypeError, NotImplementedError) as error:
+        raise ValueError(
+            f"the forward pass of {type(model).__name__} could not be followed on an input of shape "
+            f"{tuple(input_shape)}, which should be (b, c, h, w): {error}"
+        ) from error
+    root = type(model).__name__
+    inclusive = {
+        name.removeprefix(root).lstrip("."): {getattr(op, "__name__", str(op)): n for op, n in counts.items()}
+        for name, counts in counter.get_flop_counts().items()
+        if name == root or name.startswith(f"{root}.")
+    }
+    own = {name: dict(counts) for name, counts in inclusive.items()}
+    for name, counts in inclusive.items():
+        if name:
+            outer = own[_counted(name.rpartition(".")[0], inclusive)]
+            for op, flops in counts.items():
+                outer[op] -= flops
+    zeros = _nonzero(model, inclusive)
+    rows = []
+    for name in [name for name, _ in model.named_modules() if sum(own.get(name, {}).values())]:
+        macs = {op: flops // 2 for op, flops in own[name].items()}
+        nonzero, total = zeros.get(name, (0, 0))
+        share = nonzero / total if total else 1.0
+        layer = isinstance(model.get_submodule(name), (nn.Linear, *CONVOLUTIONS))
+        products = 0 if layer else sum(n for op, n in macs.items() if any(word in op for word in PRODUCTS))
+        multiplied = sum(macs.values()) - products
+        rows.append(LayerFlops(name, multiplied + products, share, round(multiplied * share) + products))
+    return FlopsReport(
+        tuple(rows), tuple(input_shape), sum(row.macs for row in rows), sum(row.sparse_macs for row in rows)
+    )
+
+
+def _without_data(model: nn.Module) -> nn.Module:
+    """A copy on the meta device that never held the weights."""
+    memo: dict[int, object] = {}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        empty = torch.empty_like(tensor, device="meta")
+        memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+    return copy.deepcopy(model, memo)
+
+
+def _counted(name: str, counted: dict) -> str:
+    """The module itself or the nearest one around it that was called."""
+    while name not in counted:
+        name = name.rpartition(".")[0]
+    return name
+
+
+def _nonzero(model: nn.Module, counted: dict) -> dict[str, tuple[int, int]]:
+    """Of the prunable weights that a module multiplies with: how many are not zero, and how many there are."""
+    found: dict[str, tuple[int, int]] = {}
+    for record in weight_matrices(model):
+        name = _counted(record.name.rpartition(".")[0], counted)
+        weight = full_tensor(record.weight)
+        nonzero, total = found.get(name, (0, 0))
+        found[name] = (nonzero + int(torch.count_nonzero(weight)), total + weight.numel())
+    return found

@@ -1,0 +1,193 @@
+"""Singular values, condition numbers and ranks of a model's weight matrices: a report."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+
+from tscnc_hf.method.matrices import weight_matrices
+
+
+# Singular values below this fraction of the largest count as zero.
+RANK_TOLERANCE = 1e-6
+RIDGE = 1e-3  # of the cnc column: the default of `condition_number_constraint`
+
+
+@dataclass(frozen=True)
+class MatrixSpectrum:
+    """
+    One matrix view of a weight.
+
+    Attributes:
+        shape: (rows, columns).
+        sigma_max, sigma_min: largest and smallest of the min(r, c) singular values.
+        condition_number: sigma_max / sigma_min, infinite when the matrix is rank deficient.
+        effective_condition_number: the same over the singular values above 1e-6 sigma_max.
+        rank, full_rank: number of those, and min(r, c).
+        dead_rows, dead_columns: all-zero rows (outputs nothing reaches), all-zero columns (inputs nobody reads).
+        stable_rank: sum of sigma^2 / sigma_max^2.
+        cnc: `condition_number_constraint` of the matrix at its default ridge.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    sigma_max: float
+    sigma_min: float
+    condition_number: float
+    effective_condition_number: float
+    rank: int
+    full_rank: int
+    dead_rows: int
+    dead_columns: int
+    stable_rank: float
+    cnc: float
+
+
+@dataclass(frozen=True)
+class SpectralReport:
+    """The spectrum of every weight matrix with at least two rows and two columns."""
+
+    rows: tuple[MatrixSpectrum, ...]
+
+    @property
+    def median_condition_number(self) -> float:
+        return statistics.median(row.condition_number for row in self.rows) if self.rows else math.nan
+
+    @property
+    def max_condition_number(self) -> float:
+        return max((row.condition_number for row in self.rows), default=math.nan)
+
+    @property
+    def median_effective_condition_number(self) -> float:
+        return statistics.median(row.effective_condition_number for row in self.rows) if self.rows else math.nan
+
+    @property
+    def max_effective_condition_number(self) -> float:
+        return max((row.effective_condition_number for row in self.rows), default=math.nan)
+
+    @property
+    def rank_deficient(self) -> int:
+        """Number of matrices whose rank is below min(r, c)."""
+        return sum(row.rank < row.full_rank for row in self.rows)
+
+    def summary(self) -> dict[str, float]:
+        return {
+            "median_condition_number": self.median_condition_number,
+            "max_condition_number": self.max_condition_number,
+            "median_effective_condition_number": self.median_effective_condition_number,
+            "max_effective_condition_number": self.max_effective_condition_number,
+            "rank_deficient": self.rank_deficient,
+        }
+
+    def to_dict(self) -> dict:
+        """Plain JSON types; infinity is the string "inf"."""
+        rows = [asdict(row) | {"shape": list(row.shape)} for row in self.rows]
+        return {key: _plain(value) for key, value in self.summary().items()} | {
+            "rows": [{key: _plain(value) for key, value in row.items()} for row in rows]
+        }
+
+    def to_markdown(self) -> str:
+        lines = [
+            "| matrix | shape | sigma max | kappa | effective kappa | rank "
+            "| dead rows | dead columns | stable rank | cnc |",
+            "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        ]
+        for row in self.rows:
+            lines.append(
+                f"| `{row.name}` | {row.shape[0]} x {row.shape[1]} | {row.sigma_max:.3g} | {row.condition_number:.3g} "
+                f"| {row.effective_condition_number:.3g} | {row.rank} of {row.full_rank} | {row.dead_rows} "
+                f"| {row.dead_columns} | {row.stable_rank:.1f} | {row.cnc:.3f} |"
+            )
+        return "\n".join(lines)
+
+    def plot(self, before: SpectralReport | None = None):
+        """A matplotlib Figure of the effective condition numbers, those of `before` (say, the dense model) behind."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(max(6.0, 0.28 * len(self.rows) + 2), 4.5), layout="constrained")
+        axes = figure.subplots()
+        for report, marker, label in ((before, "o", "before"), (self, "D", "now")):
+            if report is not None:
+                values = [row.effective_condition_number for row in report.rows]
+                axes.semilogy(range(len(values)), values, marker, markersize=4, label=label)
+        axes.set_xticks(range(len(self.rows)), [row.name for row in self.rows], rotation=90, fontsize=6)
+        axes.set_ylabel("effective condition number")
+        axes.grid(axis="y", alpha=0.3)
+        if before is not None:
+            axes.legend()
+        return figure
+
+
+def singular_values(matrix: Tensor, method: str = "svd") -> Tensor:
+    """
+    The min(r, c) singular values of a matrix (r, c), largest first, in float64 on the matrix's device.
+
+    `method="gram"` takes square roots of the eigenvalues of the smaller Gram matrix: about ten times faster for
+    convolutions, exact to 1e-3 down to 1e-6 of the largest singular value and to 1e-9 down to 1e-3 of it.
+    """
+    if method not in ("svd", "gram"):
+        raise ValueError(f"method={method!r}: use 'svd' or 'gram'")
+    matrix = matrix.detach().double()
+    if method == "svd":
+        return torch.linalg.svdvals(matrix)
+    matrix = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    return torch.linalg.eigvalsh(matrix @ matrix.T).clamp_(min=0).sqrt().flip(0)
+
+
+def matrix_spectrum(name: str, matrix: Tensor, method: str = "svd") -> MatrixSpectrum:
+    """The spectrum of one matrix (r, c), any floating dtype, computed in float64; `method` as in `singular_values`."""
+    zero = matrix == 0
+    dead_rows, dead_columns = int(zero.all(dim=1).sum()), int(zero.all(dim=0).sum())
+    sigma = singular_values(matrix, method).cpu()
+    largest, smallest, full_rank = sigma[0].item(), sigma[-1].item(), sigma.numel()
+    kept = sigma[sigma > RANK_TOLERANCE * largest]
+    rank = kept.numel() if largest > 0 else 0
+    squares = (sigma / largest).square() if rank else sigma
+    relative = squares / squares.mean() if rank else squares
+    return MatrixSpectrum(
+        name=name,
+        shape=tuple(matrix.shape),
+        sigma_max=largest,
+        sigma_min=smallest,
+        condition_number=largest / smallest if rank == full_rank else math.inf,
+        effective_condition_number=largest / kept[-1].item() if rank else math.inf,
+        rank=rank,
+        full_rank=full_rank,
+        dead_rows=dead_rows,
+        dead_columns=dead_columns,
+        stable_rank=squares.sum().item() if rank else 0.0,
+        cnc=math.log1p(RIDGE) - (relative + RIDGE).log().mean().item(),
+    )
+
+
+@torch.no_grad()
+def spectral_report(model: nn.Module, exclude: Sequence[str] = (), method: str = "svd") -> SpectralReport:
+    """
+    The spectrum of every weight matrix of a model (see `weight_matrices`), as the network computes with them.
+
+    Blocks of a fused or grouped weight are separate rows, `name[i]`. One-row matrices (depthwise convolutions) are
+    left out: their condition number is 1 by definition.
+
+    Args:
+        model (`nn.Module`): any model; gates are not folded in (`tscnc_hf.method.units.gates.folded_gates`).
+        exclude (`Sequence[str]`, *optional*): as in `weight_matrices`.
+        method (`str`): "svd", or "gram": as in `singular_values`, for a look during training.
+    """
+    rows = []
+    for record in weight_matrices(model, exclude):
+        matrices = record.matrices
+        if min(matrices.shape[-2:]) < 2:
+            continue
+        for index, matrix in enumerate(matrices):
+            name = record.name if len(matrices) == 1 else f"{record.name}[{index}]"
+            rows.append(matrix_spectrum(name, matrix, method))
+    return SpectralReport(tuple(rows))
+
+
+def _plain(value):
+    return "inf" if isinstance(value, float) and math.isinf(value) else value

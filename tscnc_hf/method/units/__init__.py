@@ -1,0 +1,1 @@
+"""Channels, hidden units and heads: gates on them, cutting them out."""

@@ -1,0 +1,234 @@
+"""Many runs that differ in one thing: arms x sparsities x seeds, each cell measured alike, kept as a line of JSON."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from datetime import date
+from pathlib import Path
+
+import torch
+from transformers import set_seed
+
+from tscnc_hf.artifact.files.state import load_state, save_state
+from tscnc_hf.evaluation.measures.robustness import evaluate_robustness
+from tscnc_hf.evaluation.run import as_published, measure
+from tscnc_hf.method.reports.sparsity import sparsity_report
+from tscnc_hf.method.reports.spectrum import spectral_report
+from tscnc_hf.method.units.gates import folded_gates
+from tscnc_hf.training.config import TSCNCConfig
+from tscnc_hf.training.resume.checkpoints import checkpoints
+from tscnc_hf.training.trainer import TSCNCTrainer
+
+
+DENSE = "dense"
+DENSE_OPTIONS = {"target_sparsity": 0.0, "tsc_weight": 0.0, "cnc_weight": 0.0, "tsc_on": "weights"}
+TRAINED = "trained.safetensors"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """
+    One run of the grid.
+
+    Attributes:
+        arm: its name.
+        sparsity: target, fraction of zeros in [0, 1).
+        seed: of weights, data order and noise; the augmentation of an image is the same in all cells.
+        options: of `TSCNCConfig`, over those that all cells share.
+        pretraining: options of the dense training that comes before, over those that all cells share; cells whose
+            dense trainings are the same share it. None: the cell trains from fresh weights.
+    """
+
+    arm: str
+    sparsity: float
+    seed: int
+    options: Mapping = field(default_factory=dict, hash=False)
+    pretraining: Mapping | None = field(default=None, hash=False)
+
+    @property
+    def name(self) -> str:
+        return f"{self.arm}-{self.sparsity:g}-s{self.seed}"
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether it is a dense training, which other cells may start from."""
+        return self.sparsity == 0 and self.pretraining is None
+
+
+def grid(
+    arms: Mapping[str, Mapping], sparsities: Sequence[float], seeds: Sequence[int], pretraining: Mapping | None
+) -> list[Cell]:
+    """
+    The dense trainings that are needed (arm "dense", or "dense-<arm>" where an arm has its own), then every arm at
+    every sparsity, seed by seed.
+
+    Args:
+        arms: name -> options of `TSCNCConfig`; the option "pretraining" is a map of options for the arm's own dense
+            training.
+        pretraining: options of the dense training that all arms start from; None trains each cell from fresh weights.
+
+    Raises:
+        ValueError: no arm, no seed or no sparsity; an option that does not exist.
+    """
+    if not arms or not sparsities or not seeds:
+        raise ValueError(
+            f"{len(arms)} arms, {len(sparsities)} sparsities, {len(seeds)} seeds: give one of each at least"
+        )
+    known = {f.name for f in fields(TSCNCConfig)}
+    dense, cells = {}, []
+    for arm, given in arms.items():
+        given = dict(given or {})
+        own = given.pop("pretraining", None)
+        for options in (given, own or {}, pretraining or {}):
+            if unknown := sorted(set(options) - known):
+                raise ValueError(f"arm {arm!r}: TSCNCConfig has no option {', '.join(unknown)}; see --help")
+        before = None if pretraining is None else dict(pretraining) | dict(own or {})
+        for seed in seeds:
+            if before is not None:
+                key = (json.dumps(before, sort_keys=True), seed)
+                dense.setdefault(key, Cell(f"{DENSE}-{arm}" if own else DENSE, 0.0, seed, before))
+            cells += [Cell(arm, sparsity, seed, given, before) for sparsity in sparsities]
+    return [*dense.values(), *sorted(cells, key=lambda cell: cell.seed)]
+
+
+@dataclass
+class Grid:
+    """
+    Runs cells and measures them.
+
+    Args:
+        config: what all cells share.
+        build: () -> (model, image processor), with fresh weights.
+        data: `ImageData`.
+        label: the model's name in the results.
+        split: "test", or "validation" for choosing settings.
+        attacks: see `make_attack`.
+        n: images, the first of the split.
+        save_models: leave a publishable folder with a card for every cell, not only its line.
+        about: what else decides the figures (data, model), plain JSON types; part of each cell's fingerprint.
+    """
+
+    config: TSCNCConfig
+    build: Callable[[], tuple]
+    data: object
+    label: str
+    split: str = "test"
+    attacks: Sequence[str] = ("clean", "pgd-20")
+    n: int | None = None
+    save_models: bool = False
+    about: Mapping = field(default_factory=dict)
+
+    def settings(self, cell: Cell) -> TSCNCConfig:
+        """The options of the cell's training, but for its folder."""
+        options = (DENSE_OPTIONS if cell.is_dense else {"target_sparsity": cell.sparsity}) | dict(cell.options)
+        return replace(self.config, seed=cell.seed, push_to_hub=False, **options)
+
+    def fingerprint(self, cell: Cell) -> str:
+        """Of everything that decides the cell's figures but the code: rows of other settings are not mixed with."""
+        return _digest(self._training(cell), self.split, list(self.attacks), self.n)
+
+    def folder(self, cell: Cell) -> Path:
+        """Of the cell's weights and checkpoints. Named also by what decides them: other settings, another folder."""
+        name = f"{DENSE}-s{cell.seed}" if cell.is_dense else cell.name  # arms share a dense training
+        return Path(self.config.output_dir) / f"{name}-{_digest(self._training(cell))}"
+
+    def _training(self, cell: Cell) -> list:
+        before = [] if cell.pretraining is None else self._training(self.dense(cell))
+        return [self.settings(cell).method_dict(), dict(self.about), *before]
+
+    @staticmethod
+    def dense(cell: Cell) -> Cell:
+        """The dense training that a cell starts from."""
+        return Cell(DENSE, 0.0, cell.seed, cell.pretraining)
+
+    def run(self, cell: Cell) -> dict:
+        """
+        Train the cell, or go on where its training was cut off, and measure it.
+
+        Raises:
+            ValueError: the dense training that it starts from has not been run.
+        """
+        start, folder = time.perf_counter(), self.folder(cell)
+        config, trained = replace(self.settings(cell), output_dir=str(folder)), folder / TRAINED
+        set_seed(config.seed)
+        model, processor = self.build()
+        if cell.pretraining is not None:
+            before = self.folder(self.dense(cell)) / TRAINED
+            if not before.exists():
+                raise ValueError(f"{cell.name} starts from {before}, which is not there: run the dense cells first")
+            model.load_state_dict(load_state(before)[0])
+        trainer = TSCNCTrainer(
+            model, config, train_dataset=self.data.train, eval_dataset=self.data.validation, processing_class=processor
+        )
+        if trained.exists():
+            trainer.model.load_state_dict(load_state(trained)[0])
+        else:
+            trainer.train(resume_from_checkpoint=True if checkpoints(folder) else None)
+            save_state(dict(trainer.model.state_dict()), trained)
+        seconds = time.perf_counter() - start
+        row = {"model": self.label, "arm": cell.arm, "sparsity": cell.sparsity, "seed": cell.seed}
+        state = f"evaluation-{self.fingerprint(cell)}-{config.eval_batch_size}"  # AutoAttack draws batch by batch
+        figures = self.measure(trainer, folder / state)
+        row |= {"split": self.split} | figures | {"seconds": round(seconds, 1)}
+        row |= {"parameters": sum(parameter.numel() for parameter in model.parameters())}
+        row |= {"date": date.today().isoformat(), "commit": commit(), "torch": torch.__version__}
+        row |= {"device": device_name(trainer.args.device), "threads": torch.get_num_threads()}
+        return row | {"settings": self.fingerprint(cell)}
+
+    def measure(self, trainer: TSCNCTrainer, state_folder: Path) -> dict:
+        """
+        The cell's figures, plain JSON types: accuracies as fractions, zeros among the prunable weights, all spectra.
+        An evaluation that was cut off goes on from `state_folder`.
+        """
+        args, dataset = trainer.args, getattr(self.data, self.split)
+        options = {
+            "epsilon": args.epsilon, "norm": args.norm, "attacks": self.attacks, "n": self.n, "seed": args.seed,
+            "batch_size": args.eval_batch_size, "processing_class": trainer.processing_class, "progress": False,
+            "state_folder": state_folder,
+        }  # fmt: skip
+        with folded_gates(trainer.model), as_published(trainer.model):
+            if self.save_models:
+                trainer.test_results = measure(trainer.model, dataset, exclude=args.pruning_exclude, **options)
+            else:
+                robustness = evaluate_robustness(trainer.model, dataset, masking=False, **options).to_dict()
+            spectrum = spectral_report(trainer.model).to_dict()
+            zeros = sparsity_report(trainer.model, args.pruning_exclude).sparsity
+        if self.save_models:
+            robustness = trainer.test_results["robustness"]
+            trainer.card_options |= {"class_names": self.data.class_names, "dataset_name": self.data.name}
+            trainer.save_model()
+        return {
+            "n": robustness["n"],
+            "accuracy": {attack["name"]: attack["accuracy"] for attack in robustness["attacks"]},
+            "zeros": zeros,
+            "median_kappa": spectrum["median_effective_condition_number"],
+            "max_kappa": spectrum["max_effective_condition_number"],
+            "mean_cnc": statistics.fmean(row["cnc"] for row in spectrum["rows"]),
+            "lost_ranks": sum(row["full_rank"] - row["rank"] for row in spectrum["rows"]),
+            "empty_matrices": sum(row["rank"] == 0 for row in spectrum["rows"]),
+            "matrices": len(spectrum["rows"]),
+        }
+
+
+def _digest(*settings) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def commit() -> str | None:
+    """The revision of the code, with "-dirty" where files differ from it; None outside of a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    except OSError:
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None

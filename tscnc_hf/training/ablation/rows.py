@@ -1,0 +1,84 @@
+"""The lines of JSON that cells leave: read, added, compared."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from filelock import FileLock
+
+from tscnc_hf.artifact.files.atomic import atomic_file
+from tscnc_hf.training.ablation.grid import Cell
+
+
+class Results:
+    """
+    Rows of a JSON-lines file, one a cell. The file is replaced as a whole, so that a kill leaves all that was there;
+    several processes may add to it.
+
+    Raises:
+        ValueError: the file is not made of such lines.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = Path(path)
+        self.rows = read_rows(self.path) if self.path.exists() else []
+
+    def find(self, label: str, cell: Cell, fingerprint: str, split: str = "test") -> dict | None:
+        """
+        The row of a cell, None where there is none yet.
+
+        Raises:
+            ValueError: there is one of other settings.
+        """
+        key = (label, cell.arm, cell.sparsity, cell.seed, split)
+        for row in self.rows:
+            if tuple(row[name] for name in ("model", "arm", "sparsity", "seed", "split")) == key:
+                if row["settings"] != fingerprint:
+                    raise ValueError(
+                        f"{self.path} holds {cell.name} of {label} with other settings ({row['settings']}, now "
+                        f"{fingerprint}): give another results file, or remove its line to run it anew"
+                    )
+                return row
+        return None
+
+    def add(self, row: Mapping) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.path.with_name(f".{self.path.name}.lock")):
+            self.rows = [*(read_rows(self.path) if self.path.exists() else []), dict(row)]
+            lines = [json.dumps(row, allow_nan=False) + "\n" for row in self.rows]
+            with atomic_file(self.path) as temporary:
+                temporary.write_text("".join(lines), encoding="utf-8")
+
+
+def read_rows(path: str | os.PathLike) -> list[dict]:
+    """
+    The rows of a results file.
+
+    Raises:
+        ValueError: a line is not a row; it is named.
+    """
+    rows = []
+    for number, line in _lines(Path(path)):
+        try:
+            row = json.loads(line)
+            [row[key] for key in ("model", "arm", "sparsity", "seed", "split", "accuracy", "settings")]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}, line {number}: not a row of an ablation ({error!r})") from error
+        rows.append(row)
+    return rows
+
+
+def differences(before: Mapping, after: Mapping) -> dict[str, tuple]:
+    """What two rows of the same cell disagree in, but for time, date and code: {} when it was reproduced exactly."""
+    passing = {"seconds", "date", "commit", "device", "torch", "threads"}
+    keys = sorted((set(before) | set(after)) - passing)
+    return {key: (before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)}
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if line.strip():
+            yield number, line

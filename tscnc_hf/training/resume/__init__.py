@@ -1,0 +1,1 @@
+"""A Trainer that loses nothing: whole checkpoints, exact resume."""

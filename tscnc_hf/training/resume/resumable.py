@@ -1,0 +1,185 @@
+"""Training that survives what happens to processes and disks: kills, SIGTERM, a full disk, a read-only folder."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from accelerate.utils import broadcast_object_list
+from transformers import Trainer
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
+from transformers.utils import logging
+
+from tscnc_hf.training.resume.checkpoints import (
+    ResumeError,
+    checkpoints,
+    clear_unfinished,
+    damage,
+    finish_checkpoint,
+    last_whole_checkpoint,
+    others_text,
+    rotate,
+    unfinished_folder,
+    whole_checkpoint_text,
+)
+from tscnc_hf.training.resume.sharding import check_optimizer_layout, save_sharded_optimizer
+from tscnc_hf.training.resume.storage import check_writable, make_folder, writing
+from tscnc_hf.training.resume.termination import Termination
+
+
+logger = logging.get_logger(__name__)
+
+
+class SurvivingTrainer(Trainer):
+    """The part of `TSCNCTrainer` that writes checkpoints as a whole or not at all, and goes on from whole ones."""
+
+    def __init__(self, model, args, **kwargs):
+        if args.should_save:
+            make_folder(args.output_dir)
+        self._unfinished: Path | None = None  # while a checkpoint is being written: where
+        self._wrote_here = False  # a checkpoint: from then on those of the folder are this trainer's
+        self.termination = Termination(can_wait=False)
+        super().__init__(model, args, **kwargs)
+
+    @property
+    def is_writing_checkpoint(self) -> bool:
+        return self._unfinished is not None
+
+    def writing(self, what: str, run_folder: str | os.PathLike):
+        """Inside, a full disk or a read-only folder is a `StorageError` that says what there is to go on from."""
+        return writing(what, run_folder, lambda: f"; {whole_checkpoint_text(run_folder)}")
+
+    def _get_output_dir(self, trial):
+        return super()._get_output_dir(trial) if self._unfinished is None else str(self._unfinished)
+
+    def _save_checkpoint(self, model, trial):
+        """
+        Upstream writes a checkpoint in place, file by file, and forgets old ones as it goes. Here it does so in a
+        hidden folder (`_get_output_dir`); when all processes are done, the checkpoint gets its name, and only then is
+        it pushed and are older ones removed.
+        """
+        args, name = self.args, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        run_folder, wait = self._get_output_dir(trial), self.accelerator.wait_for_everyone
+        final, first_here = os.path.join(run_folder, name), args.local_process_index == 0
+        with self.writing(name, run_folder):
+            if first_here:
+                clear_unfinished(run_folder)
+            wait()
+            try:
+                self._unfinished = unfinished_folder(run_folder)
+                super()._save_checkpoint(model, trial)
+                written, self._unfinished = self._unfinished / name, None
+                self._record_best(run_folder, written)
+                wait()
+                # one process does it; on file systems that it does not see, the first of each other machine
+                for turn in (self.is_world_process_zero(), first_here):
+                    if turn and written.is_dir():
+                        finish_checkpoint(written)
+                    wait()
+            except BaseException:
+                self._unfinished = None
+                shutil.rmtree(unfinished_folder(run_folder), ignore_errors=True)  # half of it would fill the disk
+                raise
+        self._wrote_here = True
+        if args.push_to_hub:
+            self._push_from_checkpoint(final)
+        if args.should_save:
+            rotate(run_folder, args.save_total_limit, {final, self.state.best_model_checkpoint or final})
+        if self.termination.requested:
+            self.termination.end()
+
+    def _save_optimizer_and_scheduler(self, output_dir):
+        if self.is_fsdp_enabled:  # upstream would write the weights once more, with gates and as a pickle
+            save_sharded_optimizer(self, output_dir)
+        else:
+            super()._save_optimizer_and_scheduler(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        if checkpoint is not None:
+            check_optimizer_layout(checkpoint, self.is_fsdp_enabled)
+        super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _record_best(self, run_folder: str, written: Path) -> None:
+        """Where the best checkpoint is, or will be in a moment; upstream has looked beside the unfinished one."""
+        state = self.state
+        if state.best_global_step:
+            best = os.path.join(run_folder, f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}")
+            if os.path.basename(best) == written.name or os.path.isdir(best):
+                state.best_model_checkpoint = best
+        if self.args.should_save:
+            state.save_to_json(str(written / TRAINER_STATE_NAME))
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        """
+        As `Trainer.train`. `resume_from_checkpoint=True` goes on from the last checkpoint that is whole.
+
+        While it trains, SIGTERM ends the process with status 143, and Ctrl-C ends training with `KeyboardInterrupt`: a
+        single process first ends its step and saves a checkpoint (if it saves any, and has not begun to evaluate),
+        several leave the last one whole. A second signal ends at once.
+
+        Raises:
+            ResumeError: a `ValueError`; no whole checkpoint to go on from, one of a run with other options, or a new
+                run among the checkpoints of another.
+            StorageError: something could not be written; the last checkpoint is whole.
+        """
+        folder = self.args.output_dir
+        if self.args.should_save:
+            check_writable(folder)
+            if self.args.local_process_index == 0:
+                clear_unfinished(folder)
+        self.accelerator.wait_for_everyone()
+        self._refuse_others(resume_from_checkpoint)
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = self._last_checkpoint()
+        self.termination = Termination(self.args.world_size == 1 and self.args.save_strategy != SaveStrategy.NO)
+        try:
+            with self.termination.watching():
+                output = super().train(resume_from_checkpoint, *args, **kwargs)
+                if self.termination.requested:  # as training ended
+                    self.termination.end()
+                return output
+        except (SystemExit, KeyboardInterrupt):
+            if self.termination.ended_by is not None:
+                self.is_in_train = False
+                if self.is_world_process_zero():
+                    logger.warning(
+                        f"{self.termination.ended_by.name}: training ended after step {self.state.global_step}; "
+                        f"{whole_checkpoint_text(folder)}. Go on with resume_from_checkpoint=True (--resume true)"
+                    )
+            raise
+        finally:
+            self.termination = Termination(can_wait=False)  # evaluating the model that was left does not end again
+
+    def _refuse_others(self, resume_from_checkpoint: str | bool | None) -> None:
+        """
+        A run that does not go on in this folder may not begin where another one left checkpoints. The first process
+        looks, so that all decide alike.
+        """
+        if resume_from_checkpoint is True or self._wrote_here:
+            return
+        folder, text = self.args.output_dir, None
+        if self.is_world_process_zero():
+            source = Path(resume_from_checkpoint).resolve().parent if resume_from_checkpoint else None
+            text = None if source == Path(folder).resolve() else others_text(folder)
+        (text,) = broadcast_object_list([text])
+        if text is not None:
+            raise ResumeError(text)
+
+    def _last_checkpoint(self) -> str:
+        """The last whole checkpoint of the output folder; those that it passes over are named."""
+        folder = self.args.output_dir
+        last, skipped = last_whole_checkpoint(folder), []
+        for checkpoint in checkpoints(folder):
+            if checkpoint == last:
+                break
+            skipped.append(f"{checkpoint}: {damage(checkpoint)}")
+        if last is None:
+            raise ResumeError(
+                f"{folder} has no whole checkpoint to resume from{''.join(f'; {text}' for text in skipped)}. Name "
+                "one elsewhere, or start anew"
+            )
+        for text in skipped:
+            logger.warning(f"Not resumed from {text}. Going on from {last}")
+        return str(last)
