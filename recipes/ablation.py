@@ -61,7 +61,7 @@ def make_grid(config, data_arguments, arguments):
     """The `Grid` of the options; data is read here, once a process."""
     from transformers.utils.logging import disable_progress_bar
 
-    from tscnc_hf.artifact.models.loading import timm_model, vit_from_config
+    from tscnc_hf.artifact.models.building import timm_model, vit_from_config
     from tscnc_hf.training.ablation.grid import Grid
 
     disable_progress_bar()

@@ -31,7 +31,7 @@ class ModelArguments:
 def main(args: list[str] | None = None) -> None:
     config, data_arguments, model_arguments = parse(ModelArguments, args)
 
-    from tscnc_hf.artifact.models.loading import timm_model
+    from tscnc_hf.artifact.models.building import timm_model
 
     set_cpu_threads(config, data_arguments.cpu_threads)
     data = load_data(data_arguments, config.seed)

@@ -28,7 +28,7 @@ class ModelArguments:
 def main(args: list[str] | None = None) -> None:
     config, data_arguments, model_arguments = parse(ModelArguments, args)
 
-    from tscnc_hf.artifact.models.loading import vit_from_config
+    from tscnc_hf.artifact.models.building import vit_from_config
 
     set_cpu_threads(config, data_arguments.cpu_threads)
     data = load_data(data_arguments, config.seed)

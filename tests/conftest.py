@@ -37,7 +37,7 @@ def digits():
 
 @pytest.fixture
 def tiny_vit():
-    from tscnc_hf.artifact.models.loading import vit_from_config
+    from tscnc_hf.artifact.models.building import vit_from_config
 
     return vit_from_config(
         CLASS_NAMES, (8, 8), 3, patch_size=4, hidden_size=32, num_hidden_layers=2, num_attention_heads=2
@@ -46,7 +46,7 @@ def tiny_vit():
 
 @pytest.fixture
 def tiny_resnet():
-    from tscnc_hf.artifact.models.loading import timm_model
+    from tscnc_hf.artifact.models.building import timm_model
 
     return timm_model(
         "resnet18", CLASS_NAMES, (8, 8), 3, model_args={"channels": [8, 8, 8, 8], "layers": [1, 1, 1, 1]}

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
-from tscnc_hf.artifact.models.loading import vit_from_config
+from tscnc_hf.artifact.models.building import vit_from_config
 from tscnc_hf.data.loading import load_image_data
 from tscnc_hf.method.matrices import full_tensor
 from tscnc_hf.training.config import TSCNCConfig

@@ -13,7 +13,7 @@ SMALL_TIMM_VIT = {"img_size": 8, "patch_size": 4, "embed_dim": 32, "depth": 1, "
 @pytest.fixture
 def build():
     """`build(kind, seed=0, dropout=0.0)` -> (model, processor) with weights of their own."""
-    from tscnc_hf.artifact.models.loading import timm_model, vit_from_config
+    from tscnc_hf.artifact.models.building import timm_model, vit_from_config
 
     def make(kind: str, seed: int = 0, dropout: float = 0.0):
         torch.manual_seed(seed)

@@ -68,7 +68,7 @@ def train(case: Case, folder: str, threads: int, steps: int) -> None:
     from transformers import TrainerCallback
     from transformers.utils.logging import disable_progress_bar
 
-    from tscnc_hf.artifact.models.loading import timm_model
+    from tscnc_hf.artifact.models.building import timm_model
     from tscnc_hf.data.loading import load_image_data
     from tscnc_hf.training.config import TSCNCConfig
     from tscnc_hf.training.trainer import TSCNCTrainer

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from tscnc_hf import TSCNCConfig, TSCNCTrainer
-from tscnc_hf.artifact.models.loading import timm_model, vit_from_config
+from tscnc_hf.artifact.models.building import timm_model, vit_from_config
 from tscnc_hf.data.loading import load_image_data
 from tscnc_hf.method.adversarial.noise import PlacedNoise
 from tscnc_hf.method.adversarial.pgd import fgsm_rs, kl_pgd

@@ -21,7 +21,8 @@ from transformers import (
 
 from tscnc_hf import evaluate_robustness
 from tscnc_hf.artifact.models.checkpoint import save_sparse
-from tscnc_hf.artifact.models.loading import input_format, load_model
+from tscnc_hf.artifact.models.config import input_format
+from tscnc_hf.artifact.models.loading import load_model
 from tscnc_hf.cli.evaluate import EvaluationArguments, evaluate_model
 
 

@@ -66,17 +66,6 @@ def test_fused_projections_are_three_matrices():
     assert attention["out_proj.weight"].matrices.shape == (1, 8, 8)
 
 
-def test_transformers_conv1d_is_transposed():
-    from transformers.pytorch_utils import Conv1D
-
-    import tscnc_hf.artifact.models.loading  # noqa: F401  registers it
-
-    layer = Conv1D(6, 4)  # (nf, nx), weight (nx, nf)
-    (record,) = weight_matrices(layer)
-    x = torch.randn(4)
-    torch.testing.assert_close(record.matrices[0] @ x + layer.bias, layer(x[None])[0])
-
-
 def test_tied_weights_count_once_and_exclusion_is_by_part_of_the_name():
     first, second = nn.Linear(4, 4), nn.Linear(4, 4)
     second.weight = first.weight

@@ -15,7 +15,7 @@ from transformers.testing_utils import CaptureLogger
 from transformers.utils import logging
 
 from tests.processes import run_processes
-from tscnc_hf.artifact.models.loading import vit_from_config
+from tscnc_hf.artifact.models.building import vit_from_config
 from tscnc_hf.data.loading import load_image_data
 from tscnc_hf.training.config import TSCNCConfig
 from tscnc_hf.training.trainer import TSCNCTrainer

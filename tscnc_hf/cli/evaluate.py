@@ -197,7 +197,7 @@ def _load(load_model, name: str):
 
 
 def _load_data(arguments: EvaluationArguments, model, processor, say: Callable[[str], None]):
-    from tscnc_hf.artifact.models.loading import input_format
+    from tscnc_hf.artifact.models.config import input_format
     from tscnc_hf.data.class_names import compare_class_names
     from tscnc_hf.data.loading import load_image_data
 

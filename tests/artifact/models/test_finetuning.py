@@ -17,8 +17,9 @@ from transformers import (
 )
 
 from tscnc_hf import load_sparse, save_sparse
+from tscnc_hf.artifact.models.building import timm_model, vit_from_config
 from tscnc_hf.artifact.models.finetuning import checkpoint_format, load_for_finetuning
-from tscnc_hf.artifact.models.loading import load_model, logits_fn, timm_model, vit_from_config
+from tscnc_hf.artifact.models.loading import load_model, logits_fn
 
 
 RECIPE = Path(__file__).parents[3] / "recipes" / "finetune.py"

@@ -8,7 +8,8 @@ from PIL import Image
 from torch import nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from tscnc_hf.artifact.models.loading import load_model, logits_fn, timm_model, vit_from_config
+from tscnc_hf.artifact.models.building import timm_model, vit_from_config
+from tscnc_hf.artifact.models.loading import load_model, logits_fn
 
 
 NAMES = ["red panda", "owl", "fox"]

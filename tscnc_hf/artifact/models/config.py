@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedConfig, TimmWrapperConfig
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, TimmWrapperConfig
 
 
 NOT_OURS = {
@@ -28,3 +29,26 @@ def read_config(name_or_folder: str | os.PathLike, **options: Any) -> PreTrained
     if isinstance(config, TimmWrapperConfig) and config.model_args:
         config.model_args = {key: value for key, value in config.model_args.items() if key not in NOT_OURS}
     return config
+
+
+def input_format(
+    model: PreTrainedModel | PreTrainedConfig, processing_class: object | None = None
+) -> tuple[int | None, int | None]:
+    """Side in pixels and channels of the images that a model, or that of a config, takes; None where nothing says."""
+    config = getattr(model, "config", model)
+    pretrained = getattr(config, "pretrained_cfg", None) or {}
+    if "input_size" in pretrained:
+        return pretrained["input_size"][-1], pretrained["input_size"][0]
+    size = getattr(processing_class, "crop_size", None) if getattr(processing_class, "do_center_crop", False) else None
+    size = dict(size or getattr(processing_class, "size", None) or {})
+    side = getattr(config, "image_size", None) or size.get("height") or size.get("shortest_edge")
+    return side if isinstance(side, int) else None, getattr(config, "num_channels", None)
+
+
+def label_fields(class_names: Sequence[str]) -> dict:
+    """What a config says of the classes."""
+    return {
+        "num_labels": len(class_names),
+        "id2label": dict(enumerate(class_names)),
+        "label2id": {name: index for index, name in enumerate(class_names)},
+    }

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from transformers import AutoImageProcessor, PreTrainedModel, TimmWrapperImageProcessor
 
-from tscnc_hf.artifact.models.config import read_config
-from tscnc_hf.artifact.models.loading import input_format, label_fields, load_model
+from tscnc_hf.artifact.models.config import input_format, label_fields, read_config
+from tscnc_hf.artifact.models.loading import load_model
 
 
 def checkpoint_format(name_or_folder: str) -> tuple[int | None, int | None]:

@@ -1,0 +1,117 @@
+"""Classifiers with fresh weights: a ViT from its sizes, any timm model by its name; with their image processors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import timm
+from transformers import (
+    TimmWrapperConfig,
+    TimmWrapperForImageClassification,
+    TimmWrapperImageProcessor,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+)
+
+from tscnc_hf.artifact.models.config import label_fields
+
+
+# Statistics of natural images to one digit; batch norm or the first layer absorbs the rest.
+MEAN, STD = 0.5, 0.25
+
+
+def vit_from_config(
+    class_names: Sequence[str],
+    image_size: tuple[int, int],
+    channels: int = 3,
+    *,
+    patch_size: int = 4,
+    hidden_size: int = 192,
+    num_hidden_layers: int = 9,
+    num_attention_heads: int = 3,
+    mlp_ratio: float = 2.0,
+    dropout: float = 0.0,
+) -> tuple[ViTForImageClassification, ViTImageProcessor]:
+    """
+    A `ViTForImageClassification` with fresh weights, and its image processor.
+
+    Raises:
+        ValueError: a size below 1; the patch size does not divide the image, or the heads the hidden size.
+    """
+    sizes = {"patch_size": patch_size, "hidden_size": hidden_size, "num_hidden_layers": num_hidden_layers}
+    for name, value in (sizes | {"num_attention_heads": num_attention_heads}).items():
+        if value < 1:
+            raise ValueError(f"{name}={value}: give 1 or more")
+    height, width = image_size
+    if height != width:
+        raise ValueError(f"image_size={image_size}: this ViT takes square images; resize them with image_size=")
+    if height % patch_size:
+        raise ValueError(f"patch_size={patch_size} does not divide the image size {height}")
+    if hidden_size % num_attention_heads:
+        raise ValueError(f"num_attention_heads={num_attention_heads} does not divide hidden_size={hidden_size}")
+    config = ViTConfig(
+        image_size=height,
+        patch_size=patch_size,
+        num_channels=channels,
+        hidden_size=hidden_size,
+        num_hidden_layers=num_hidden_layers,
+        num_attention_heads=num_attention_heads,
+        intermediate_size=round(hidden_size * mlp_ratio),
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
+        **label_fields(class_names),
+    )
+    processor = ViTImageProcessor(
+        size={"height": height, "width": width}, image_mean=[MEAN] * channels, image_std=[STD] * channels
+    )
+    return ViTForImageClassification(config), processor
+
+
+def timm_model(
+    name: str,
+    class_names: Sequence[str],
+    image_size: tuple[int, int],
+    channels: int = 3,
+    *,
+    model_args: dict | None = None,
+    pretrained: bool = False,
+) -> tuple[TimmWrapperForImageClassification, TimmWrapperImageProcessor]:
+    """
+    Any timm model inside transformers' wrapper, and its image processor.
+
+    Args:
+        name (`str`): timm's name of the architecture, e.g. "resnet18".
+        model_args (`dict`, *optional*): keyword arguments of `timm.create_model`, stored in config.json.
+        pretrained (`bool`): download timm's weights (needs the network) instead of timm's own initialisation.
+
+    Raises:
+        ValueError: timm does not know the name (similar names are listed), or refuses the arguments.
+    """
+    model_args = dict(model_args or {})
+    if channels != 3:
+        model_args.setdefault("in_chans", channels)
+    if not timm.is_model(name):
+        similar = ", ".join(timm.list_models(f"*{name[:6]}*")[:8])
+        raise ValueError(f"timm has no model named {name!r}" + (f"; similar: {similar}" if similar else ""))
+    try:
+        source = timm.create_model(name, pretrained=pretrained, num_classes=len(class_names), **model_args)
+    except (TypeError, ValueError, AssertionError, KeyError) as error:
+        raise ValueError(
+            f"timm's {name} does not take model_args={model_args}: {type(error).__name__} {error}"
+        ) from error
+    if pretrained:
+        keys = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
+        preprocessing = {key: source.pretrained_cfg[key] for key in keys if key in source.pretrained_cfg}
+    else:
+        preprocessing = {"mean": [MEAN] * channels, "std": [STD] * channels, "interpolation": "bilinear"}
+        preprocessing |= {"crop_pct": 1.0, "crop_mode": "center"}
+    config = TimmWrapperConfig(
+        architecture=name,
+        model_args=model_args,
+        pretrained_cfg=preprocessing | {"input_size": [channels, *image_size]},
+        **label_fields(class_names),
+    )
+    model = TimmWrapperForImageClassification(config)
+    model.timm_model.load_state_dict(source.state_dict())  # the wrapper has overwritten timm's own initialisation
+    return model, TimmWrapperImageProcessor(config.pretrained_cfg, architecture=name)
