@@ -1,6 +1,9 @@
 """The two image data sets: decoded once into memory, or decoded as they are read. Items are pixels in [0, 1]."""
 
+from abc import abstractmethod
 from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -9,6 +12,7 @@ from torch.utils.data import Dataset
 
 from tscnc_hf.data.augmentation import check_augmentation, crop_and_flip, draw_crops_and_flips, random_box
 from tscnc_hf.data.decoding import CHANNELS, ImageDecoder, resize_to, to_planes
+from tscnc_hf.data.identity import digest, spread
 
 
 if TYPE_CHECKING:
@@ -49,6 +53,16 @@ class EpochDataset(Dataset):
     def augmentation_text(self) -> str:
         parts = [text for key, text in (("crop", self._crop_text), ("flip", "flips")) if key in self.augmentation]
         return f"random {' and '.join(parts)}" if parts else "not augmented"
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What tells these images from others, plain JSON types: see `tscnc_hf.data.identity`."""
+        about = {"augmentation": self.augmentation_text, "augmentation_seed": self.seed}
+        return {"images": len(self), **self._content(), **(about if self.augmentation != "none" else {})}
+
+    @abstractmethod
+    def _content(self) -> dict[str, Any]:
+        """The size of the images, and a digest of pixels and labels."""
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch (0, 1, ...) whose augmentation the items get; ValueError when negative or no integer."""
@@ -112,6 +126,9 @@ class ImageTensorDataset(EpochDataset):
                 'pixels high; use "none" or "flip".'
             )
         self._drawn: tuple[int, tuple[torch.Tensor, ...]] | None = None
+
+    def _content(self) -> dict[str, Any]:
+        return {"image_size": [*self.images.shape[1:]], "digest": digest([self.images, self.labels])}
 
     def _draws(self) -> tuple[torch.Tensor, ...]:
         epoch = self.epoch
@@ -204,6 +221,12 @@ class ImageStreamDataset(EpochDataset):
         self.decoder = decoder or ImageDecoder()
         self.split = split
 
+    def _content(self) -> dict[str, Any]:
+        # all labels, and as many files as are read in a moment
+        files = [self.rows[int(self.indices[place])][self.image_column] for place in spread(len(self))]
+        size = [CHANNELS[self.decoder.channels], *self.image_size]
+        return {"image_size": size, "digest": digest([self.labels, self.indices, *map(_bytes_of, files)])}
+
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         """One item: pixel_values float32 (c, h, w) in [0, 1], labels int64 ()."""
         index = self._position(index)
@@ -234,3 +257,11 @@ class ImageStreamDataset(EpochDataset):
 
     def __repr__(self) -> str:
         return self._describe(CHANNELS[self.decoder.channels], *self.image_size)
+
+
+def _bytes_of(stored: Any) -> bytes:
+    """Of an image as a data set holds it: encoded, or in a file; one that is not there is found when it is read."""
+    content, path = (stored.get("bytes"), stored.get("path")) if isinstance(stored, dict) else (stored, None)
+    if content is not None:
+        return bytes(content)
+    return Path(path).read_bytes() if path and Path(path).is_file() else b""

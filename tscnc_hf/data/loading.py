@@ -35,6 +35,7 @@ class ImageData:
         channels: 1 or 3.
         name: the Hub id, or the folder's name.
         description: one sentence on sizes, origin, storage and augmentation of the parts.
+        identity: what tells the three parts from others, plain JSON types, and under "asked" the arguments.
     """
 
     train: ImageTensorDataset | ImageStreamDataset
@@ -45,6 +46,7 @@ class ImageData:
     channels: int
     name: str
     description: str
+    identity: dict[str, Any]
 
 
 def load_image_data(
@@ -95,6 +97,7 @@ def load_image_data(
         ValueError: an argument, a column, a label or an image that cannot be used; the message says which and why.
         FileNotFoundError: the folder does not exist.
     """
+    asked = dict(locals())
     check_augmentation(augmentation)
     if channels not in ("auto", *CHANNELS):
         raise ValueError(f"channels={channels!r} is unknown; allowed are 'auto', 'rgb', 'grey'.")
@@ -107,7 +110,8 @@ def load_image_data(
         given += ["in_memory"] if in_memory is False else []
         if given:
             raise ValueError(f'dataset="digits" is embedded: drop {", ".join(given)}.')
-        return _load_digits(size, channels, validation_fraction, train_limit, test_limit, augmentation, seed)
+        parts, origin = _load_digits(size, channels, validation_fraction, train_limit, test_limit, augmentation, seed)
+        return _finish(parts, [str(digit) for digit in range(10)], dataset, origin, asked)
 
     import datasets
 
@@ -144,7 +148,7 @@ def load_image_data(
         else:
             source = dict(image_column=image_column, indices=indices, decoder=decoder, split=split)
             made[part] = ImageStreamDataset(images[split], ids, class_names, size, how, **source, seed=seed)
-    return _finish(made, class_names, name, origin)
+    return _finish(made, class_names, name, origin, asked)
 
 
 def check_labels(dataset_or_labels: Any, num_labels: int) -> None:
@@ -245,7 +249,7 @@ def _load_digits(
     test_limit: int | None,
     augmentation: str,
     seed: int,
-) -> ImageData:
+) -> tuple[dict[str, ImageTensorDataset], str]:
     from PIL import Image
     from sklearn.datasets import load_digits
 
@@ -262,10 +266,10 @@ def _load_digits(
     for part, (_, rows) in parts.items():
         how, ids = augmentation if part == "train" else "none", torch.from_numpy(labels[rows].astype(np.int64))
         made[part] = ImageTensorDataset(images[torch.from_numpy(rows)], ids, class_names, how, seed)
-    return _finish(made, class_names, "digits", origin)
+    return made, origin
 
 
-def _finish(made: dict[str, Any], class_names: list[str], name: str, origin: str) -> ImageData:
+def _finish(made: dict[str, Any], class_names: list[str], name: str, origin: str, asked: dict[str, Any]) -> ImageData:
     pixels = made["train"][0]["pixel_values"]
     channels, height, width = pixels.shape
     description = (
@@ -277,6 +281,8 @@ def _finish(made: dict[str, Any], class_names: list[str], name: str, origin: str
     if len(sizes) > 1:
         raise ValueError(f"train, validation and test images differ in size: {sorted(sizes)}. Give image_size.")
     about = dict(image_size=(height, width), channels=channels, name=name, description=description)
+    about["identity"] = {part: dataset.identity for part, dataset in made.items()}
+    about["identity"] |= {"classes": class_names, "asked": asked | {"dataset": name}}  # a path says nothing elsewhere
     return ImageData(**made, class_names=class_names, **about)
 
 
