@@ -108,7 +108,7 @@ class Watch(TrainerCallback):
         self.steps += 1
         parameters = list(model.parameters())
         self.sharded += all(isinstance(parameter, DTensor) for parameter in parameters)
-        pruner = self.trainer.pruner
+        pruner = self.trainer.compressor.pruner
         for name, mask in pruner.masks.items():
             assert (full_tensor(pruner.weights[name].detach())[~mask] == 0).all(), name
 
@@ -152,7 +152,7 @@ def run(case: str, folder: Path, resume: Path | None = None, **changes) -> dict:
         trainer.save_model()
     tensors = watch.gradients | watch.weights
     tensors |= {f"average.{name}": full_tensor(tensor) for name, tensor in trainer.model.state_dict().items()}
-    tensors |= {f"mask.{name}": mask for name, mask in trainer.pruner.masks.items()}
+    tensors |= {f"mask.{name}": mask for name, mask in trainer.compressor.pruner.masks.items()}
     tensors |= {f"logits.{name}": torch.from_numpy(np.asarray(value)) for name, value in logits.items()}
     about = {
         "processes": trainer.accelerator.num_processes,

@@ -41,7 +41,7 @@ def test_the_average_is_what_is_evaluated_published_and_left(kind, build, make_t
     trainer = make_trainer(pair, callbacks=[watcher(look)], **options)
     shadow = state(trainer.model)
     trainer.train()
-    masks = trainer.pruner.masks
+    masks = trainer.compressor.pruner.masks
     final = state(trainer.model)
     for name, tensor in final.items():
         expected = shadow[name] * masks[name].view_as(tensor) if name in masks else shadow[name]
@@ -109,10 +109,10 @@ def test_two_trainings_one_after_the_other(build, make_trainer):
     """The second starts an average of its own."""
     trainer = make_trainer(build("vit"), ema_decay=0.9, **(OPTIONS | {"eval_strategy": "no"}))
     trainer.train()
-    assert trainer.average is None
+    assert trainer.compressor.average is None
     first = state(trainer.model)
     trainer.train()
-    assert trainer.average is None
+    assert trainer.compressor.average is None
     assert any(not torch.equal(first[name], tensor) for name, tensor in state(trainer.model).items())
 
 

@@ -22,7 +22,7 @@ NUMBER = r"(?:-?\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?|∞)"
 def run_folder(build, make_trainer, digits, tmp_path):
     options = {"adversary": "fgsm-rs", "objective": "pgd-at", "max_steps": 8, "logging_steps": 4, "seed": 3}
     trainer = make_trainer(build("vit"), tsc_a=1.0, **options)
-    trainer.card_options |= {"dataset_name": "digits", "command": "python train.py --max_steps 8"}
+    trainer.publisher.keep(dataset_name="digits", command="python train.py --max_steps 8")
     trainer.train()
     results = trainer.test(digits.test.subset(range(24)), attacks=("clean", "pgd-5", "fgsm"))
     for check in results["robustness"]["masking"]["checks"]:

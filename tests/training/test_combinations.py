@@ -29,7 +29,7 @@ def train(build, make_trainer, watcher, **options):
     steps = []
 
     def after_step(event, state, model):
-        pruner = trainer.pruner
+        pruner = trainer.compressor.pruner
         assert all((pruner.weights[name][~mask] == 0).all() for name, mask in pruner.masks.items())
         steps.append(pruner.pruned_count)
 
@@ -37,7 +37,7 @@ def train(build, make_trainer, watcher, **options):
         build("vit"), train=30, callbacks=[watcher(after_step, ["on_optimizer_step"])], **(EVERYTHING | options)
     )
     trainer.train()
-    assert len(steps) == 6 and steps[-1] == trainer.pruner.target_count(0.9)
+    assert len(steps) == 6 and steps[-1] == trainer.compressor.pruner.target_count(0.9)
     weights = [record.weight for record in weight_matrices(trainer.model)]
     assert all(weight.dtype == torch.float32 and weight.isfinite().all() for weight in weights)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

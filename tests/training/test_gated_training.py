@@ -15,7 +15,7 @@ from tscnc_hf import load_sparse
 from tscnc_hf.method.constraints import condition_number_penalty
 from tscnc_hf.method.matrices import weight_matrices
 from tscnc_hf.method.units.gates import LIMIT, folded_gates, gate_parameters, gate_report, gated_layers
-from tscnc_hf.training import trainer as trainer_module
+from tscnc_hf.training import compressor as compressor_module
 
 
 GATES = {"tsc_on": "gates", "tsc_weight": 3.0, "gate_learning_rate": 0.5, "gate_l0": 0.01, "cnc_weight": 1e-3}
@@ -54,7 +54,9 @@ def test_what_is_published_is_plain_and_gives_the_gated_logits(kind, build, make
     for loaded in (AutoModelForImageClassification.from_pretrained(tmp_path / "out"), load_sparse(tmp_path / "out")):
         torch.testing.assert_close(logits(loaded, x), expected, rtol=0, atol=1e-5)
     zeros = sum(int((record.weight == 0).sum()) for record in weight_matrices(loaded))
-    assert results["sparsity"]["zeros"] == zeros > trainer.pruner.pruned_count  # closed channels are zeros too
+    assert (
+        results["sparsity"]["zeros"] == zeros > trainer.compressor.pruner.pruned_count
+    )  # closed channels are zeros too
 
 
 def test_a_checkpoint_too_gives_the_gated_logits_to_whoever_loads_it(build, make_trainer, tmp_path):
@@ -123,13 +125,13 @@ def test_one_sample_a_step_and_deterministic_gates_under_attack(build, make_trai
 @pytest.mark.parametrize("interval", [1, 3])
 def test_cnc_interval_pays_less_often_for_the_same_push(interval, build, make_trainer, monkeypatch):
     """The weight of each evaluation is `interval` times as large."""
-    calls, original = [], trainer_module.constraint_terms
+    calls, original = [], compressor_module.constraint_terms
 
     def record(weights, scales, **options):
         calls.append(options["cnc_weight"])
         return original(weights, scales, **options)
 
-    monkeypatch.setattr(trainer_module, "constraint_terms", record)
+    monkeypatch.setattr(compressor_module, "constraint_terms", record)
     options = {"objective": "natural", "adversary": "none", "tsc_weight": 0, "cnc_weight": 0.5, "target_sparsity": 0}
     options |= {"learning_rate": 0.0, "max_steps": 9, "logging_steps": 9}
     trainer = make_trainer(build("vit"), cnc_interval=interval, **options)

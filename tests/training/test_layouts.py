@@ -17,6 +17,7 @@ from transformers.utils import logging
 from tests.processes import run_processes
 from tscnc_hf.artifact.models.building import vit_from_config
 from tscnc_hf.data.loading import load_image_data
+from tscnc_hf.training.adversary import Adversary
 from tscnc_hf.training.config import TSCNCConfig
 from tscnc_hf.training.trainer import TSCNCTrainer
 
@@ -94,12 +95,12 @@ def run(
         callbacks=[end],
     )  # fmt: skip
     start = {f"start.{name}": tensor.clone() for name, tensor in model.state_dict().items()}
-    with CaptureLogger(logging.get_logger("tscnc_hf.training.trainer")) as said:
+    with CaptureLogger(logging.get_logger("tscnc_hf.training.resume.resumable")) as said:
         trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     metrics = trainer.evaluate()
     tensors = start | end.weights | {f"average.{name}": tensor for name, tensor in model.state_dict().items()}
-    tensors |= {f"mask.{name}": mask for name, mask in trainer.pruner.masks.items()}
+    tensors |= {f"mask.{name}": mask for name, mask in trainer.compressor.pruner.masks.items()}
     tensors |= {f"logits.{name}": torch.from_numpy(np.asarray(value)) for name, value in logits.items()}
     processes = trainer.accelerator.num_processes
     return {"tensors": tensors, "log": logged, "metrics": metrics, "processes": processes, "said": said.out}
@@ -203,9 +204,9 @@ def test_a_last_batch_of_6_is_4_and_2(tmp_path):
 
 @pytest.mark.parametrize("use", ["train", "eval"])
 def test_the_comparison_notices_another_noise(use, tmp_path, monkeypatch):
-    whole, noise = run("pgd-at", tmp_path, 8), TSCNCTrainer._noise
+    whole, noise = run("pgd-at", tmp_path, 8), Adversary._noise
     monkeypatch.setattr(
-        TSCNCTrainer, "_noise", lambda self, x, *key: noise(self, x, *key, *(["another"] if use in key else []))
+        Adversary, "_noise", lambda self, x, *key: noise(self, x, *key, *(["another"] if use in key else []))
     )
     other = run("pgd-at", tmp_path, 8)
     if use == "train":

@@ -13,7 +13,6 @@ from tscnc_hf import slim
 from tscnc_hf.data.image_datasets import ImageTensorDataset
 from tscnc_hf.method.criteria import register_criterion
 from tscnc_hf.method.matrices import weight_matrices
-from tscnc_hf.training.compressor import before_optimizer_step
 
 
 SCHEDULE = {"num_train_epochs": 4, "per_device_train_batch_size": 16, "optim": "adamw_torch", "weight_decay": 0.1}
@@ -38,7 +37,7 @@ def zeros(trainer) -> int:
 def state_of(trainer) -> dict[str, torch.Tensor]:
     moments = trainer.optimizer.state_dict()["state"]
     flat = {f"{i}.{key}": torch.as_tensor(value) for i, state in moments.items() for key, value in state.items()}
-    return copy.deepcopy(trainer.model.state_dict() | trainer.pruner.state() | flat)
+    return copy.deepcopy(trainer.model.state_dict() | trainer.compressor.pruner.state() | flat)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -64,7 +63,7 @@ def test_exact_and_resumed_exactly_from_the_middle_of_the_schedule(way, build, m
 def test_one_shot_prunes_all_of_it_at_the_start(options, build, make_trainer):
     trainer = make_trainer(build("vit"), pruning_schedule="one-shot", logging_steps=1, **SCHEDULE, **options)
     trainer.train()
-    target = trainer.pruner.target_count(0.9) / trainer.pruner.prunable_count
+    target = trainer.compressor.pruner.target_count(0.9) / trainer.compressor.pruner.prunable_count
     sparsity = [log["sparsity"] for log in trainer.state.log_history if "sparsity" in log]
     assert sparsity == [0.0] * 2 + [target] * 14
 
@@ -79,7 +78,7 @@ def test_weights_stand_still_while_scores_are_learned(build, make_trainer, watch
     options = SCHEDULE | WAYS["learned"] | {"pruning_interval": 1}
     trainer = make_trainer((model, processor), callbacks=[watcher(look)], **options)
     trainer.train()
-    masks = trainer.pruner.masks
+    masks = trainer.compressor.pruner.masks
     for name, now in seen[11].items():
         before = seen[2][name]
         if name in masks:  # the values are those from before, or zero
@@ -103,7 +102,7 @@ def test_the_same_with_accumulation(build, make_trainer):
         sizes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": parts}
         trainer = make_trainer(build("vit"), **(options | sizes))
         trainer.train()
-        results.append((trainer.model.state_dict(), trainer.pruner.masks))
+        results.append((trainer.model.state_dict(), trainer.compressor.pruner.masks))
     for one, other in zip(*results, strict=True):
         for name in one:
             torch.testing.assert_close(other[name], one[name], rtol=0, atol=1e-5)
@@ -116,7 +115,7 @@ def test_under_autocast_with_a_best_model_and_an_average(way, build, make_traine
     trainer = make_trainer(build("resnet"), metric_for_best_model="robust_accuracy", **options)
     trainer.train()
     assert trainer.state.best_global_step >= 8
-    assert zeros(trainer) == trainer.pruner.target_count(0.9)
+    assert zeros(trainer) == trainer.compressor.pruner.target_count(0.9)
 
 
 def test_zeros_of_a_sparse_checkpoint_are_kept(build, make_trainer, tmp_path):
@@ -139,7 +138,7 @@ def test_zeros_of_a_sparse_checkpoint_are_kept(build, make_trainer, tmp_path):
     options |= {"target_sparsity": 0.95, "output_dir": str(tmp_path / "third")}
     trainer = make_trainer((sparse, build("vit")[1]), **options)
     trainer.train()
-    assert zeros(trainer) == trainer.pruner.target_count(0.95)
+    assert zeros(trainer) == trainer.compressor.pruner.target_count(0.95)
     assert all((record.weight[were[record.name]] == 0).all() for record in weight_matrices(trainer.model))
 
 
@@ -160,8 +159,8 @@ def test_the_ends_stay_dense(build, make_trainer):
     records = list(weight_matrices(model))
     assert (records[0].weight != 0).all() and (records[-1].weight != 0).all()
     assert trainer.args.pruning_exclude == [records[0].name, records[-1].name]
-    assert trainer.pruner.prunable_count == sum(record.weight.numel() for record in records[1:-1])
-    assert zeros(trainer) == trainer.pruner.target_count(0.9)
+    assert trainer.compressor.pruner.prunable_count == sum(record.weight.numel() for record in records[1:-1])
+    assert zeros(trainer) == trainer.compressor.pruner.target_count(0.9)
 
 
 def test_a_criterion_of_your_own(build, make_trainer):
@@ -174,7 +173,7 @@ def test_a_criterion_of_your_own(build, make_trainer):
     register_criterion("prune-the-largest", largest, gradients="mean")
     trainer = make_trainer(build("vit"), pruning_criterion="prune-the-largest")
     trainer.train()
-    assert zeros(trainer) == trainer.pruner.target_count(0.9)
+    assert zeros(trainer) == trainer.compressor.pruner.target_count(0.9)
     assert calls and all(value > 0 for call in calls for value in call.values())
 
 
@@ -214,7 +213,7 @@ def test_units_that_training_has_pruned_are_cut_out_by_slim(kind, build, make_tr
     with torch.no_grad():
         torch.testing.assert_close(small.eval()(x).logits, trainer.model.eval()(x).logits, rtol=1e-4, atol=1e-4)
     before, after = (sum(parameter.numel() for parameter in one.parameters()) for one in (trainer.model, small))
-    assert before - after >= trainer.pruner.pruned_count  # with the biases and norms of what is gone
+    assert before - after >= trainer.compressor.pruner.pruned_count  # with the biases and norms of what is gone
     assert report.macs_after < report.macs_before
 
 
@@ -227,11 +226,11 @@ def test_fp16_gradients_are_unscaled_once(text, build, make_trainer):
         calls.append(text)
         raise RuntimeError(text)
 
-    trainer.pruner.begin(trainer.create_optimizer())
+    trainer.compressor.pruner.begin(trainer.create_optimizer())
     for parameter in trainer.model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    args = SimpleNamespace(fp16=True, max_grad_norm=0)
+    trainer.compressor.args = SimpleNamespace(fp16=True, max_grad_norm=0)
     with pytest.raises(RuntimeError, match=text) if text == "another" else nullcontext():
         accelerator = SimpleNamespace(unscale_gradients=unscale_gradients)
-        before_optimizer_step(trainer.pruner, trainer.model, args, accelerator)
+        trainer.compressor.after_backward(accelerator)
     assert calls == [text]

@@ -309,7 +309,7 @@ def test_every_image_has_noise_of_its_own_and_the_same_in_every_run(crafted, bui
     assert {place for *_, place in first} == set(range(16))
     assert run() == first
     assert not run(seed=1) & first
-    monkeypatch.setattr(TSCNCTrainer, "_noise", as_of_two_processes(TSCNCTrainer._noise))
+    monkeypatch.setattr(TSCNCTrainer, "_place", as_of_two_processes(TSCNCTrainer._place))
     both = []
     for rank in range(2):
         monkeypatch.setattr(TSCNCConfig, "process_index", property(lambda self, rank=rank: rank))
@@ -318,15 +318,15 @@ def test_every_image_has_noise_of_its_own_and_the_same_in_every_run(crafted, bui
     assert {place for noise in both for *_, place in noise} == set(range(32))
 
 
-def as_of_two_processes(noise):
+def as_of_two_processes(place):
     """Only there: the rest of a trainer would wait for the other process."""
 
-    def draw(self, *args):
+    def placed(self, *args):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(TSCNCConfig, "world_size", property(lambda self: 2))
-            return noise(self, *args)
+            return place(self, *args)
 
-    return draw
+    return placed
 
 
 def test_same_key_same_adversarial_images(build, make_trainer, digits):
@@ -515,12 +515,12 @@ def test_the_best_checkpoint_has_the_sparsity_asked_for_and_comes_back_whole(kin
     assert any(not torch.equal(last.state_dict()[name], value) for name, value in model.state_dict().items())
     assert zeros(model) == round(0.9 * size(model))
 
-    trainer.pruner.update(0.5)
+    trainer.compressor.pruner.update(0.5)
     trainer._load_best_model()
-    for name, mask in trainer.pruner.masks.items():
+    for name, mask in trainer.compressor.pruner.masks.items():
         assert torch.equal(mask, prunable(model)[name] != 0)
     stored, _ = load_state(f"{trainer.state.best_model_checkpoint}/tscnc_state.safetensors")
-    assert {f"mask.{name}" for name in trainer.pruner.masks} <= stored.keys()
+    assert {f"mask.{name}" for name in trainer.compressor.pruner.masks} <= stored.keys()
 
 
 def test_without_a_checkpoint_at_the_target_none_is_best(build, make_trainer):
@@ -587,8 +587,8 @@ def test_a_model_given_as_a_folder_comes_with_its_processor(kind, build, make_co
     processor.save_pretrained(tmp_path / "model")
     trainer = TSCNCTrainer(str(tmp_path / "model"), make_config(), train_dataset=digits.train.subset(range(32)))
     assert_same(copy_state(trainer.model), copy_state(model))
-    assert trainer.pixel_mean == ([0.1, 0.2, 0.3] if kind == "vit" else [0.5] * 3)
-    assert trainer.pixel_std == ([0.4, 0.5, 0.6] if kind == "vit" else [0.25] * 3)
+    assert trainer.adversary.mean == ([0.1, 0.2, 0.3] if kind == "vit" else [0.5] * 3)
+    assert trainer.adversary.std == ([0.4, 0.5, 0.6] if kind == "vit" else [0.25] * 3)
     assert trainer.processing_class is not None
     trainer.train()
     assert zeros(trainer.model) == round(0.9 * size(trainer.model))
@@ -618,7 +618,7 @@ def test_folding_batch_norms_changes_no_adversarial_image(adversary, build, make
         trainer = make_trainer(build("resnet"), adversary=adversary, attack_steps=2, fold_batch_norm=fold)
         trainer.train()
         images[fold] = trainer.attack(trainer.model, x, y)
-        assert bool(trainer._folded) is fold
+        assert bool(trainer.adversary._folded) is fold
         with torch.autocast("cpu", torch.bfloat16):
             assert (trainer.attack(trainer.model, x, y) - x).abs().max() <= 0.1 + 1e-6
     # where a gradient is all rounding its sign may differ

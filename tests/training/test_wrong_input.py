@@ -101,7 +101,7 @@ def test_training_too_short_for_the_schedule(build, make_trainer):
 def test_the_shortest_schedule_that_fits_trains(build, make_trainer):
     trainer = make_trainer(build("vit"), pruning_interval=2)
     trainer.train()
-    assert trainer.pruner.pruned_count == trainer.pruner.target_count(0.9)
+    assert trainer.compressor.pruner.pruned_count == trainer.compressor.pruner.target_count(0.9)
 
 
 # ---- data ----

@@ -183,7 +183,8 @@ def train(config: TSCNCConfig, model, processor, data, resume: str | bool = Fals
             processing_class=processor,
         )
     class_names = [str(model.config.id2label[index]) for index in range(model.config.num_labels)]
-    trainer.card_options |= {"class_names": class_names, "command": command_line(), "dataset_name": data.name}
+    trainer.data_identity = data.identity
+    trainer.publisher.keep(class_names=class_names, command=command_line(), dataset_name=data.name)
     goal = f"to {config.target_sparsity:.1%} sparsity" if config.target_sparsity else "dense"
     parameters = sum(parameter.numel() for parameter in model.parameters())
     adversary = f"with {config.adversary}, epsilon {config.epsilon:.4g}"

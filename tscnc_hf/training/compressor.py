@@ -1,22 +1,277 @@
-"""The options of a run, as pruning: what is prunable, when it is pruned, and what happens around an optimizer step."""
+"""What makes a model small while it is trained: one object around an optimizer step.
+
+Masks, the scales of TSC, gates and the average of the weights live here, and are saved and loaded together. All else
+follows from the step that is being taken, so that a resumed run goes on as an uncut one.
+"""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from tscnc_hf.method.matrices import weight_matrices
+from tscnc_hf.artifact.files.state import STATE_FILE, load_state
+from tscnc_hf.artifact.models.weights import whole_copy
+from tscnc_hf.method.adversarial.noise import seeded_generator
+from tscnc_hf.method.averaging import WeightAverage
+from tscnc_hf.method.constraints import constraint_terms, weight_scales
+from tscnc_hf.method.matrices import full_tensor, weight_matrices
 from tscnc_hf.method.pruning.allocation import Allocation
 from tscnc_hf.method.pruning.pruner import Pruner
 from tscnc_hf.method.pruning.schedule import sparsity_at
 from tscnc_hf.method.pruning.unit_allocation import unit_allocation
+from tscnc_hf.method.sharding import copy_whole_, is_sharded, reshard_
+from tscnc_hf.method.units.gates import (
+    attach_gates,
+    clamp_gates_,
+    folded_gates,
+    gate_parameters,
+    gate_report,
+    gate_sparse_constraint,
+    gated_layers,
+    sample_gates,
+)
 from tscnc_hf.training.config import UNITS, TSCNCConfig, pattern
 
 
 class ScheduleError(ValueError):
     """A run too short for its pruning schedule: known only when the steps of training are."""
+
+
+class Compressor:
+    """
+    Prunes a model, constrains it, gates it and averages it, as the options say.
+
+    In training it is called in this order: `begin`; for each step `before_step`, `constraints`, `before_clipping`,
+    `after_backward` and `after_step`; `end`. Steps are counted from 0, `after_step` gets the number of those taken.
+
+    Args:
+        model (`nn.Module`): gates are attached to it here, if the options ask for some. Scales of TSC are those of its
+            weights now.
+        args (`TSCNCConfig`): the options, with the dense ends named (`with_dense_ends`).
+
+    Raises:
+        ValueError: see `build_pruner` and `attach_gates`.
+    """
+
+    def __init__(self, model: nn.Module, args: TSCNCConfig):
+        self.model, self.args = model, args
+        if args.tsc_on == "gates" and not gated_layers(model):
+            attach_gates(model, args.gate_layers, args.gate_drop_rate, seeded_generator("cpu", args.seed, "gates"))
+        self.pruner = build_pruner(model, args)
+        self.scales = weight_scales(weight_matrices(model, args.pruning_exclude))
+        self.average: WeightAverage | None = None  # while training with ema_decay
+
+    # ---- around an optimizer step ----
+
+    def begin(self, step: int, max_steps: int) -> None:
+        """
+        Training begins, or goes on after `step` steps.
+
+        Raises:
+            ScheduleError: it is too short for a gradual schedule.
+        """
+        self._schedule(max_steps)
+        self.scales = {name: scale.to(self.args.device) for name, scale in self.scales.items()}
+        if self.args.ema_decay > 0 and (step == 0 or self.average is None):
+            self.average = WeightAverage(self.model, self.args.ema_decay)
+
+    def before_step(self, step: int, max_steps: int, optimizer: torch.optim.Optimizer | None) -> None:
+        """The schedule begins at this step, or did so before an interruption; gates are drawn for it."""
+        args, pruner = self.args, self.pruner
+        if args.target_sparsity > 0:
+            start, end = self._schedule(max_steps)
+            if start <= step < end and not pruner.active:
+                pruner.begin(_inner(optimizer))
+            if step == start < end and not pruner.criterion.gathers:  # what gradients would say is not there yet
+                pruner.update(self._sparsity(step, start, end))
+                pruner.apply_()
+        # one sample a step: for the clean and the adversarial images, every micro-batch and every process
+        sample_gates(self.model, seeded_generator(args.device, args.seed, "gates", step))
+
+    def constraints(self, model: nn.Module, step: int) -> dict[str, Tensor]:
+        """The weighted constraints of a step: "tsc_loss" and "cnc_loss", scalars, those that are on."""
+        args = self.args
+        reshard_(model)  # after a forward some weights are rounded to the dtype it was computed in
+        on_weights = args.tsc_on == "weights"
+        now = step % args.cnc_interval == 0
+        terms = constraint_terms(
+            list(weight_matrices(model)),
+            self.scales,
+            tsc_weight=args.tsc_weight if on_weights else 0.0,
+            tsc_a=args.tsc_a,
+            cnc_weight=args.cnc_weight * args.cnc_interval if now else 0.0,
+            cnc_ridge=args.cnc_ridge,
+            cnc_form=args.cnc_form,
+        )
+        if not on_weights and args.tsc_weight > 0:
+            value = gate_sparse_constraint(model, args.tsc_a, args.gate_l0, args.gate_l2)
+            terms["tsc_loss"] = args.tsc_weight * value
+        return terms
+
+    def before_clipping(self, step: int, max_steps: int) -> None:
+        """What is pruned for good is no part of the gradient's norm."""
+        if self.masks_frozen(step, max_steps):
+            self.pruner.mask_gradients_()
+
+    def after_backward(self, accelerator) -> None:
+        """After clipping, right before the optimizer's step."""
+        if not self.pruner.active:
+            return
+        if self.args.fp16 and not self.args.max_grad_norm:  # clipping would have done it
+            try:
+                accelerator.unscale_gradients()
+            except RuntimeError as error:  # versions that log the gradients' norm have done it by now
+                if "has already been called" not in str(error):
+                    raise
+        self.pruner.freeze_others(self.model)
+        self.pruner.before_step()
+
+    def after_step(self, step: int, max_steps: int, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """After optimizer step `step` (from 1): masks are chosen anew while the schedule runs, and applied always."""
+        args, pruner = self.args, self.pruner
+        pruner.after_step()
+        if args.target_sparsity > 0:
+            start, end = self._schedule(max_steps)
+            if step == end or (start < step < end and (step - start) % args.pruning_interval == 0):
+                pruner.update(self._sparsity(step, start, end))
+            if step == end:
+                pruner.apply_()
+                pruner.finish(_inner(optimizer))
+        pruner.apply_()
+        clamp_gates_(self.model)
+        if self.average is not None:
+            self.average.update(self.model, step, pruner.local_masks)
+
+    def end(self) -> None:
+        """Training is over: the model that was evaluated, the average, is the one that the user gets."""
+        if self.average is not None:
+            self.average.copy_to_(self.model)
+            self.average = None
+
+    def masks_frozen(self, step: int, max_steps: int) -> bool:
+        """Whether the masks are final in this step."""
+        args = self.args
+        if args.keep_masks and args.target_sparsity == 0:
+            return True
+        return args.target_sparsity > 0 and step >= round(args.pruning_end * max_steps)
+
+    def group_gates(self, optimizer: torch.optim.Optimizer) -> None:
+        """Give gates a parameter group of their own: another learning rate, no weight decay."""
+        if gates := gate_parameters(self.model):
+            own = {id(parameter) for parameter in gates}
+            for group in optimizer.param_groups:
+                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in own]
+            optimizer.add_param_group({"params": gates, "lr": self.args.gate_learning_rate, "weight_decay": 0.0})
+
+    def figures(self) -> dict[str, float]:
+        """For the log: "sparsity" of the prunable weights and "gates_open", both fractions, where there are any."""
+        found = {}
+        if self.args.target_sparsity > 0 or self.args.keep_masks:
+            found["sparsity"] = self.pruner.pruned_count / self.pruner.prunable_count
+        if gates := gate_report(self.model).rows:
+            found["gates_open"] = sum(row.expected_open for row in gates) / sum(row.gates for row in gates)
+        return found
+
+    # ---- what others get ----
+
+    def averaged(self):
+        """Inside, the model is the average of its weights, where there is one: what is evaluated and published."""
+        return self.average.swapped(self.model) if self.average is not None else nullcontext()
+
+    @contextmanager
+    def published(self, keep: bool = True) -> Iterator[nn.Module | None]:
+        """
+        Inside, what others get: averaged and with gates folded. Of a model that FSDP2 has sharded it is a whole copy,
+        for which all processes call this; those that do not `keep` it get None.
+        """
+        with self.averaged(), folded_gates(self.model):
+            yield self.whole(keep)
+
+    def whole(self, keep: bool) -> nn.Module | None:
+        """The model; of a sharded one a whole copy, where it is kept."""
+        if not is_sharded(self.model):
+            return self.model
+        copied = whole_copy(self.model, keep)
+        return copied if copied is None else copied.to(self.args.device)
+
+    # ---- what a checkpoint keeps ----
+
+    @torch.no_grad()
+    def state(self) -> dict[str, Tensor]:
+        """
+        Masks and what chooses them, scales, gates and averages. All tensors are whole: where the model is sharded, all
+        processes call this.
+
+        The checkpoint's own weights have the gates folded in, so that whoever loads it has the model that was
+        evaluated; the unfolded weights of gated layers are kept here.
+        """
+        tensors = self.pruner.state() | {f"scale.{name}": scale for name, scale in self.scales.items()}
+        for name, layer in gated_layers(self.model).items():
+            tensors |= {f"gate.{name}": full_tensor(layer.gate.log_alpha), f"gated.{name}": full_tensor(layer.weight)}
+        if self.average is not None:
+            tensors |= {f"average.{name}": full_tensor(tensor) for name, tensor in self.average.tensors.items()}
+        return {name: tensor.detach() for name, tensor in tensors.items()}
+
+    @torch.no_grad()
+    def load_state(self, folder: str | os.PathLike) -> None:
+        """
+        Take back the state in a checkpoint's folder, and the unfolded weights of gated layers.
+
+        Raises:
+            ValueError: masks, gates or averages are not those of this model, or the run prunes in another way.
+        """
+        tensors, _ = load_state(Path(folder) / STATE_FILE)
+        tensors = {name: value.to(next(self.model.parameters()).device) for name, value in tensors.items()}
+
+        def part(prefix: str) -> dict[str, Tensor]:
+            return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+        layers, gates, weights, averages = gated_layers(self.model), part("gate."), part("gated."), part("average.")
+        if layers.keys() != gates.keys():
+            raise ValueError(
+                f"{folder} has {len(gates)} gated layers and the model {len(layers)}: resume with the tsc_on and "
+                "gate_layers that the run was started with"
+            )
+        if bool(averages) != (self.args.ema_decay > 0):
+            raise ValueError(
+                f"{folder} has {'an' if averages else 'no'} average of the weights, this run has "
+                f"{'one' if self.args.ema_decay > 0 else 'none'}: resume with the ema_decay that the run was started "
+                "with"
+            )
+        self.average = WeightAverage(self.model, self.args.ema_decay) if averages else None
+        if self.average is not None:
+            self.average.load(averages)
+        self.pruner.load_state(tensors)
+        for name, layer in layers.items():
+            copy_whole_(layer.gate.log_alpha, gates[name])
+            copy_whole_(layer.weight, weights[name])
+        self.scales = part("scale.")
+
+    # ---- the schedule ----
+
+    def _schedule(self, max_steps: int) -> tuple[int, int]:
+        """First and last optimizer step (counted from 1) of the pruning schedule; ScheduleError where it is none."""
+        args = self.args
+        start, end = round(args.pruning_start * max_steps), max(1, round(args.pruning_end * max_steps))
+        gradual = args.target_sparsity > 0 and args.pruning_start != args.pruning_end
+        if gradual and end - start < args.pruning_interval:
+            raise ScheduleError(
+                f"training has {max_steps} optimizer steps, so pruning from {args.pruning_start} to "
+                f"{args.pruning_end} of it has {end - start}; it needs at least pruning_interval="
+                f"{args.pruning_interval}. Train longer, widen the schedule, lower pruning_interval, or prune at once "
+                "with pruning_start = pruning_end"
+            )
+        return start, end
+
+    def _sparsity(self, step: int, start: int, end: int) -> float:
+        args, initial = self.args, self.pruner.initial_sparsity
+        return sparsity_at(step, start, end, args.target_sparsity, initial=initial, schedule=args.pruning_schedule)
 
 
 def with_dense_ends(model: nn.Module, args: TSCNCConfig) -> TSCNCConfig:
@@ -73,68 +328,6 @@ def build_pruner(model: nn.Module, args: TSCNCConfig) -> Pruner:
     return pruner
 
 
-def schedule_steps(args: TSCNCConfig, max_steps: int) -> tuple[int, int]:
-    """
-    First and last optimizer step (counted from 1) of the pruning schedule.
-
-    Raises:
-        ScheduleError: training is too short for a gradual schedule.
-    """
-    start, end = round(args.pruning_start * max_steps), max(1, round(args.pruning_end * max_steps))
-    one_shot = args.pruning_start == args.pruning_end
-    if not one_shot and end - start < args.pruning_interval:
-        raise ScheduleError(
-            f"training has {max_steps} optimizer steps, so pruning from {args.pruning_start} to {args.pruning_end} of "
-            f"it has {end - start}; it needs at least pruning_interval={args.pruning_interval}. Train longer, widen "
-            "the schedule, lower pruning_interval, or prune at once with pruning_start = pruning_end"
-        )
-    return start, end
-
-
-def start_pruning(
-    pruner: Pruner, args: TSCNCConfig, step: int, max_steps: int, optimizer: torch.optim.Optimizer | None
-) -> None:
-    """Before optimizer step `step` (counted from 0): the schedule begins here, or did so before an interruption."""
-    if args.target_sparsity == 0:
-        return
-    start, end = schedule_steps(args, max_steps)
-    if start <= step < end and not pruner.active:
-        pruner.begin(getattr(optimizer, "optimizer", optimizer))
-    if step == start < end and not pruner.criterion.gathers:  # what is gathered from gradients is not there yet
-        pruner.update(_sparsity(pruner, args, step, start, end))
-        pruner.apply_()
-
-
-def before_optimizer_step(pruner: Pruner, model: nn.Module, args: TSCNCConfig, accelerator) -> None:
-    """After backward and clipping."""
-    if not pruner.active:
-        return
-    if args.fp16 and not args.max_grad_norm:  # clipping would have done it
-        try:
-            accelerator.unscale_gradients()
-        except RuntimeError as error:  # versions that log the gradients' norm have done it by now
-            if "has already been called" not in str(error):
-                raise
-    pruner.freeze_others(model)
-    pruner.before_step()
-
-
-def prune_after_step(
-    pruner: Pruner, args: TSCNCConfig, step: int, max_steps: int, optimizer: torch.optim.Optimizer | None = None
-) -> None:
-    """After optimizer step `step` (counted from 1): masks are chosen anew while the schedule runs, then frozen."""
-    pruner.after_step()
-    if args.target_sparsity > 0:
-        start, end = schedule_steps(args, max_steps)
-        if step == end or (start < step < end and (step - start) % args.pruning_interval == 0):
-            pruner.update(_sparsity(pruner, args, step, start, end))
-        if step == end:
-            pruner.apply_()
-            pruner.finish(getattr(optimizer, "optimizer", optimizer))
-    pruner.apply_()
-
-
-def _sparsity(pruner: Pruner, args: TSCNCConfig, step: int, start: int, end: int) -> float:
-    return sparsity_at(
-        step, start, end, args.target_sparsity, initial=pruner.initial_sparsity, schedule=args.pruning_schedule
-    )
+def _inner(optimizer: torch.optim.Optimizer | None) -> torch.optim.Optimizer | None:
+    """What accelerate has wrapped."""
+    return getattr(optimizer, "optimizer", optimizer)

@@ -2,48 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from contextlib import nullcontext
+from pathlib import Path
 
 import torch
+from huggingface_hub import CommitInfo
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils import logging
 
+from tscnc_hf.artifact.files.state import STATE_FILE, save_state
+from tscnc_hf.artifact.models.checkpoint import disk_state
 from tscnc_hf.data.batches import collate
-from tscnc_hf.method.adversarial.noise import seeded_generator
+from tscnc_hf.evaluation.measures.examples import adversarial_examples
+from tscnc_hf.evaluation.run import as_published, measure
 from tscnc_hf.method.adversarial.objectives import objective_terms
 from tscnc_hf.method.adversarial.pixels import normalisation
-from tscnc_hf.method.constraints import constraint_terms, weight_scales
 from tscnc_hf.method.matrices import weight_matrices
-from tscnc_hf.method.sharding import reshard_
-from tscnc_hf.method.units.gates import (
-    attach_gates,
-    gate_parameters,
-    gate_report,
-    gate_sparse_constraint,
-    gated_layers,
-    sample_gates,
-)
-from tscnc_hf.training.adversary import AttackingTrainer
-from tscnc_hf.training.callbacks import MethodCallback
-from tscnc_hf.training.checks import check_datasets, check_processes, check_terms
-from tscnc_hf.training.compressor import build_pruner, with_dense_ends
+from tscnc_hf.method.sharding import is_sharded, reshard_
+from tscnc_hf.method.units.gates import detached_gates, folded_gates, gate_report
+from tscnc_hf.training.adversary import Adversary
+from tscnc_hf.training.checks import check_datasets, check_finite_weights, check_processes, check_terms
+from tscnc_hf.training.compressor import Compressor, with_dense_ends
 from tscnc_hf.training.config import TSCNCConfig
-from tscnc_hf.training.metrics import robust_accuracy_metrics
-from tscnc_hf.training.resume.compatible import what_differs
+from tscnc_hf.training.metrics import robust_accuracy_metrics, spectral_metrics
+from tscnc_hf.training.publisher import Publisher, failed_pushes
+from tscnc_hf.training.resume.resumable import ResumableTrainer
 from tscnc_hf.training.resume.sharding import check_sharding
 
 
 logger = logging.get_logger(__name__)
 
 
-class TSCNCTrainer(AttackingTrainer):
+class TSCNCTrainer(ResumableTrainer):
     """
     Adversarial training with the TSCNC constraints and gradual pruning.
 
     The loss of a step is the sum of named terms (`natural_loss`, `robust_loss`, `tsc_loss`, `cnc_loss`), each in the
     log. Masks are applied right after every optimizer step. `evaluate` reports `eval_accuracy`, `eval_robust_accuracy`
     and the condition numbers together; the best model is chosen only among checkpoints that have reached the target.
+
+    Attributes:
+        adversary (`Adversary`), compressor (`Compressor`), publisher (`Publisher`): which do the work.
 
     Args:
         model (`nn.Module` or `str`): a classifier of normalised images, or the name of one (folder or Hub id).
@@ -87,14 +90,13 @@ class TSCNCTrainer(AttackingTrainer):
             processing_class = loaded_processor if processing_class is None else processing_class
         if model is None:
             raise ValueError("model is missing: pass a module, a folder or a Hub id")
-        self.pixel_mean, self.pixel_std = normalisation(model, processing_class)
+        mean, std = normalisation(model, processing_class)
         check_datasets(model, train_dataset, eval_dataset, data_collator or collate)
         args = with_dense_ends(model, args)
         if args.channels_last:
             model.to(memory_format=torch.channels_last)
-        if args.tsc_on == "gates" and not gated_layers(model):
-            attach_gates(model, args.gate_layers, args.gate_drop_rate, seeded_generator("cpu", args.seed, "gates"))
-        self.pruner = build_pruner(model, args)
+        self.adversary, self.compressor = Adversary(args, mean, std), Compressor(model, args)
+        self.publisher = Publisher(args, mean, std)
         super().__init__(
             model,
             args,
@@ -106,9 +108,8 @@ class TSCNCTrainer(AttackingTrainer):
             **kwargs,
         )
         check_sharding(self)
-        # Taken before training, kept in every checkpoint: TSC measures weights in units of their scale at the start.
-        self.tsc_scales = weight_scales(weight_matrices(model, args.pruning_exclude))
-        self.callback_handler.callbacks.insert(0, MethodCallback(self))  # masks first: whatever follows sees them
+        self.callback_handler.callbacks.insert(0, StepCallback(self))  # masks first: whatever follows sees them
+        self._micro_batch = self._eval_batches = 0
         self.clear_terms()
         if isinstance(model, PreTrainedModel):
             model.add_model_tags(list(self._tag_names))
@@ -120,7 +121,17 @@ class TSCNCTrainer(AttackingTrainer):
         inner = self.accelerator.unwrap_model(model, keep_torch_compile=True)
         # The attack runs on the module, the forward that trains on the wrapper: that one averages gradients.
         x_adv = self.attack(inner, x, y) if self.args.objective != "natural" else None
-        terms = self.objective(self.perturbed(model, inner, x, x_adv, y), x, x_adv, y)
+
+        def objective(function: Callable) -> dict[str, Tensor]:
+            return self.objective(function, x, x_adv, y)
+
+        def average(gradient: Tensor) -> Tensor:
+            return self.accelerator.reduce(gradient, "mean")
+
+        state = self.state
+        terms = objective(
+            self.adversary.perturbed(model, inner, objective, state.global_step, state.max_steps, average)
+        )
         if self.is_in_train:  # the mean over the step's images: its last micro-batch may have fewer than the others
             share = len(x) * self._accumulation() / self._images
             terms = {name: share * value for name, value in terms.items()}
@@ -130,47 +141,58 @@ class TSCNCTrainer(AttackingTrainer):
         loss = sum(terms.values())
         return (loss, {"loss": loss}) if return_outputs else loss
 
+    def attack(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        """Adversarial pixels (b, c, h, w) in [0, 1] for the micro-batch that is being trained on."""
+        place = self._place(self._micro_batch, self._train_batch_size)
+        return self.adversary.attack(model, x, y, place, self.state.global_step, self.state.max_steps)
+
     def objective(self, model: Callable, x: Tensor, x_adv: Tensor | None, y: Tensor) -> dict[str, Tensor]:
         """The terms of the objective; `model` is the model, or a function like it."""
         options = {"beta": self.args.trades_beta, "label_smoothing": self.args.label_smoothing_factor}
-        return objective_terms(self.args.objective, self.pixel_logits(model), x, x_adv, y, **options)
+        return objective_terms(self.args.objective, self.adversary.logits(model), x, x_adv, y, **options)
 
     def constraints(self, model: nn.Module) -> dict[str, Tensor]:
         """The weighted constraints of this step, to be divided by the number of micro-batches as all terms are."""
-        args, share = self.args, self._accumulation()
-        reshard_(model)  # after a forward some weights are rounded to the dtype it was computed in
-        on_weights = args.tsc_on == "weights"
-        now = self.state.global_step % args.cnc_interval == 0
-        terms = constraint_terms(
-            list(weight_matrices(model)),
-            self.tsc_scales,
-            tsc_weight=args.tsc_weight if on_weights else 0.0,
-            tsc_a=args.tsc_a,
-            cnc_weight=args.cnc_weight * args.cnc_interval if now else 0.0,
-            cnc_ridge=args.cnc_ridge,
-            cnc_form=args.cnc_form,
-        )
-        if not on_weights and args.tsc_weight > 0:
-            value = gate_sparse_constraint(model, args.tsc_a, args.gate_l0, args.gate_l2)
-            terms["tsc_loss"] = args.tsc_weight * value
-        return {name: share * value for name, value in terms.items()}
+        terms = self.compressor.constraints(model, self.state.global_step)
+        return {name: self._accumulation() * value for name, value in terms.items()}
 
     def _accumulation(self) -> int:
         return getattr(self, "current_gradient_accumulation_steps", 1)  # fewer at the end of an epoch
+
+    def _place(self, batch: int, size: int) -> int:
+        """Of the first image of this process's batch number `batch`; accelerate deals batches of `size` in turn."""
+        size = size // self.args.world_size if self.accelerator.split_batches else size
+        return (batch * self.args.world_size + self.args.process_index) * size
 
     def get_batch_samples(self, *args, **kwargs):
         batches, items = super().get_batch_samples(*args, **kwargs)
         self._images = sum(len(batch["labels"]) for batch in batches)  # of this process in the step to come
         return batches, items
 
-    def clear_terms(self) -> None:
-        self._term_sums, self._steps = {}, 0  # since the last log
+    def _clip_grad_norm(self, model):
+        self.compressor.before_clipping(self.state.global_step, self.state.max_steps)
+        return super()._clip_grad_norm(model)
 
-    def start_step(self) -> None:
+    def get_decay_parameter_names(self, model) -> list[str]:
+        """Weight decay acts on the weights of layers; not on gates, norms, biases, embeddings and tokens."""
+        return [record.name for record in weight_matrices(model)]
+
+    def create_optimizer(self, *args, **kwargs):
+        made_here = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if made_here:
+            self.compressor.group_gates(optimizer)
+        return optimizer
+
+    # ---- log ----
+
+    def start_step(self, optimizer) -> None:
         self._micro_batch = 0
         self._steps += 1
-        # one sample a step: for the clean and the adversarial images, every micro-batch and every process
-        sample_gates(self.model, seeded_generator(self.args.device, self.args.seed, "gates", self.state.global_step))
+        self.compressor.before_step(self.state.global_step, self.state.max_steps, optimizer)
+
+    def clear_terms(self) -> None:
+        self._term_sums, self._steps = {}, 0  # since the last log
 
     def _record(self, terms: dict[str, Tensor]) -> None:
         for name, value in terms.items():
@@ -182,58 +204,232 @@ class TSCNCTrainer(AttackingTrainer):
     def check_terms(self) -> None:
         check_terms(self._term_sums, self.state.global_step, self.args.output_dir)
 
-    def _clip_grad_norm(self, model):
-        if self.masks_frozen():
-            self.pruner.mask_gradients_()
-        return super()._clip_grad_norm(model)
-
-    def masks_frozen(self) -> bool:
-        """Whether the masks are final, as of the step being taken."""
-        args = self.args
-        if args.keep_masks and args.target_sparsity == 0:
-            return True
-        return args.target_sparsity > 0 and self.state.global_step >= round(args.pruning_end * self.state.max_steps)
-
-    def get_decay_parameter_names(self, model) -> list[str]:
-        """Weight decay acts on the weights of layers; not on gates, norms, biases, embeddings and tokens."""
-        return [record.name for record in weight_matrices(model)]
-
-    def create_optimizer(self, *args, **kwargs):
-        made_here = self.optimizer is None
-        optimizer = super().create_optimizer(*args, **kwargs)
-        gates = gate_parameters(self.model)
-        if made_here and gates:  # a group of their own: another learning rate, no weight decay
-            own = {id(parameter) for parameter in gates}
-            for group in optimizer.param_groups:
-                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in own]
-            optimizer.add_param_group({"params": gates, "lr": self.args.gate_learning_rate, "weight_decay": 0.0})
-        return optimizer
-
-    # ---- log and evaluation ----
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self._term_sums:
             self.check_terms()
             for name, total in self._term_sums.items():
                 logs[name] = (self.accelerator.reduce(total, "mean") / self._steps).item()
-            if self.args.target_sparsity > 0 or self.args.keep_masks:
-                logs["sparsity"] = self.pruner.pruned_count / self.pruner.prunable_count
-            if gates := gate_report(self.model).rows:
-                logs["gates_open"] = sum(row.expected_open for row in gates) / sum(row.gates for row in gates)
+            logs |= self.compressor.figures()
             self.clear_terms()
         super().log(logs, start_time)
 
-    def _load_rng_state(self, checkpoint):
-        text = what_differs(checkpoint, self.args.world_size) if checkpoint and self.is_world_process_zero() else None
-        if text:
-            logger.warning(text)
-        super()._load_rng_state(checkpoint)
+    # ---- evaluation ----
 
-    def _save_checkpoint(self, model, trial):
-        self.check_terms()
-        super()._save_checkpoint(model, trial)
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        inputs = self._prepare_inputs(inputs)
+        x, y = inputs["pixel_values"], inputs["labels"]
+        place = self._place(self._eval_batches, self.args.eval_batch_size)
+        self._eval_batches += 1
+        inner = self.accelerator.unwrap_model(model, keep_torch_compile=True)
+        logits = self.adversary.evaluate(inner, x, y, place)
+        loss = nn.functional.cross_entropy(logits[0], y)
+        return (loss, None, None) if prediction_loss_only else (loss, logits if len(logits) > 1 else logits[0], y)
+
+    def evaluation_loop(self, *args, **kwargs):
+        self._eval_batches = 0
+        # A data loader draws its seed from torch's global generator: evaluating must not change what follows.
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
+        with self.compressor.averaged(), torch.random.fork_rng(devices):
+            if self.is_fsdp_enabled and not is_sharded(self.model):
+                raise RuntimeError(
+                    "FSDP2 shards a model together with its optimizer, when training begins: evaluate after train(), "
+                    "or as it begins with eval_on_start=True (--eval_on_start true)"
+                )
+            output = super().evaluation_loop(*args, **kwargs)
+            reshard_(self.model)
+            prefix = kwargs.get("metric_key_prefix", "eval")
+            spectra = spectral_metrics(self.accelerator.unwrap_model(self.model))
+            output.metrics.update({f"{prefix}_{name}": value for name, value in spectra.items()})
+        return output
 
     def _determine_best_metric(self, metrics, trial) -> bool:
         if self.args.target_sparsity > 0 and not self.masks_frozen():
             return False  # less sparse than asked for, or with masks that are still being chosen: no candidate
         return super()._determine_best_metric(metrics, trial)
+
+    def masks_frozen(self) -> bool:
+        """Whether the masks are final, as of the step being taken."""
+        return self.compressor.masks_frozen(self.state.global_step, self.state.max_steps)
+
+    def test(self, dataset, attacks: Sequence[str] = ("clean", "pgd-20"), n: int | None = None) -> dict:
+        """
+        The final figures, on data that training has not seen: robustness, sparsity and spectrum. Written to
+        `results.json` in the output folder and shown on the card. Several processes share the images.
+
+        Returns:
+            `dict`: {"robustness", "sparsity", "spectrum", "curve", "lipschitz", "gates"}, each the `to_dict()` of its
+            report (the last three where something was attacked, in L-infinity, and where there are gates).
+        """
+        args, gates = self.args, gate_report(self.model)
+        with self.compressor.published() as trained, as_published(trained) as model:
+            results = measure(
+                model,
+                dataset,
+                processing_class=self.processing_class,
+                attacks=attacks,
+                epsilon=args.epsilon,
+                norm=args.norm,
+                n=n,
+                seed=args.seed,
+                exclude=args.pruning_exclude,
+                batch_size=args.eval_batch_size,
+                progress=not args.disable_tqdm,
+                distributed=args.world_size > 1,
+            )
+            if "curve" in results:
+                examples = adversarial_examples(
+                    model, dataset, epsilon=args.epsilon, norm=args.norm, seed=args.seed,
+                    processing_class=self.processing_class,
+                )  # fmt: skip
+                names = getattr(getattr(model, "config", None), "id2label", None)
+                self.publisher.card_options["examples"] = examples.for_figure(names) if examples else None
+        if gates.rows:
+            results["gates"] = gates.to_dict()
+        self.publisher.results = results
+        if args.should_save:
+            with self.writing("The results", args.output_dir):
+                self.publisher.write_results(Path(args.output_dir), trained=True)
+        return results
+
+    # ---- saving, loading, publishing ----
+
+    def train(self, *args, **kwargs):
+        self.publisher.results = None  # of other weights, from now on
+        return super().train(*args, **kwargs)
+
+    def _save_checkpoint(self, model, trial):
+        self.check_terms()
+        super()._save_checkpoint(model, trial)
+
+    def _save(self, output_dir=None, state_dict=None):
+        """
+        A training checkpoint, or the folder that is published. Whatever is written for others has the gates folded
+        into the weights: a plain model. Where FSDP2 has sharded the model, it is gathered, by all processes together.
+        """
+        published, compressor = Path(self.args.output_dir), self.compressor
+        folder = Path(output_dir if output_dir is not None else published)
+        check_finite_weights(self.model, self.state.global_step, str(published))
+        is_checkpoint = folder.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-") and folder != published
+        if not is_checkpoint:
+            self._finish_current_push()  # it reads these files
+        with (
+            nullcontext() if is_checkpoint else self.writing("The model", published),
+            nullcontext() if is_checkpoint else compressor.averaged(),
+            folded_gates(self.model),
+        ):
+            self.publisher.describe_(self.model)
+            # what was gathered before has gates, and no average
+            model, sharded = compressor.whole(self.args.should_save), is_sharded(self.model)
+            if compressor.average is not None or sharded:
+                state_dict = model.state_dict() if sharded and model is not None else None
+            super()._save(str(folder), disk_state(self.model, state_dict))
+            if not (self.args.should_save or sharded):
+                return
+            if not is_checkpoint and self.args.should_save:
+                self.publisher.write_extras(folder, model)
+        if is_checkpoint:
+            state = compressor.state()
+            if self.args.should_save:
+                save_state(state, folder / STATE_FILE)
+            return
+        with self.writing("The card and the results", published):
+            if self.args.should_save:
+                self.publisher.write_results(folder, trained=self.state.global_step > 0)
+            self._write_card(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        reshard_(self.model)
+        with detached_gates(self.model):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self.compressor.load_state(resume_from_checkpoint)
+
+    def create_model_card(self, model_name: str | None = None, dataset_name: str | None = None, tags=(), **kwargs):
+        """
+        Write README.md and its figures to the output folder, with what is known at the time.
+
+        Keyword arguments are those of `write_card`; they are kept for later cards of the run.
+        """
+        self.publisher.keep(model_name=model_name, dataset_name=dataset_name, tags=tags, **kwargs)
+        self._write_card(Path(self.args.output_dir))
+
+    def _write_card(self, folder: Path) -> None:
+        if not (self.is_world_process_zero() or is_sharded(self.model)):
+            return
+        with self.compressor.published(self.args.should_save) as model:
+            if self.is_world_process_zero():
+                self.publisher.write_card(folder, model, self.hub_model_id, self.state.log_history)
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs,
+    ) -> CommitInfo | Future[CommitInfo] | None:
+        """
+        Save the model and upload the output folder, its card last, as one commit (`push_folder`).
+
+        Arguments as in `Trainer.push_to_hub`; keyword arguments are those of `create_model_card`.
+
+        Returns:
+            `CommitInfo`, a `Future` of it if not `blocking`, or None on other processes than the first.
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=self.args.hub_token if token is None else token, private=private)
+        self.publisher.keep(**kwargs)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        return self.publisher.push(self.hub_model_id, blocking, commit_message, token, revision, private)
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        # upstream copies a fixed list of files, without ours but with a pickle: publish the whole folder instead
+        if self.is_writing_checkpoint:
+            return  # once it has its name
+        args, pushing = self.args, getattr(self, "push_in_progress", None)  # which the first process alone has
+        busy = pushing is not None and not pushing.is_done()
+        wanted = self.is_world_process_zero() and args.hub_strategy != HubStrategy.END
+        wanted = wanted and (not busy or args.hub_always_push)
+        if is_sharded(self.model):  # all gather if the first wants to push
+            wanted = bool(self.accelerator.reduce(torch.tensor(float(wanted), device=args.device)))
+        if not wanted:
+            return
+        self.callback_handler.on_push_begin(args, self.state, self.control)
+        self._save(args.output_dir)
+        if self.is_world_process_zero():
+            step = self.state.global_step
+            self.push_in_progress = self.publisher.push_in_background(self.hub_model_id, step, checkpoint_folder)
+
+    def _finish_current_push(self) -> None:
+        super()._finish_current_push()
+        for error in failed_pushes(getattr(self, "push_in_progress", None)):
+            # the run goes on: the next push sends everything, and the last one, which is not in the background, raises
+            logger.error(f"A push during training failed, the repository is as it was before: {error!r}")
+
+
+class StepCallback(TrainerCallback):
+    """Connects the trainer's events to its compressor. No state of its own."""
+
+    def __init__(self, trainer: TSCNCTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer.clear_terms()
+        self.trainer.compressor.begin(state.global_step, state.max_steps)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.trainer.check_terms()  # the steps since the last log
+        self.trainer.compressor.end()
+
+    def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
+        self.trainer.start_step(optimizer)
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.trainer.compressor.after_backward(self.trainer.accelerator)
+
+    def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        # the trainer counts the step only after this event
+        self.trainer.compressor.after_step(state.global_step + 1, state.max_steps, optimizer)

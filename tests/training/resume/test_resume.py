@@ -9,9 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Trainer
 
+from tscnc_hf.artifact.files.identity import RunIdentity
+from tscnc_hf.data.loading import load_image_data
 from tscnc_hf.training.resume.checkpoints import FILE_LIST
-from tscnc_hf.training.resume.compatible import OPTIONS_FILE, check_options
-from tscnc_hf.training.saving import load_method_state
+from tscnc_hf.training.resume.compatible import IDENTITY_FILE, check_identity, decisive_options
 from tscnc_hf.training.trainer import TSCNCTrainer
 
 
@@ -47,8 +48,8 @@ def differing(one: TSCNCTrainer, other: TSCNCTrainer) -> list[str]:
     names = []
     for part in (
         lambda trainer: trainer.model.state_dict(),
-        lambda trainer: trainer.pruner.masks,
-        lambda trainer: trainer.tsc_scales,
+        lambda trainer: trainer.compressor.pruner.masks,
+        lambda trainer: trainer.compressor.scales,
         lambda trainer: {
             f"{index}.{name}": torch.as_tensor(value)
             for index, state in trainer.optimizer.state_dict()["state"].items()
@@ -119,17 +120,8 @@ def test_a_cut_with_gates_and_a_best_model(kind, build, make_trainer, tmp_path):
     plain = make_trainer(build(kind), output_dir=str(tmp_path / "plain"), **OPTIONS)
     with pytest.raises(ValueError, match=r"tsc_weight=0.01 \(now 1e-05\), tsc_on='gates' \(now 'weights'\)"):
         plain.train(resume_from_checkpoint=str(checkpoint))
-    forget_options(checkpoint)
     with pytest.raises(ValueError, match="resume with the tsc_on and gate_layers"):
-        plain.train(resume_from_checkpoint=str(checkpoint))
-
-
-def forget_options(checkpoint: Path) -> None:
-    """Make it one of an earlier version, which did not keep options."""
-    (checkpoint / OPTIONS_FILE).unlink()
-    listed = json.loads((checkpoint / FILE_LIST).read_text())
-    del listed["files"][OPTIONS_FILE]  # it is one of the files that make it whole
-    (checkpoint / FILE_LIST).write_text(json.dumps(listed))
+        plain.compressor.load_state(checkpoint)
 
 
 @pytest.fixture(scope="module")
@@ -164,33 +156,96 @@ def test_other_options_than_those_of_the_checkpoint_are_named(step, finished, bu
     assert all(torch.equal(before[name], tensor) for name, tensor in trainer.model.state_dict().items())
 
 
-def test_options_kept_are_those_of_the_run_and_one_of_the_files(finished, make_config, tmp_path):
+def test_what_a_run_is_made_of_is_one_of_the_files_of_its_checkpoints(finished, make_config, tmp_path):
     listed = json.loads((finished / FILE_LIST).read_text())["files"]
-    assert listed[OPTIONS_FILE] == (finished / OPTIONS_FILE).stat().st_size
-    kept = json.loads((finished / OPTIONS_FILE).read_text())
-    assert (kept["optim"], kept["pruning_interval"], kept["num_train_epochs"]) == ("adamw_torch", 3, 2)
+    assert listed[IDENTITY_FILE] == (finished / IDENTITY_FILE).stat().st_size
+    kept = json.loads((finished / IDENTITY_FILE).read_text())
+    options = kept["options"]
+    assert (options["optim"], options["pruning_interval"], options["seed"]) == ("adamw_torch", 3, 42)
+    assert not {"output_dir", "hub_token", "logging_steps", "max_steps"} & options.keys()
+    assert kept["data"]["train"]["images"] == 64 and kept["data"]["validation"]["images"] == 32
+    assert kept["code"]["torch"] == torch.__version__.split("+")[0] and kept["weights"] == {}
+
+    def now(**changed) -> RunIdentity:
+        options, usual = decisive_options(make_config(**OPTIONS | SHORT | changed))
+        return RunIdentity(options, kept["data"], kept["code"], usual=usual)
+
     folder = shutil.copytree(finished, tmp_path / "checkpoint-8")
-    cut = kept | {"an_option_of_the_past": 1}
-    del cut["tsc_weight"]  # as if it were new: it was as it is by default, then
-    (folder / OPTIONS_FILE).write_text(json.dumps(cut))
-    check_options(folder, make_config(**OPTIONS | SHORT | {"tsc_weight": 0.0}))
+    assert check_identity(folder, now()) is None
+    cut = kept | {"options": {name: value for name, value in options.items() if name != "tsc_weight"}}
+    (folder / IDENTITY_FILE).write_text(json.dumps(cut))  # as if it were new: it was as it is by default, then
+    assert check_identity(folder, now(tsc_weight=0.0)) is None
     with pytest.raises(ValueError, match=r"trained with tsc_weight=0.0 \(now 1e-05\): go on"):
-        check_options(folder, make_config(**OPTIONS | SHORT))
-    (folder / OPTIONS_FILE).write_text("[1")
-    with pytest.raises(ValueError, match="tscnc_options.json is damaged"):
-        check_options(folder, make_config(**OPTIONS | SHORT))
+        check_identity(folder, now())
+    (folder / IDENTITY_FILE).write_text("[1")
+    with pytest.raises(ValueError, match="run_identity.json is missing or damaged"):
+        check_identity(folder, now())
 
 
-def test_a_checkpoint_that_does_not_say_its_options_goes_on(finished, build, make_trainer, tmp_path):
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"augmentation": "none"}, "train.augmentation='random crops of the padded image' (now None)"),
+        ({"seed": 1}, "train.augmentation_seed=0 (now 1)"),
+        ({"train_limit": 63}, "train.images=64 (now 63)"),
+        ({"validation_fraction": 0.2}, "train.digest="),
+        ({"image_size": 16}, "train.image_size=[3, 8, 8] (now [3, 16, 16])"),
+        ({"test_limit": 5}, "test_limit=None (now 5), test.images=359 (now 5)"),
+        ({"channels": "grey"}, "channels='rgb' (now 'grey')"),
+    ],
+)
+def test_other_data_than_that_of_the_checkpoint_is_refused_and_named(
+    change, named, build, make_trainer, tmp_path, digits_run
+):
+    """Through the recipes' `ImageData`, and through the data sets alone."""
+    data = load_image_data("digits", **({"augmentation": "crop", "train_limit": 64} | change))
+    trainer = make_trainer(
+        build("vit"), train=data.train, evaluate=data.validation, output_dir=str(digits_run), **SHORT
+    )
+    trainer.data_identity = data.identity
+    with pytest.raises(ValueError) as refused:
+        trainer.train(resume_from_checkpoint=True)
+    assert "checkpoint-8 was trained with" in str(refused.value) and named in str(refused.value)
+    assert trainer.state.global_step == 0
+
+
+@pytest.fixture(scope="module")
+def digits_folder(tmp_path_factory):
+    """The folder that `digits_run` fills; not to be changed."""
+    return tmp_path_factory.mktemp("digits-run") / "run"
+
+
+@pytest.fixture
+def digits_run(digits_folder, build, make_trainer) -> Path:
+    """The folder of a finished run of a recipe's data."""
+    if not digits_folder.exists():
+        data = load_image_data("digits", augmentation="crop", train_limit=64)
+        options = {"output_dir": str(digits_folder), "per_device_train_batch_size": 16}
+        trainer = make_trainer(build("vit"), train=data.train, evaluate=data.validation, **SHORT | options)
+        trainer.data_identity = data.identity
+        trainer.train()
+    return digits_folder
+
+
+def test_other_code_is_a_warning(finished, build, make_trainer, tmp_path, caplog):
     checkpoint = shutil.copytree(finished.with_name("checkpoint-4"), tmp_path / "old" / "checkpoint-4")
-    forget_options(checkpoint)
+    kept = json.loads((checkpoint / IDENTITY_FILE).read_text())
+    kept["code"]["torch"] = "1.0.0"
+    (checkpoint / IDENTITY_FILE).write_text(json.dumps(kept))
+    listed = json.loads((checkpoint / FILE_LIST).read_text())
+    listed["files"][IDENTITY_FILE] = (checkpoint / IDENTITY_FILE).stat().st_size
+    (checkpoint / FILE_LIST).write_text(json.dumps(listed))
     trainer = run(make_trainer, build("vit", seed=1), tmp_path / "on", checkpoint, **SHORT)
     assert trainer.state.global_step == 8
+    assert f"{checkpoint} was written with torch='1.0.0' (now '" in caplog.text
 
 
 def test_training_may_get_longer_but_not_shorter_than_it_was(finished, build, make_trainer, tmp_path, caplog):
     trainer = run(make_trainer, build("vit"), tmp_path / "longer", finished, **SHORT | {"num_train_epochs": 3})
-    assert trainer.state.global_step == 12 and trainer.pruner.pruned_count == trainer.pruner.target_count(0.9)
+    assert (
+        trainer.state.global_step == 12
+        and trainer.compressor.pruner.pruned_count == trainer.compressor.pruner.target_count(0.9)
+    )
     assert "The run was to have 8 steps and now has 12" in caplog.text
     with pytest.raises(ValueError, match="the checkpoint has 8 steps and training would end after 4"):
         run(make_trainer, build("vit"), tmp_path / "shorter", finished, **SHORT | {"num_train_epochs": 1})
@@ -285,7 +340,7 @@ def test_the_comparison_notices_the_loader_of_transformers(build, make_trainer, 
 
     def load(trainer, folder, model=None):
         Trainer._load_from_checkpoint(trainer, folder, model)
-        trainer.tsc_scales = load_method_state(folder, trainer.model, trainer.pruner)
+        trainer.compressor.load_state(folder)
 
     monkeypatch.setattr(TSCNCTrainer, "_load_from_checkpoint", load)
     checkpoint = tmp_path / "whole" / "checkpoint-4"
@@ -298,7 +353,7 @@ def test_a_checkpoint_says_how_it_was_made_without_a_pickle_of_ours(build, make_
     checkpoint = tmp_path / "run" / "checkpoint-8"
     stored = load_file(checkpoint / "tscnc_state.safetensors")
     masks = {name.removeprefix("mask."): mask for name, mask in stored.items() if name.startswith("mask.")}
-    assert masks.keys() == trainer.pruner.masks.keys()
+    assert masks.keys() == trainer.compressor.pruner.masks.keys()
     for name, mask in masks.items():
         assert torch.equal(mask, trainer.model.get_parameter(name) != 0)
     assert json.loads((checkpoint / "trainer_state.json").read_text())["global_step"] == 8

@@ -166,6 +166,7 @@ class Grid:
         trainer = TSCNCTrainer(
             model, config, train_dataset=self.data.train, eval_dataset=self.data.validation, processing_class=processor
         )
+        trainer.data_identity = self.data.identity
         if trained.exists():
             trainer.model.load_state_dict(load_state(trained)[0])
         else:
@@ -194,14 +195,14 @@ class Grid:
         }  # fmt: skip
         with folded_gates(trainer.model), as_published(trainer.model):
             if self.save_models:
-                trainer.test_results = measure(trainer.model, dataset, exclude=args.pruning_exclude, **options)
+                trainer.publisher.results = measure(trainer.model, dataset, exclude=args.pruning_exclude, **options)
             else:
                 robustness = evaluate_robustness(trainer.model, dataset, masking=False, **options).to_dict()
             spectrum = spectral_report(trainer.model).to_dict()
             zeros = sparsity_report(trainer.model, args.pruning_exclude).sparsity
         if self.save_models:
-            robustness = trainer.test_results["robustness"]
-            trainer.card_options |= {"class_names": self.data.class_names, "dataset_name": self.data.name}
+            robustness = trainer.publisher.results["robustness"]
+            trainer.publisher.keep(class_names=self.data.class_names, dataset_name=self.data.name)
             trainer.save_model()
         return {
             "n": robustness["n"],

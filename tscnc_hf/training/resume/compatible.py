@@ -1,4 +1,4 @@
-"""Going on with other options or processes than a checkpoint was written with: what stays, and what can not."""
+"""Going on with other options, data, code or processes than a checkpoint was written with: what can, what can not."""
 
 from __future__ import annotations
 
@@ -7,47 +7,65 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
+from transformers import TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
 from tscnc_hf.artifact.files.atomic import write_json
-from tscnc_hf.training.config import TSCNCConfig
+from tscnc_hf.artifact.files.identity import RunIdentity
 from tscnc_hf.training.resume.checkpoints import ResumeError
 
 
-OPTIONS_FILE = "tscnc_options.json"
-# What else is looked at when the steps are known: `check_length` and `check_batch`.
-MAY_DIFFER = ("max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps")
+IDENTITY_FILE = "run_identity.json"
+# Upstream's options that decide what is trained. What decides for how long is looked at when the steps are known
+# (`check_length`, `check_batch`); the others say where things go, what is logged and how fast it is.
+DECISIVE = (
+    "accelerator_config", "adam_beta1", "adam_beta2", "adam_epsilon", "average_tokens_across_devices", "bf16",
+    "data_seed", "dataloader_drop_last", "fp16", "full_determinism", "label_smoothing_factor", "learning_rate",
+    "length_column_name", "lr_scheduler_kwargs", "lr_scheduler_type", "max_grad_norm", "neftune_noise_alpha",
+    "optim", "optim_args", "optim_target_modules", "seed", "tf32", "train_sampling_strategy", "warmup_steps",
+    "weight_decay",
+)  # fmt: skip
 
 
-def write_options(args: TSCNCConfig, checkpoint: Path) -> None:
-    """Keep the options that shape the run in its checkpoint, for `check_options`."""
-    write_json(args.method_dict(), checkpoint / OPTIONS_FILE)
+def decisive_options(args: TrainingArguments) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Options that decide what is trained: upstream's, and all that a class of its own adds; and their defaults."""
+    upstream = {f.name for f in fields(TrainingArguments)}
+    mine = [f for f in fields(args) if f.name in DECISIVE or f.name not in upstream]
+    plain = args.to_dict()
+    usual = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in mine}
+    return {f.name: plain[f.name] for f in mine if f.name in plain}, usual
 
 
-def check_options(checkpoint: str | Path, args: TSCNCConfig) -> None:
+def write_identity(identity: RunIdentity, checkpoint: Path) -> None:
+    """Keep what a run is made of in its checkpoint, for `check_identity`."""
+    write_json(identity.to_dict(), checkpoint / IDENTITY_FILE)
+
+
+def check_identity(checkpoint: str | Path, now: RunIdentity) -> str | None:
     """
-    Refuse to go on with other options than a checkpoint was trained with: what is published says that all of the
-    training had those of its end. A checkpoint of an earlier version, which does not say its options, passes.
+    Refuse to go on with other options or data than a checkpoint was trained with: what is published says that all of
+    the training had those of its end. Other code may round otherwise.
+
+    Returns:
+        What is to be said of other code, if it is other.
 
     Raises:
-        ResumeError: options differ; each is named with both values.
+        ResumeError: options or data differ; each is named with both values. Or the file that says is damaged.
     """
-    path = Path(checkpoint) / OPTIONS_FILE
-    if not path.is_file():
-        return
+    path = Path(checkpoint) / IDENTITY_FILE
     try:
-        before = dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise ResumeError(f"{path} is damaged ({error}). Resume from another checkpoint") from error
-    now, usual = json.loads(json.dumps(args.method_dict())), _defaults(args)  # one that is not there has its default
-    names = [name for name in {**before, **now} if name in usual and name not in MAY_DIFFER]
-    pairs = {name: [options.get(name, usual[name]) for options in (before, now)] for name in names}
-    different = [f"{name}={was!r} (now {is_now!r})" for name, (was, is_now) in pairs.items() if was != is_now]
-    if different:
+        before = RunIdentity.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise ResumeError(f"{path} is missing or damaged ({error}). Resume from another checkpoint") from error
+    if different := before.differences(now, ("options", "data")):
+        asked = [one for one in different if not one.name.endswith(".digest")]  # which say nothing to people
         raise ResumeError(
-            f"{checkpoint} was trained with {', '.join(different)}: go on with the same options, or start anew in "
-            "another output_dir"
+            f"{checkpoint} was trained with {', '.join(map(str, asked or different))}: go on with the same options "
+            "and data, or start anew in another output_dir"
         )
+    if other := before.differences(now, ("code",)):
+        return f"{checkpoint} was written with {', '.join(map(str, other))}: what follows may be rounded otherwise"
+    return None
 
 
 def steps_planned(checkpoint: str | Path) -> int | None:
@@ -81,10 +99,6 @@ def check_length(global_step: int, max_steps: int, planned: int | None) -> str |
         f"The run was to have {planned} steps and now has {max_steps}: learning rate, pruning and all else that is a "
         f"fraction of training go on as at step {global_step} of {max_steps}, and masks may get fewer zeros for now"
     )
-
-
-def _defaults(args: TSCNCConfig) -> dict[str, Any]:
-    return {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(args)}
 
 
 def check_batch(global_step: int, epoch: float, steps_per_epoch: int) -> None:

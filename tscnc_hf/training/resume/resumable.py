@@ -7,11 +7,14 @@ import shutil
 from pathlib import Path
 
 from accelerate.utils import broadcast_object_list
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 from transformers.utils import logging
 
+from tscnc_hf.artifact.files.identity import RunIdentity, code_identity
+from tscnc_hf.artifact.models.checkpoint import load_weights
+from tscnc_hf.data.identity import dataset_identity
 from tscnc_hf.training.resume.checkpoints import (
     ResumeError,
     checkpoints,
@@ -24,6 +27,15 @@ from tscnc_hf.training.resume.checkpoints import (
     unfinished_folder,
     whole_checkpoint_text,
 )
+from tscnc_hf.training.resume.compatible import (
+    check_batch,
+    check_identity,
+    check_length,
+    decisive_options,
+    steps_planned,
+    what_differs,
+    write_identity,
+)
 from tscnc_hf.training.resume.sharding import check_optimizer_layout, save_sharded_optimizer
 from tscnc_hf.training.resume.storage import check_writable, make_folder, writing
 from tscnc_hf.training.resume.termination import Termination
@@ -32,16 +44,46 @@ from tscnc_hf.training.resume.termination import Termination
 logger = logging.get_logger(__name__)
 
 
-class SurvivingTrainer(Trainer):
-    """The part of `TSCNCTrainer` that writes checkpoints as a whole or not at all, and goes on from whole ones."""
+class ResumableTrainer(Trainer):
+    """
+    A `transformers.Trainer`, for any task, that loses nothing that it has computed.
 
-    def __init__(self, model, args, **kwargs):
-        if args.should_save:
+    * A checkpoint is there under its name as a whole, or not at all; older ones go when it is.
+    * `train(resume_from_checkpoint=True)` goes on from the last whole one, exactly: with the weights loaded strictly,
+      and refused for other options or data (`identity`), another batch, or a new run among old checkpoints.
+    * SIGTERM and Ctrl-C end a single process after its step, with a checkpoint.
+    * What cannot be written is said in one line, with what there is to go on from.
+
+    Attributes:
+        data_identity (`dict`, *optional*): what the data is, plain JSON types, where somebody knows it better than the
+            data sets themselves say (`tscnc_hf.data.identity.dataset_identity`).
+
+    Args and everything else as in `Trainer`.
+    """
+
+    def __init__(self, model=None, args=None, *positional, **kwargs):
+        if args is not None and args.should_save:
             make_folder(args.output_dir)
         self._unfinished: Path | None = None  # while a checkpoint is being written: where
         self._wrote_here = False  # a checkpoint: from then on those of the folder are this trainer's
+        self._identity: RunIdentity | None = None  # while training
+        self._steps_planned: int | None = None  # of the run that was resumed, when its checkpoint was written
+        self.data_identity: dict | None = None
         self.termination = Termination(can_wait=False)
-        super().__init__(model, args, **kwargs)
+        super().__init__(model, args, *positional, **kwargs)
+        self.callback_handler.callbacks.insert(0, ResumeCallback(self))
+
+    def identity(self) -> RunIdentity:
+        """The options that decide what is trained, the data and the code; kept in each checkpoint and compared."""
+        options, usual = decisive_options(self.args)
+        data = self.data_identity or {
+            part: {name: dataset_identity(one) for name, one in given.items()}
+            if isinstance(given, dict)
+            else dataset_identity(given)
+            for part, given in (("train", self.train_dataset), ("validation", self.eval_dataset))
+            if given is not None
+        }
+        return RunIdentity(options, data, code_identity(), usual=usual)
 
     @property
     def is_writing_checkpoint(self) -> bool:
@@ -71,6 +113,8 @@ class SurvivingTrainer(Trainer):
                 self._unfinished = unfinished_folder(run_folder)
                 super()._save_checkpoint(model, trial)
                 written, self._unfinished = self._unfinished / name, None
+                if args.should_save:
+                    write_identity(self._identity or self.identity(), written)
                 self._record_best(run_folder, written)
                 wait()
                 # one process does it; on file systems that it does not see, the first of each other machine
@@ -89,6 +133,25 @@ class SurvivingTrainer(Trainer):
             rotate(run_folder, args.save_total_limit, {final, self.state.best_model_checkpoint or final})
         if self.termination.requested:
             self.termination.end()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        if what := damage(resume_from_checkpoint):  # upstream goes on without an optimizer that is not there
+            raise ResumeError(f"{resume_from_checkpoint} is not whole: {what}. Resume from another checkpoint")
+        text = check_identity(resume_from_checkpoint, self._identity or self.identity())
+        if text and self.is_world_process_zero():
+            logger.warning(text)
+        # upstream loads by the names on disk, which are not those in memory for ViT and others, and only warns
+        load_weights(self.model, resume_from_checkpoint)
+        self._steps_planned = steps_planned(resume_from_checkpoint)
+
+    def _load_best_model(self):
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    def _load_rng_state(self, checkpoint):
+        text = what_differs(checkpoint, self.args.world_size) if checkpoint and self.is_world_process_zero() else None
+        if text:
+            logger.warning(text)
+        super()._load_rng_state(checkpoint)
 
     def _save_optimizer_and_scheduler(self, output_dir):
         if self.is_fsdp_enabled:  # upstream would write the weights once more, with gates and as a pickle
@@ -133,6 +196,8 @@ class SurvivingTrainer(Trainer):
         self._refuse_others(resume_from_checkpoint)
         if resume_from_checkpoint is True:
             resume_from_checkpoint = self._last_checkpoint()
+        if resume_from_checkpoint or self.args.save_strategy != SaveStrategy.NO:
+            self._identity = self.identity()
         self.termination = Termination(self.args.world_size == 1 and self.args.save_strategy != SaveStrategy.NO)
         try:
             with self.termination.watching():
@@ -150,6 +215,7 @@ class SurvivingTrainer(Trainer):
                     )
             raise
         finally:
+            self._identity = None
             self.termination = Termination(can_wait=False)  # evaluating the model that was left does not end again
 
     def _refuse_others(self, resume_from_checkpoint: str | bool | None) -> None:
@@ -183,3 +249,36 @@ class SurvivingTrainer(Trainer):
         for text in skipped:
             logger.warning(f"Not resumed from {text}. Going on from {last}")
         return str(last)
+
+
+class ResumeCallback(TrainerCallback):
+    """Connects the trainer's events to what `ResumableTrainer` promises. No state of its own."""
+
+    def __init__(self, trainer: ResumableTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        if state.global_step == 0:
+            return
+        if hasattr(train_dataloader, "__len__"):
+            check_batch(state.global_step, state.epoch, -(-len(train_dataloader) // args.gradient_accumulation_steps))
+        text = check_length(state.global_step, state.max_steps, self.trainer._steps_planned)
+        if text and state.is_world_process_zero:
+            logger.warning(text)
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        dataset = self.trainer.train_dataset
+        if hasattr(dataset, "set_epoch"):  # augmentation is a function of (seed, epoch, index)
+            dataset.set_epoch(int(state.epoch or 0))
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.trainer.termination.requested and state.epoch % 1 != 0:  # else what belongs to the epoch's end first
+            control.should_save = True
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if self.trainer.termination.requested:
+            control.should_save = True
+
+    def on_prediction_step(self, args, state, control, **kwargs):
+        if self.trainer.termination.requested:  # may take long, and a save before it is done would leave it out
+            self.trainer.termination.end()
