@@ -85,9 +85,8 @@ def test_a_checkpoint_without_average_is_refused(build, make_trainer, tmp_path):
     checkpoint, other = tmp_path / "plain" / "checkpoint-8", {"output_dir": str(tmp_path / "other"), "ema_decay": 0.9}
     with pytest.raises(ValueError, match=r"trained with ema_decay=0.0 \(now 0.9\)"):
         make_trainer(build("vit"), **other, **options).train(resume_from_checkpoint=str(checkpoint))
-    (checkpoint / "tscnc_options.json").unlink()  # which checkpoints did not always have
     with pytest.raises(ValueError, match="has no average of the weights, this run has one: resume with the ema_decay"):
-        make_trainer(build("vit"), **other, **options).train(resume_from_checkpoint=str(checkpoint))
+        make_trainer(build("vit"), **other, **options).compressor.load_state(checkpoint)
 
 
 def test_weights_are_perturbed_from_the_start_asked_for(build, make_trainer):

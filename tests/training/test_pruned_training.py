@@ -45,9 +45,9 @@ def test_exact_and_resumed_exactly_from_the_middle_of_the_schedule(way, build, m
     options = SCHEDULE | {"save_strategy": "steps", "save_steps": 5} | WAYS[way]
     whole = make_trainer(build("vit", dropout=0.2), output_dir=str(tmp_path / "whole"), **options)
     whole.train()
-    target = whole.pruner.target_count(whole.args.target_sparsity)
+    target = whole.compressor.pruner.target_count(whole.args.target_sparsity)
     found = zeros(whole)
-    assert found == whole.pruner.pruned_count
+    assert found == whole.compressor.pruner.pruned_count
     assert found == target if way != "units" else target <= found < 1.2 * target
     expected = state_of(whole)
     for step in (5, 10):

@@ -98,7 +98,8 @@ class Publisher:
 
     def facts(self, model: nn.Module) -> dict[str, Any]:
         """What is known of a run beside its options (`RUN_FACTS`): plain JSON types, no paths of this machine."""
-        known = {"base_model": getattr(model, "name_or_path", None), "versions": code_identity()}
+        versions = {name: text for name, text in code_identity().items() if name != "commit"}
+        known = {"base_model": getattr(model, "name_or_path", None), "versions": versions}
         known |= {key: self.card_options[key] for key in RUN_FACTS if self.card_options.get(key)}
         return {key: plain(value) for key, value in known.items() if value}
 

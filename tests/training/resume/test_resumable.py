@@ -1,0 +1,141 @@
+"""`ResumableTrainer` alone: a task without images, killed and resumed; what it refuses."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import TrainingArguments
+
+from tscnc_hf.training.resume.checkpoints import damage
+from tscnc_hf.training.resume.resumable import ResumableTrainer
+
+
+STEPS = 60
+# Nothing of ours but the trainer: a regression on numbers, with dropout and shuffling.
+SCRIPT = """
+import signal, sys, time
+import torch
+from torch import nn
+from transformers import TrainingArguments, TrainerCallback
+from tscnc_hf.training.resume.resumable import ResumableTrainer
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+class Line(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Dropout(0.2), nn.Linear(32, 1))
+
+    def forward(self, x, labels):
+        prediction = self.layers(x).squeeze(-1)
+        return {"loss": nn.functional.mse_loss(prediction, labels), "logits": prediction}
+
+class Slow(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        time.sleep(float(sys.argv[3]))
+
+generator = torch.Generator().manual_seed(0)
+x = torch.randn(120, 4, generator=generator)
+data = [{"x": row, "labels": row.sum()} for row in x]
+torch.manual_seed(int(sys.argv[2]) if len(sys.argv) > 4 else 0)
+args = TrainingArguments(
+    sys.argv[1], max_steps=60, per_device_train_batch_size=16, save_steps=5, save_total_limit=2, use_cpu=True,
+    report_to="none", disable_tqdm=True, learning_rate=1e-2, logging_steps=1,
+)
+trainer = ResumableTrainer(Line(), args, train_dataset=data, callbacks=[Slow()])
+trainer.train(resume_from_checkpoint=True if len(sys.argv) > 4 else None)
+trainer.save_model()
+"""
+
+
+def start(folder: Path, pause: float, *more: str) -> subprocess.Popen:
+    command = [sys.executable, "-c", SCRIPT, str(folder), "7", str(pause), *more]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process: subprocess.Popen) -> str:
+    try:
+        _, said = process.communicate(timeout=600)
+    finally:
+        process.kill()
+    assert process.returncode == 0, said
+    return said
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    return sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, None)])
+def test_a_task_without_images_is_killed_and_goes_on_exactly(number, status, tmp_path):
+    finish(start(tmp_path / "whole", 0))
+    process, folder = start(tmp_path / "cut", 0.05), tmp_path / "cut"
+    try:
+        while not checkpoints(folder) and process.poll() is None:
+            os.sched_yield()
+        process.send_signal(number)
+        _, said = process.communicate(timeout=600)
+    finally:
+        process.kill()
+    assert process.returncode == status or (status is None and "KeyboardInterrupt" in said), said
+    last = checkpoints(folder)[-1]
+    assert damage(last) is None and 5 <= int(last.name.split("-")[1]) < STEPS
+    finish(start(folder, 0, "resume"))
+    for name in ("model.safetensors", f"checkpoint-{STEPS}/model.safetensors"):
+        assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    logs = [json.loads((one / f"checkpoint-{STEPS}/trainer_state.json").read_text())["log_history"]
+            for one in (folder, tmp_path / "whole")]  # fmt: skip
+    assert [entry["loss"] for entry in logs[0]] == [entry["loss"] for entry in logs[1]] and len(logs[0]) == STEPS
+
+
+class Constant(nn.Module):
+    def __init__(self, width: int = 3):
+        super().__init__()
+        self.value = nn.Parameter(torch.zeros(width))
+
+    def forward(self, labels):
+        return {"loss": ((self.value.sum() - labels) ** 2).mean()}
+
+
+def trainer(folder: Path, count: int = 20, model: nn.Module | None = None, **options) -> ResumableTrainer:
+    defaults = {"max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 4, "use_cpu": True}
+    args = TrainingArguments(str(folder), **defaults | {"report_to": "none", "disable_tqdm": True} | options)
+    data = [{"labels": float(number)} for number in range(count)]
+    return ResumableTrainer(model or Constant(), args, train_dataset=data)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"learning_rate": 1.0}, r"learning_rate=5e-05 \(now 1.0\)"),
+        ({"train_sampling_strategy": "sequential"}, r"train_sampling_strategy='random' \(now 'sequential'\)"),
+        ({"count": 21}, r"train.items=20 \(now 21\)"),
+        ({"model": Constant(4)}, "1 of another shape: value"),
+    ],
+)
+def test_other_options_data_or_weights_are_refused(changed, message, tmp_path):
+    trainer(tmp_path).train()
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, **changed).train(resume_from_checkpoint=True)
+
+
+def test_what_shapes_nothing_may_be_another(tmp_path):
+    first = trainer(tmp_path)
+    first.train()
+    options = {"logging_steps": 1, "save_total_limit": 1, "eval_accumulation_steps": 2, "dataloader_num_workers": 1}
+    again = trainer(tmp_path, max_steps=6, **options)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 6 and load_file(checkpoints(tmp_path)[-1] / "model.safetensors")
+
+
+def test_a_new_run_does_not_begin_among_the_checkpoints_of_another(tmp_path):
+    trainer(tmp_path).train()
+    with pytest.raises(ValueError, match="holds 2 checkpoints, up to checkpoint-4, of an earlier run"):
+        trainer(tmp_path).train()
