@@ -11,11 +11,11 @@ _PUBLIC = {
     "evaluate_robustness": "tscnc_hf.evaluation.measures.robustness",
     "spectral_report": "tscnc_hf.method.reports.spectrum",
     "sparsity_report": "tscnc_hf.method.reports.sparsity",
-    "load_sparse": "tscnc_hf.artifact.models.checkpoint",
-    "save_sparse": "tscnc_hf.artifact.models.checkpoint",
+    "load_sparse": "tscnc_hf.artifact.models.loading",
+    "save_sparse": "tscnc_hf.artifact.models.saving",
     "SparseConfig": "tscnc_hf.artifact.models.quantizer",
     "slim": "tscnc_hf.artifact.models.slim",
-    "load_slim": "tscnc_hf.artifact.models.slim",
+    "load_slim": "tscnc_hf.artifact.models.loading",
     "flops_report": "tscnc_hf.method.reports.flops",
 }
 __all__ = ["__version__", *_PUBLIC]

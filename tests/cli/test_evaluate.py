@@ -20,9 +20,9 @@ from transformers import (
 )
 
 from tscnc_hf import evaluate_robustness
-from tscnc_hf.artifact.models.checkpoint import save_sparse
 from tscnc_hf.artifact.models.config import input_format
 from tscnc_hf.artifact.models.loading import load_model
+from tscnc_hf.artifact.models.saving import save_sparse
 from tscnc_hf.cli.evaluate import EvaluationArguments, evaluate_model
 
 

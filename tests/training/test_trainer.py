@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForImageClassification, EvalPrediction, TrainerCallback
 
-from tscnc_hf.artifact.models.checkpoint import load_state
+from tscnc_hf.artifact.files.state import load_state
 from tscnc_hf.data.image_datasets import ImageTensorDataset
 from tscnc_hf.training import adversary as attacking
 from tscnc_hf.training.config import TSCNCConfig

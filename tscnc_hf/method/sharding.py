@@ -88,3 +88,10 @@ def whole_state(model: nn.Module, keep: bool = True) -> dict[str, Tensor] | None
             gathered = full_tensor(tensor.detach())
             whole[id(tensor)] = gathered.cpu() if keep else torch.empty(0)
     return {name: whole[id(tensor)] for name, tensor in state.items()} if keep else None
+
+
+def unsharded_class(model: nn.Module) -> type[nn.Module]:
+    """The class that a model had before `fully_shard` put one in its place, derived from that and from FSDPModule."""
+    from torch.distributed.fsdp import FSDPModule
+
+    return next(cls for cls in type(model).__mro__ if not issubclass(cls, FSDPModule))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tscnc_hf.artifact.files.state import STATE_FILE, load_state
-from tscnc_hf.artifact.models.weights import whole_copy
+from tscnc_hf.artifact.models.saving import whole_copy
 from tscnc_hf.method.adversarial.noise import seeded_generator
 from tscnc_hf.method.averaging import WeightAverage
 from tscnc_hf.method.constraints import constraint_terms, weight_scales

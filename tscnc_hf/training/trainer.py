@@ -15,7 +15,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils import logging
 
 from tscnc_hf.artifact.files.state import STATE_FILE, save_state
-from tscnc_hf.artifact.models.checkpoint import disk_state
+from tscnc_hf.artifact.models.saving import disk_state
 from tscnc_hf.data.batches import collate
 from tscnc_hf.evaluation.measures.examples import adversarial_examples
 from tscnc_hf.evaluation.run import as_published, measure

@@ -20,18 +20,12 @@ from transformers import (
 )
 
 from tscnc_hf import SparseConfig
-from tscnc_hf.artifact.models import checkpoint
-from tscnc_hf.artifact.models.checkpoint import (
-    SPARSE_FILE,
-    STATE_FILE,
-    load_sparse,
-    load_state,
-    load_weights,
-    save_dense,
-    save_sparse,
-    save_state,
-)
+from tscnc_hf.artifact.files.state import STATE_FILE, load_state, save_state
+from tscnc_hf.artifact.models import loading
 from tscnc_hf.artifact.models.config import read_config
+from tscnc_hf.artifact.models.loading import load_sparse, load_weights
+from tscnc_hf.artifact.models.saving import save_dense, save_sparse
+from tscnc_hf.artifact.packed.file import SPARSE_FILE, read_sparse_file, write_sparse_file
 
 
 NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
@@ -133,7 +127,7 @@ def test_the_packed_file_has_the_names_of_the_dense_one_and_is_smaller(make, tmp
     model = make()
     save_dense(model, tmp_path)
     path = save_sparse(model, tmp_path)
-    dense, packed = load_file(tmp_path / "model.safetensors"), checkpoint.read_sparse_file(path)
+    dense, packed = load_file(tmp_path / "model.safetensors"), read_sparse_file(path)
     assert dense.keys() == packed.keys() and all(torch.equal(dense[name], packed[name]) for name in dense)
     assert path.stat().st_size < 0.6 * (tmp_path / "model.safetensors").stat().st_size
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors", SPARSE_FILE]
@@ -157,7 +151,7 @@ def test_a_timm_folder_has_the_names_of_timm_and_is_read_with_either(tmp_path):
     assert all(name.startswith("timm_model.") for name in prefixed)
     load_weights(other := resnet(2), tmp_path / "prefixed")
     assert_same_weights(other, model)
-    checkpoint.write_sparse_file(prefixed, tmp_path / "prefixed" / SPARSE_FILE)
+    write_sparse_file(prefixed, tmp_path / "prefixed" / SPARSE_FILE)
     assert_same_weights(load_sparse(tmp_path / "prefixed"), model)
     found = AutoModelForImageClassification.from_pretrained(
         tmp_path / "prefixed", variant="sparse", quantization_config=SparseConfig()
@@ -361,7 +355,7 @@ def test_load_sparse_says_what_is_not_there(tmp_path):
 def test_load_sparse_refuses_what_does_not_fit(tmp_path):
     model = vit()
     path = save_sparse(model, tmp_path)
-    tensors = checkpoint.read_sparse_file(path)
+    tensors = read_sparse_file(path)
     name, renamed = "vit.encoder.layer.0.attention.attention.query.weight", "vit.layers.0.attention.q_proj.weight"
     less = {key: tensor for key, tensor in tensors.items() if key != name}
     for changed, message in [
@@ -369,13 +363,13 @@ def test_load_sparse_refuses_what_does_not_fit(tmp_path):
         ({**tensors, "more.weight": torch.ones(3)}, "1 unexpected: more.weight"),
         ({**tensors, name: torch.ones(3, 3)}, rf"1 of another shape: {renamed} \(3, 3\) for \(32, 32\)"),
     ]:
-        checkpoint.write_sparse_file(changed, path)
+        write_sparse_file(changed, path)
         with pytest.raises(ValueError, match=message):
             load_sparse(tmp_path)
     path.write_bytes(path.read_bytes()[:-5])
     with pytest.raises(ValueError, match="truncated or damaged"):
         load_sparse(tmp_path)
-    checkpoint.write_sparse_file(tensors, path)
+    write_sparse_file(tensors, path)
     assert_same_weights(load_sparse(tmp_path), model)
     BertConfig().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="BertConfig.*no image classifier"):
@@ -392,7 +386,7 @@ def test_load_sparse_downloads_two_files_of_one_commit(tmp_path, monkeypatch):
         asked.append((repo, name, revision, token))
         return str(snapshot / name)
 
-    monkeypatch.setattr(checkpoint, "hf_hub_download", download)
+    monkeypatch.setattr(loading, "hf_hub_download", download)
     again = load_sparse("owner/name", revision="v1", token="t")
     assert_same_weights(again, model)
     assert again.config.name_or_path == "owner/name"
@@ -404,7 +398,7 @@ def test_hub_errors_are_told_apart(monkeypatch):
         def download(*args, **kwargs):
             raise error
 
-        monkeypatch.setattr(checkpoint, "hf_hub_download", download)
+        monkeypatch.setattr(loading, "hf_hub_download", download)
 
     raises(RemoteEntryNotFoundError.__new__(RemoteEntryNotFoundError))
     with pytest.raises(FileNotFoundError, match=f"'owner/name' on the Hub lacks {SPARSE_FILE}.*save_sparse"):

@@ -12,8 +12,8 @@ from torch import nn
 from transformers import TimmWrapperConfig, TimmWrapperForImageClassification, ViTConfig, ViTForImageClassification
 
 from tscnc_hf import load_slim, load_sparse, save_sparse, slim
-from tscnc_hf.artifact.models.checkpoint import load_weights, save_dense
-from tscnc_hf.artifact.models.loading import load_model
+from tscnc_hf.artifact.models.loading import load_model, load_weights
+from tscnc_hf.artifact.models.saving import save_dense
 from tscnc_hf.artifact.repository.recard import rebuild_card
 from tscnc_hf.artifact.repository.repository import open_repository
 from tscnc_hf.method.units.groups import structure_groups

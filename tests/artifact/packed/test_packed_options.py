@@ -11,17 +11,20 @@ from test_checkpoint import MODELS, assert_same_weights, logits, resnet, vit
 from transformers import AutoModelForImageClassification, ViTModel
 
 import tscnc_hf
-from tscnc_hf.artifact.models import checkpoint
-from tscnc_hf.artifact.models.checkpoint import (
-    SPARSE_FILE,
-    config_digest,
-    load_sparse,
-    load_weights,
-    save_dense,
-    save_sparse,
-)
+from tscnc_hf.artifact.models import loading
+from tscnc_hf.artifact.models.config import config_digest
+from tscnc_hf.artifact.models.loading import load_sparse, load_weights
 from tscnc_hf.artifact.models.quantizer import SparseHfQuantizer
-from tscnc_hf.artifact.packed.file import GAPS, pack_tensors, read_sparse_file, unpack_tensors, write_sparse_file
+from tscnc_hf.artifact.models.saving import save_dense, save_sparse
+from tscnc_hf.artifact.packed.file import (
+    GAPS,
+    SPARSE_FILE,
+    pack_tensors,
+    read_sparse_file,
+    read_sparse_metadata,
+    unpack_tensors,
+    write_sparse_file,
+)
 from tscnc_hf.artifact.packed.limit import storage_limit
 
 
@@ -70,7 +73,7 @@ def test_rounded_values_are_said_to_be_and_nothing_else_changes(tmp_path):
     path = save_sparse(model, tmp_path / "rounded", value_dtype="fp16")
     found = load_sparse(tmp_path / "rounded")
     assert found.dtype == torch.float32
-    index = json.loads(checkpoint.read_sparse_metadata(path)["index"])
+    index = json.loads(read_sparse_metadata(path)["index"])
     rounded = 0
     for (name, one), other in zip(model.state_dict().items(), found.state_dict().values(), strict=True):
         if name.removeprefix("timm_model.") in index:
@@ -165,7 +168,7 @@ def test_a_dense_model_with_another_config_takes_the_packed_file_away(tmp_path):
 def test_a_file_for_a_much_larger_model_is_not_decoded(tmp_path, monkeypatch):
     path = save_sparse(vit(), tmp_path)
     write_sparse_file(read_sparse_file(path) | {"more": torch.zeros(1_000_000)}, path)
-    monkeypatch.setattr(checkpoint, "build_exactly", lambda *_: pytest.fail("was decoded"))
+    monkeypatch.setattr(loading, "build_exactly", lambda *_: pytest.fail("was decoded"))
     with pytest.raises(ValueError, match="it holds 10[0-9]* elements; the model has between"):
         load_sparse(tmp_path)
 
@@ -173,12 +176,12 @@ def test_a_file_for_a_much_larger_model_is_not_decoded(tmp_path, monkeypatch):
 def test_the_zeros_of_the_finished_model_are_counted(tmp_path, monkeypatch):
     save_sparse(vit(), tmp_path)
 
-    def forgetful(*args, build=checkpoint.build_exactly):
+    def forgetful(*args, build=loading.build_exactly):
         model = build(*args)
         model.classifier.weight.data[3] = 0.5
         return model
 
-    monkeypatch.setattr(checkpoint, "build_exactly", forgetful)
+    monkeypatch.setattr(loading, "build_exactly", forgetful)
     with pytest.raises(ValueError, match="values that are not zero, the model built from it"):
         load_sparse(tmp_path)
 

@@ -12,7 +12,7 @@ from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import RepositoryNotFoundError
 
 from tscnc_hf import load_sparse
-from tscnc_hf.artifact.models.checkpoint import save_dense, save_sparse
+from tscnc_hf.artifact.models.saving import save_dense, save_sparse
 from tscnc_hf.artifact.repository.push import push_folder
 from tscnc_hf.artifact.repository.recard import publish
 from tscnc_hf.artifact.repository.repository import published_files

@@ -17,7 +17,7 @@ import yaml
 from safetensors.torch import load_file
 from scipy.stats import ttest_rel
 
-from tscnc_hf.artifact.models.checkpoint import load_sparse
+from tscnc_hf.artifact.models.loading import load_sparse
 from tscnc_hf.training.ablation.comparison import comparison_markdown, paired_difference
 from tscnc_hf.training.ablation.figures import kappa, over_sparsity_figure
 from tscnc_hf.training.ablation.grid import Cell, grid

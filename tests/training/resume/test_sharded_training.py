@@ -14,7 +14,7 @@ from transformers import AutoModelForImageClassification
 
 from tests.hub import LocalHub
 from tests.sharded_runs import CASES, CUT, REPOSITORY, run
-from tscnc_hf.artifact.models.checkpoint import load_sparse
+from tscnc_hf.artifact.models.loading import load_sparse
 from tscnc_hf.training.resume.sharding import check_optimizer_layout, check_sharding
 from tscnc_hf.training.trainer import TSCNCTrainer
 

@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, TimmWrapperConfig
+from transformers import (
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+    AutoConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    TimmWrapperConfig,
+)
+
+
+CONFIG_FILE = "config.json"
+# of config.json, what says nothing of the model that the weights make
+NOT_THE_MODEL = {"_name_or_path", "dtype", "torch_dtype", "transformers_version", "quantization_config", "tscnc"}
 
 
 NOT_OURS = {
@@ -52,3 +66,32 @@ def label_fields(class_names: Sequence[str]) -> dict:
         "id2label": dict(enumerate(class_names)),
         "label2id": {name: index for index, name in enumerate(class_names)},
     }
+
+
+def config_digest(folder: str | os.PathLike) -> str:
+    """SHA-256 (hexadecimal) of what a folder's config.json says of its model, as `packed_format.md` describes.
+
+    Raises:
+        ValueError: the file is no JSON object.
+    """
+    path = Path(folder) / CONFIG_FILE
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        kept = {key: value for key, value in config.items() if key not in NOT_THE_MODEL}
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path}: not a JSON object ({error}). Download it or save it again.") from error
+    return hashlib.sha256(json.dumps(kept, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def image_classifier(config: Any) -> type[PreTrainedModel]:
+    """The class that `AutoModelForImageClassification` would take; itself it takes no state dict without a name."""
+    if type(config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
+        raise ValueError(
+            f"config.json describes {type(config).__name__}, for which transformers has no image classifier. "
+            "load_sparse reads image classifiers; a class of your own can be registered with "
+            "AutoModelForImageClassification.register(config_class, model_class)."
+        )
+    found = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING[type(config)]
+    classes = found if isinstance(found, (tuple, list)) else [found]
+    named = [one for one in classes if one.__name__ in (config.architectures or [])]
+    return (named or classes)[0]

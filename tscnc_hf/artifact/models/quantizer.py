@@ -15,7 +15,7 @@ from transformers.core_model_loading import ConversionOps, WeightConverter, Weig
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from tscnc_hf.artifact.models.checkpoint import load_sparse
+from tscnc_hf.artifact.models.loading import load_sparse
 from tscnc_hf.artifact.models.weights import same_tensors
 from tscnc_hf.artifact.packed.file import SPARSE_FILE
 from tscnc_hf.artifact.packed.index import GAPS

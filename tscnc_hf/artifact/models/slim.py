@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForImageClassification, PreTrainedModel, TimmWrapperConfig
+from transformers import PreTrainedModel, TimmWrapperConfig
 
-from tscnc_hf.artifact.models.checkpoint import image_classifier
-from tscnc_hf.artifact.models.config import read_config
-from tscnc_hf.artifact.models.narrowed import as_plain, narrowed, record_widths_, recorded_widths
+from tscnc_hf.artifact.models.narrowed import record_widths_
 from tscnc_hf.method.units.groups import KINDS
 from tscnc_hf.method.units.sites import HEAD_COUNTS
 from tscnc_hf.method.units.slimming import SlimReport, cut_dead_units
@@ -55,24 +52,6 @@ def slim(
     elif isinstance(slimmed, PreTrainedModel):
         report = replace(report, config="as before")
     return slimmed, report
-
-
-def load_slim(name_or_folder: str | os.PathLike, **options: Any) -> PreTrainedModel:
-    """
-    An image classifier with its dense weights, from a folder or the Hub, also one whose widths are recorded.
-
-    Args:
-        options: of `from_pretrained`.
-
-    Raises:
-        ValueError: recorded widths that the model cannot have. Otherwise what `from_pretrained` raises.
-    """
-    config = options.pop("config", None) or read_config(name_or_folder)
-    if not recorded_widths(config):
-        options = {"trust_remote_code": False} | options
-        return AutoModelForImageClassification.from_pretrained(name_or_folder, config=config, **options)
-    model_class = narrowed(image_classifier(config), config)
-    return as_plain(model_class.from_pretrained(name_or_folder, config=config, **options))
 
 
 def _make_config_true_(model: PreTrainedModel) -> str:

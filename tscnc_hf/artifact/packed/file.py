@@ -65,7 +65,7 @@ def pack_tensors(
         compression: "zstd" compresses gaps and values further, without loss; needs zstandard.
         value_dtype: "fp16" or "bf16" ROUNDS the values of packed tensors of wider dtypes; values that become zero are
             zeros then. Tensors that stay dense are not rounded. None keeps every bit.
-        config: digest of the config.json that goes with the tensors (`checkpoint.config_digest`).
+        config: digest of the config.json that goes with the tensors (`config_digest`).
 
     Returns:
         The stored tensors (contiguous, on the CPU, sharing no memory) and the metadata of `packed_format.md`.

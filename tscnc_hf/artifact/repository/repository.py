@@ -23,17 +23,10 @@ from huggingface_hub.errors import (
 )
 from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, PreTrainedModel
 
-from tscnc_hf.artifact.models.checkpoint import config_digest
-from tscnc_hf.artifact.models.config import read_config
+from tscnc_hf.artifact.models.config import config_digest, read_config
+from tscnc_hf.artifact.models.loading import build_exactly
 from tscnc_hf.artifact.models.narrowed import KEY
-from tscnc_hf.artifact.models.weights import (
-    INDEX_FILE,
-    WEIGHTS_FILE,
-    build_exactly,
-    has_weights,
-    read_weights,
-    same_tensors,
-)
+from tscnc_hf.artifact.models.weights import INDEX_FILE, WEIGHTS_FILE, has_weights, read_weights, same_tensors
 from tscnc_hf.artifact.packed.file import SPARSE_FILE, read_sparse_file
 
 

@@ -13,7 +13,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 from transformers.utils import logging
 
 from tscnc_hf.artifact.files.identity import RunIdentity, code_identity
-from tscnc_hf.artifact.models.checkpoint import load_weights
+from tscnc_hf.artifact.models.loading import load_weights
 from tscnc_hf.data.identity import dataset_identity
 from tscnc_hf.training.resume.checkpoints import (
     ResumeError,
