@@ -1,157 +1,249 @@
-"""Models from scratch: timm's own initialisation, class names, image processors, normalisation."""
+"""Names and folders to models: every door gives what was saved, or says what is wrong."""
 
-import numpy as np
+import json
+
 import pytest
-import timm
 import torch
-from PIL import Image
-from torch import nn
-from transformers import AutoImageProcessor, AutoModelForImageClassification
-
-from tscnc_hf.artifact.models.building import timm_model, vit_from_config
-from tscnc_hf.artifact.models.loading import load_model, logits_fn
-
-
-NAMES = ["red panda", "owl", "fox"]
-
-
-@pytest.mark.parametrize(
-    ("name", "model_args"),
-    [
-        ("resnet18", {}),
-        ("resnet18", {"channels": [8, 8, 8, 8], "layers": [1, 1, 1, 1]}),
-        ("vit_tiny_patch16_224", {"img_size": 8, "patch_size": 4, "embed_dim": 32, "depth": 1, "num_heads": 2}),
-    ],
+from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForImageClassification,
+    BertConfig,
 )
-def test_the_initialisation_is_timms_own(name, model_args):
-    torch.manual_seed(3)
-    model, _ = timm_model(name, NAMES, (8, 8), model_args=model_args)
-    torch.manual_seed(3)
-    plain = timm.create_model(name, pretrained=False, num_classes=3, **model_args)
-    own = model.timm_model.state_dict()
-    assert own.keys() == plain.state_dict().keys()
-    for key, value in plain.state_dict().items():
-        assert torch.equal(own[key], value), key
-    if name == "resnet18":
-        block = model.timm_model.layer1[0]
-        assert (block.bn2.weight == 0).all()
-        fan_out = block.conv1.out_channels * 9
-        assert float(block.conv1.weight.detach().std()) == pytest.approx((2 / fan_out) ** 0.5, rel=0.1)
+
+from tests.small_models import MODELS, NAMES, assert_same_weights, differs, images, logits, pruned, resnet, vit
+from tscnc_hf.artifact.models import loading
+from tscnc_hf.artifact.models.config import read_config
+from tscnc_hf.artifact.models.loading import load_sparse, load_weights
+from tscnc_hf.artifact.models.saving import save_dense, save_sparse
+from tscnc_hf.artifact.packed.file import SPARSE_FILE, read_sparse_file, write_sparse_file
 
 
-def uint8_images(channels=3, count=4, size=8) -> np.ndarray:
-    shape = (count, size, size, channels)
-    return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("kind", ["vit", "resnet"])
-def test_a_saved_model_comes_back_with_names_processor_and_logits(kind, channels, tmp_path):
-    """Our pixels in [0, 1] and transformers' own processor on uint8 images end in the same logits."""
-    sizes = {"patch_size": 4, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    if kind == "vit":
-        model, processor = vit_from_config(NAMES, (8, 8), channels, **sizes)
-    else:
-        options = {"channels": [8, 8, 8, 8], "layers": [1, 1, 1, 1]}
-        model, processor = timm_model("resnet18", NAMES, (8, 8), channels, model_args=options)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    model.eval().save_pretrained(tmp_path)
-    processor.save_pretrained(tmp_path)
-
-    again = AutoModelForImageClassification.from_pretrained(tmp_path)
+@MODELS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_load_sparse_is_the_model_bit_for_bit(make, dtype, tmp_path):
+    model = make().to(dtype)
+    path = save_sparse(model, tmp_path / "packed")
+    assert path == tmp_path / "packed" / SPARSE_FILE
+    assert sorted(p.name for p in path.parent.iterdir()) == ["config.json", SPARSE_FILE]
+    again = load_sparse(path.parent)
+    assert type(again) is type(model) and not again.training and again.dtype == dtype
+    assert_same_weights(again, model)
+    assert torch.equal(logits(again), logits(model))
     assert again.config.id2label == dict(enumerate(NAMES))
-    assert again.config.label2id == {name: index for index, name in enumerate(NAMES)}
-    stock = AutoImageProcessor.from_pretrained(tmp_path)
-    images = uint8_images(channels)
-    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
-    if channels == 3:
-        inputs = stock([Image.fromarray(image) for image in images], return_tensors="pt")["pixel_values"]
-        assert torch.allclose(inputs, (pixels - 0.5) / 0.25, atol=1e-5)
-    else:  # the processors of transformers are made for colour: the definition itself
-        inputs = (pixels - 0.5) / 0.25
-    with torch.no_grad():
-        expected = again(pixel_values=inputs).logits
-        assert expected.std() > 1e-3
-        assert torch.allclose(logits_fn(model, processor)(pixels), expected, atol=1e-5)
-        assert torch.allclose(logits_fn(again, stock)(pixels), expected, atol=1e-5)
-        if kind == "resnet":  # its config is enough
-            assert torch.allclose(logits_fn(again)(pixels), expected, atol=1e-5)
-        loaded, its_processor = load_model(str(tmp_path))
-        assert torch.equal(logits_fn(loaded, its_processor)(pixels), logits_fn(again, stock)(pixels))
+    assert again.config.name_or_path == str(path.parent)
 
 
-def test_another_number_of_classes_gets_a_new_head_and_keeps_the_rest(tmp_path):
-    sizes = {"patch_size": 4, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    model, processor = vit_from_config(NAMES, (8, 8), **sizes)
-    model.save_pretrained(tmp_path)
-    processor.save_pretrained(tmp_path)
-    five = ["a", "b", "c", "d", "e"]
-    other, _ = load_model(str(tmp_path), five)
-    assert other.classifier.weight.shape == (5, 32)
-    assert list(other.config.id2label.values()) == five
-    for name, tensor in model.vit.state_dict().items():
-        assert torch.equal(tensor, other.vit.state_dict()[name])
-    same, _ = load_model(str(tmp_path), NAMES)
-    assert torch.equal(same.classifier.weight, model.classifier.weight)
-    assert same.config.id2label == dict(enumerate(NAMES))
+@MODELS
+def test_a_loaded_model_is_ordinary(make, tmp_path):
+    model = make()
+    save_sparse(model, tmp_path / "packed")
+    again = load_sparse(tmp_path / "packed").train()
+    again(pixel_values=images(), labels=torch.tensor([1, 2])).loss.backward()
+    assert all(p.grad is not None for p in again.parameters() if p.requires_grad)
+    again.load_state_dict(model.state_dict())  # train mode has moved the BatchNorm statistics
+    save_dense(model, tmp_path / "dense")
+    save_dense(again, tmp_path / "again")
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("dense", "again"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    save_sparse(again, tmp_path / "again")
+    assert_same_weights(load_sparse(tmp_path / "again"), model)
 
 
-def test_one_channel_models_train_on_grey_images(make_config):
-    from tscnc_hf.data.loading import load_image_data
-    from tscnc_hf.training.trainer import TSCNCTrainer
-
-    data = load_image_data("digits", channels="grey", augmentation="crop")
-    options = {"channels": [8, 8, 8, 8], "layers": [1, 1, 1, 1]}
-    for model, processor in (
-        timm_model("resnet18", data.class_names, data.image_size, data.channels, model_args=options),
-        vit_from_config(
-            data.class_names, data.image_size, data.channels, patch_size=4, hidden_size=32, num_hidden_layers=1,
-            num_attention_heads=2,
-        ),
-    ):  # fmt: skip
-        assert data.channels == 1
-        first = next(m for m in model.modules() if isinstance(m, nn.Conv2d))
-        assert first.in_channels == 1
-        args = make_config()
-        trainer = TSCNCTrainer(model, args, train_dataset=data.train.subset(range(64)), processing_class=processor)
-        trainer.train()
-        assert trainer.compressor.pruner.pruned_count == trainer.compressor.pruner.target_count(0.9)
+@MODELS
+def test_a_stock_loader_stops_at_the_packed_file(make, tmp_path):
+    """Else it would go on with random weights and a warning; the file's name is that of a transformers variant."""
+    save_sparse(make(), tmp_path)
+    with pytest.raises(OSError, match="no file named model.safetensors"):
+        AutoModelForImageClassification.from_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match="mismatched"):
+        AutoModelForImageClassification.from_pretrained(tmp_path, variant="sparse")
 
 
-# ---- errors ----
+def test_damaged_shards_are_refused(tmp_path):
+    model = vit()
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    index = tmp_path / "model.safetensors.index.json"
+    good = index.read_text()
+    entries = json.loads(good)
+    for text, message in [
+        ("{", "not an index"),
+        ('{"weight_map": 3}', "not an index"),
+        (json.dumps({"weight_map": {"a": "../a.safetensors"}}), "same folder"),
+        (good.replace("classifier.bias", "other.bias"), "1 missing: other.bias; 1 unexpected: classifier.bias"),
+    ]:
+        index.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            load_weights(model, tmp_path)
+    index.write_text(good)
+    (tmp_path / entries["weight_map"]["classifier.bias"]).unlink()
+    with pytest.raises(FileNotFoundError, match="model-0"):
+        load_weights(model, tmp_path)
 
 
-def test_an_unknown_name_lists_similar_ones():
-    with pytest.raises(ValueError, match="no model named 'resnet19'; similar: .*resnet"):
-        timm_model("resnet19", NAMES, (8, 8))
-    with pytest.raises(ValueError, match="no model named 'qqqqqqq'$"):
-        timm_model("qqqqqqq", NAMES, (8, 8))
+def test_load_sparse_says_what_is_not_there(tmp_path):
+    save_dense(vit(), tmp_path)
+    with pytest.raises(FileNotFoundError, match=f"no {SPARSE_FILE}.*save_sparse"):
+        load_sparse(tmp_path)
+    save_sparse(vit(), tmp_path)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match="no config.json"):
+        load_sparse(tmp_path)
+    (tmp_path / SPARSE_FILE).touch()
+    with pytest.raises(FileNotFoundError, match="is a file; give the folder that holds it"):
+        load_sparse(tmp_path / SPARSE_FILE)
+    with pytest.raises(FileNotFoundError, match="neither a folder"):
+        load_sparse(tmp_path / "elsewhere")
 
 
-@pytest.mark.parametrize(
-    ("name", "model_args"),
-    [("resnet18", {"depth": 3}), ("vit_tiny_patch16_224", {"img_size": 8, "embed_dim": 30, "num_heads": 4})],
-)
-def test_arguments_that_timm_refuses(name, model_args):
-    with pytest.raises(ValueError, match=f"timm's {name} does not take model_args=") as caught:
-        timm_model(name, NAMES, (8, 8), model_args=model_args)
-    assert str(model_args) in str(caught.value)
+def test_load_sparse_refuses_what_does_not_fit(tmp_path):
+    model = vit()
+    path = save_sparse(model, tmp_path)
+    tensors = read_sparse_file(path)
+    name, renamed = "vit.encoder.layer.0.attention.attention.query.weight", "vit.layers.0.attention.q_proj.weight"
+    less = {key: tensor for key, tensor in tensors.items() if key != name}
+    for changed, message in [
+        (less, f"1 missing: {renamed}"),
+        ({**tensors, "more.weight": torch.ones(3)}, "1 unexpected: more.weight"),
+        ({**tensors, name: torch.ones(3, 3)}, rf"1 of another shape: {renamed} \(3, 3\) for \(32, 32\)"),
+    ]:
+        write_sparse_file(changed, path)
+        with pytest.raises(ValueError, match=message):
+            load_sparse(tmp_path)
+    path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(ValueError, match="truncated or damaged"):
+        load_sparse(tmp_path)
+    write_sparse_file(tensors, path)
+    assert_same_weights(load_sparse(tmp_path), model)
+    BertConfig().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="BertConfig.*no image classifier"):
+        load_sparse(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("size", "options", "message"),
-    [
-        ((8, 6), {}, r"image_size=\(8, 6\).*square"),
-        ((8, 8), {"patch_size": 3}, "patch_size=3 does not divide the image size 8"),
-        (
-            (8, 8),
-            {"hidden_size": 32, "num_attention_heads": 3},
-            "num_attention_heads=3 does not divide hidden_size=32",
-        ),
-    ],
-)
-def test_sizes_that_do_not_fit(size, options, message):
-    with pytest.raises(ValueError, match=message):
-        vit_from_config(NAMES, size, **options)
+def test_load_sparse_downloads_two_files_of_one_commit(tmp_path, monkeypatch):
+    model = vit()
+    snapshot = tmp_path / "snapshots" / "0123abcd"
+    save_sparse(model, snapshot)
+    asked = []
+
+    def download(repo, name, revision, token):
+        asked.append((repo, name, revision, token))
+        return str(snapshot / name)
+
+    monkeypatch.setattr(loading, "hf_hub_download", download)
+    again = load_sparse("owner/name", revision="v1", token="t")
+    assert_same_weights(again, model)
+    assert again.config.name_or_path == "owner/name"
+    assert asked == [("owner/name", SPARSE_FILE, "v1", "t"), ("owner/name", "config.json", "0123abcd", "t")]
+
+
+def test_hub_errors_are_told_apart(monkeypatch):
+    def raises(error):
+        def download(*args, **kwargs):
+            raise error
+
+        monkeypatch.setattr(loading, "hf_hub_download", download)
+
+    raises(RemoteEntryNotFoundError.__new__(RemoteEntryNotFoundError))
+    with pytest.raises(FileNotFoundError, match=f"'owner/name' on the Hub lacks {SPARSE_FILE}.*save_sparse"):
+        load_sparse("owner/name")
+    raises(LocalEntryNotFoundError("no connection"))
+    with pytest.raises(LocalEntryNotFoundError, match="no connection"):
+        load_sparse("owner/name")
+
+
+@MODELS
+def test_load_weights_restores_the_model(make, tmp_path):
+    model, other = make(0), make(1)
+    save_dense(model, tmp_path)
+    assert differs(model, other)
+    parameters, state = list(other.parameters()), torch.get_rng_state()
+    load_weights(other.train(), tmp_path)
+    assert_same_weights(other, model)
+    assert torch.equal(logits(other.eval()), logits(model))
+    assert all(a is b for a, b in zip(parameters, other.parameters(), strict=True))  # an optimizer holds on to them
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_raw_file_would_not_restore_a_vit(tmp_path):
+    """Why load_weights exists: the names on disk are not those in memory, and strict=False hides it."""
+    model, other = vit(0), vit(1)
+    save_dense(model, tmp_path)
+    other.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=False)
+    assert differs(model, other)
+    load_weights(other, tmp_path)
+    assert not differs(model, other)
+
+
+@pytest.mark.parametrize("disk, own", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)], ids=str)
+def test_load_weights_keeps_the_dtype_of_the_model(disk, own, tmp_path):
+    model, other = vit(0).to(disk), vit(1).to(own)
+    save_dense(model, tmp_path)
+    load_weights(other, tmp_path)
+    assert {p.dtype for p in other.parameters()} == {own}
+    assert_same_weights(other, model.to(own))
+
+
+def test_load_weights_of_mixed_dtypes_is_exact(tmp_path):
+    def mixed(seed):
+        model = vit(seed).to(torch.bfloat16)
+        model.classifier.to(torch.float32)
+        pruned(model.classifier, seed)  # values that bfloat16 does not have
+        return model
+
+    model, other = mixed(0), mixed(1)
+    save_dense(model, tmp_path)
+    load_weights(other, tmp_path)
+    assert_same_weights(other, model)
+
+
+def test_load_weights_refuses_and_leaves_the_model_alone(tmp_path):
+    model, other = vit(0), vit(1)
+    before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
+    save_dense(model, tmp_path)
+    good = load_file(tmp_path / "model.safetensors")
+    less = {name: tensor for name, tensor in good.items() if name != "classifier.bias"}
+    for changed, message in [
+        (less, "1 missing: classifier.bias"),
+        ({**good, "more": torch.ones(2)}, "1 unexpected: more"),
+        ({**less, "classifier.bias": torch.ones(3)}, r"1 of another shape: classifier.bias \(3,\) for \(10,\)"),
+    ]:
+        save_file(changed, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=message):
+            load_weights(other, tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"\x10")
+    with pytest.raises(ValueError, match="truncated or damaged"):
+        load_weights(other, tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="no checkpoint folder"):
+        load_weights(other, tmp_path)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in other.state_dict().items())
+
+
+def test_load_weights_notices_what_is_attached_to_the_model(tmp_path):
+    save_dense(vit(0), tmp_path)
+    other = vit(1)
+    other.register_buffer("mask", torch.ones(3))
+    with pytest.raises(ValueError, match="1 missing: mask"):
+        load_weights(other, tmp_path)
+
+
+def test_load_weights_into_a_plain_module(tmp_path):
+    model, other = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    assert differs(model, other)
+    load_weights(other, tmp_path)
+    assert_same_weights(other, model)
+    with pytest.raises(ValueError, match="unexpected: bias"):
+        load_weights(torch.nn.Linear(3, 2, bias=False), tmp_path)
+    with pytest.raises(ValueError, match="shape: weight"):
+        load_weights(torch.nn.Linear(4, 2), tmp_path)
+
+
+def test_a_timm_config_does_not_choose_files_to_load(tmp_path):
+    config = resnet().config
+    config.model_args = config.model_args | {"checkpoint_path": str(tmp_path / "evil.pth"), "cache_dir": "elsewhere"}
+    config.save_pretrained(tmp_path)
+    assert "evil" in (tmp_path / "config.json").read_text()
+    assert read_config(tmp_path).model_args == resnet().config.model_args

@@ -7,10 +7,10 @@ import sys
 
 import pytest
 import torch
-from test_checkpoint import MODELS, assert_same_weights, logits, resnet, vit
 from transformers import AutoModelForImageClassification, ViTModel
 
 import tscnc_hf
+from tests.small_models import MODELS, assert_same_weights, logits, resnet, vit
 from tscnc_hf.artifact.models import loading
 from tscnc_hf.artifact.models.config import config_digest
 from tscnc_hf.artifact.models.loading import load_sparse, load_weights
