@@ -25,14 +25,15 @@ class ModelArguments:
 def main(args: list[str] | None = None) -> None:
     config, data_arguments, model_arguments = parse(ModelArguments, args)
 
-    from tscnc_hf.artifact.models.finetuning import checkpoint_format, load_for_finetuning
+    from tscnc_hf.artifact.models.config import input_format
+    from tscnc_hf.artifact.models.finetuning import load_for_finetuning
 
     set_cpu_threads(config, data_arguments.cpu_threads)
     name = model_arguments.model_name_or_path
     with one_line_errors():
-        side, channels = checkpoint_format(name)
-    channels = {1: "grey", 3: "rgb"}.get(channels, data_arguments.channels)
-    data_arguments = replace(data_arguments, image_size=data_arguments.image_size or side, channels=channels)
+        side, channels = input_format(name)
+    given = {"image_size": data_arguments.image_size or side, "channels": channels or data_arguments.channels}
+    data_arguments = replace(data_arguments, **given)
     data = load_data(data_arguments, config.seed)
 
     def build():

@@ -235,9 +235,9 @@ def test_other_settings_in_the_same_folder(folders, tmp_path):
 
 
 def test_the_format_that_a_model_takes(folders, build):
-    assert input_format(*load_model(str(folders["dense"]))) == (8, 3)
-    assert input_format(*build("resnet")) == (8, 3)
+    assert input_format(*load_model(str(folders["dense"]))) == (8, "rgb")
+    assert input_format(*build("resnet")) == (8, "rgb")
     config = ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1], num_labels=10)  # says nothing of the size
     processor = ViTImageProcessor(size={"height": 32, "width": 32})
-    assert input_format(ResNetForImageClassification(config), processor) == (32, 3)
-    assert input_format(ResNetForImageClassification(config)) == (None, 3)
+    assert input_format(ResNetForImageClassification(config), processor) == (32, "rgb")
+    assert input_format(ResNetForImageClassification(config)) == (None, "rgb")

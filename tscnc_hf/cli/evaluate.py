@@ -207,7 +207,7 @@ def _load_data(arguments: EvaluationArguments, model, processor, say: Callable[[
         image_column=arguments.image_column,
         label_column=arguments.label_column,
         image_size=arguments.image_size or side,
-        channels={1: "grey", 3: "rgb"}.get(channels, "auto"),
+        channels=channels or "auto",
         augmentation="none",
         train_limit=1,
         test_limit=arguments.n,

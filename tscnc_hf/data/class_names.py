@@ -18,15 +18,11 @@ def compare_class_names(of_model: Sequence[str], of_data: Sequence[str]) -> str 
     Raises:
         ValueError: the same names in another order; or another number of classes and not one name in common.
     """
-    ours, theirs = ([name.strip().casefold() for name in names] for names in (of_model, of_data))
+    ours, theirs = _plain(of_model), _plain(of_data)
     if ours == theirs:
         return None
-    if sorted(ours) == sorted(theirs):
-        raise ValueError(
-            f"the model's classes are {', '.join(of_model)}; the data set has them in another order: "
-            f"{', '.join(of_data)}. Reorder the labels of the data set"
-        )
-    unnamed = all(NO_NAME.fullmatch(name) for name in ours)
+    refuse_another_order(of_model, of_data)
+    unnamed = has_no_names(of_model)
     if unnamed and len(ours) == len(theirs):
         return None
     both = set(ours) & set(theirs)
@@ -42,6 +38,25 @@ def compare_class_names(of_model: Sequence[str], of_data: Sequence[str]) -> str 
         f"only the data set, of {len(theirs)}, has {_some(of_data, both)}"
         + (f"; {moved} of the {len(both)} names in both have another number" if moved else "")
     )
+
+
+def refuse_another_order(of_model: Sequence[str], of_data: Sequence[str]) -> None:
+    """ValueError where a data set has the model's classes under other numbers."""
+    ours, theirs = _plain(of_model), _plain(of_data)
+    if ours != theirs and sorted(ours) == sorted(theirs):
+        raise ValueError(
+            f"the model's classes are {', '.join(of_model)}; the data set has them in another order: "
+            f"{', '.join(of_data)}. Reorder the labels of the data set"
+        )
+
+
+def has_no_names(class_names: Sequence[str]) -> bool:
+    """Whether the classes are only numbered ("LABEL_0", "0")."""
+    return all(NO_NAME.fullmatch(name) for name in _plain(class_names))
+
+
+def _plain(names: Sequence[str]) -> list[str]:
+    return [name.strip().casefold() for name in names]
 
 
 def _some(names: Sequence[str], but: set[str] = frozenset()) -> str:

@@ -6,17 +6,17 @@ import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
 from safetensors.torch import load_file, save_file
-from transformers import (
-    AutoModelForImageClassification,
-    BertConfig,
-)
+from transformers import AutoModelForImageClassification, BertConfig, ViTImageProcessor, ViTModel
 
 from tests.small_models import MODELS, NAMES, assert_same_weights, differs, images, logits, pruned, resnet, vit
+from tscnc_hf import SparseConfig, slim
 from tscnc_hf.artifact.models import loading
-from tscnc_hf.artifact.models.config import read_config
-from tscnc_hf.artifact.models.loading import load_sparse, load_weights
-from tscnc_hf.artifact.models.saving import save_dense, save_sparse
+from tscnc_hf.artifact.models.config import config_digest, read_config
+from tscnc_hf.artifact.models.loading import load_classifier, load_model, load_slim, load_sparse, load_weights
+from tscnc_hf.artifact.models.saving import disk_state, save_dense, save_sparse
 from tscnc_hf.artifact.packed.file import SPARSE_FILE, read_sparse_file, write_sparse_file
+from tscnc_hf.artifact.repository.push import push_folder
+from tscnc_hf.artifact.repository.repository import build_model, read_tensors
 
 
 @MODELS
@@ -247,3 +247,185 @@ def test_a_timm_config_does_not_choose_files_to_load(tmp_path):
     config.save_pretrained(tmp_path)
     assert "evil" in (tmp_path / "config.json").read_text()
     assert read_config(tmp_path).model_args == resnet().config.model_args
+
+
+# ---- every door, every kind of damage ----
+
+
+def slimmed():
+    """A ViT whose layers are of unequal width, which only a record can say."""
+    model = vit()
+    for layer, dead in zip(model.vit.layers, (10, 30), strict=True):
+        layer.mlp.fc1.weight.data[:dead] = 0
+        layer.mlp.fc1.bias.data[:dead] = 0
+    small, report = slim(model)
+    assert report.config == "recorded"
+    return small
+
+
+def stock_packed(folder):
+    return AutoModelForImageClassification.from_pretrained(
+        folder, variant="sparse", quantization_config=SparseConfig()
+    )
+
+
+def into(make):
+    def load(folder):
+        model = make()
+        load_weights(model, folder)
+        return model
+
+    return load
+
+
+def as_repository(folder):
+    return build_model(folder, read_tensors(folder))
+
+
+KINDS = {"vit": (vit, "classifier.weight"), "timm": (resnet, "fc.weight"), "slimmed": (slimmed, "classifier.weight")}
+BOTH = {"load_model": lambda folder: load_model(folder)[0], "load_slim": load_slim, "repository": as_repository}
+
+
+def damages(tensors, head):
+    """(tensors with one thing wrong, what must be said of it)"""
+    inner = next(name for name in tensors if tensors[name].ndim == 4 or name.endswith("fc1.weight"))
+    for name in (head, inner):
+        last = name.removeprefix("vit.").split(".", 3)[-1].replace("intermediate.dense", "mlp.fc1")
+        yield {key: tensor for key, tensor in tensors.items() if key != name}, f"1 missing: .*{last}"
+        yield tensors | {name: tensors[name][:-1].contiguous()}, f"1 of another shape: .*{last} .* for "
+    yield tensors | {"vit.layers.7.mlp.fc1.weight": torch.ones(2)}, "1 unexpected: .*layers.7.mlp.fc1.weight"
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["one file", "shards"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_dense_weights_are_all_there_and_no_others_whatever_the_door(kind, sharded, tmp_path):
+    make, head = KINDS[kind]
+    model = make()
+    processor = ViTImageProcessor(size={"height": 8, "width": 8})
+    processor.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path, max_shard_size="20KB" if sharded else "1GB", state_dict=disk_state(model))
+    doors = BOTH | {"load_weights": into(make)}
+    for load in doors.values():
+        assert_same_weights(load(tmp_path), model)
+    if kind != "slimmed":
+        assert_same_weights(AutoModelForImageClassification.from_pretrained(tmp_path), model)
+    tensors = {}
+    for path in tmp_path.glob("*.safetensors"):
+        tensors |= load_file(path)
+        path.unlink()
+    for changed, message in damages(tensors, head):
+        if sharded:
+            names = sorted(changed)
+            parts = [names[::2], names[1::2]]
+            index = {"metadata": {}, "weight_map": {}}
+            for number, part in enumerate(parts, 1):
+                file = f"model-0000{number}-of-00002.safetensors"
+                save_file({name: changed[name] for name in part}, tmp_path / file, {"format": "pt"})
+                index["weight_map"] |= dict.fromkeys(part, file)
+            (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+        else:
+            save_file(changed, tmp_path / "model.safetensors", {"format": "pt"})
+        for load in doors.values():
+            with pytest.raises(ValueError, match=message):
+                load(tmp_path)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_weights_are_all_there_and_no_others_whatever_the_door(kind, tmp_path):
+    make, head = KINDS[kind]
+    model = make()
+    ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(tmp_path)
+    path = save_sparse(model, tmp_path)
+    doors = BOTH | {"load_sparse": load_sparse}
+    if kind != "slimmed":
+        doors["transformers"] = stock_packed
+    for load in doors.values():
+        assert_same_weights(load(tmp_path), model)
+    tensors = read_sparse_file(path)
+    for changed, message in damages(tensors, head):
+        write_sparse_file(changed, path, config=config_digest(tmp_path))
+        for load in doors.values():
+            with pytest.raises(ValueError, match=message):
+                load(tmp_path)
+
+
+def test_transformers_alone_does_not_load_what_is_packed_and_slimmed(tmp_path):
+    save_sparse(slimmed(), tmp_path)
+    with pytest.raises((ValueError, RuntimeError), match="shape|size|mismatch"):
+        stock_packed(tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "no shard"])
+def test_damaged_dense_files_are_errors_that_name_them(damage, tmp_path):
+    model = vit()
+    model.save_pretrained(tmp_path, max_shard_size="20KB" if damage == "no shard" else "1GB")
+    path = sorted(tmp_path.glob("*.safetensors"))[0]
+    if damage == "no shard":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[: 1000 if damage == "truncated" else 0])
+    for load in (load_slim, load_classifier, into(vit), as_repository):
+        with pytest.raises((ValueError, FileNotFoundError, OSError), match=str(tmp_path)):
+            load(tmp_path)
+
+
+def test_config_and_weights_are_of_the_revision_that_was_asked_for(hub, tmp_path):
+    """Main has a wide model, a branch the slimmed one, dense, and another the same, packed."""
+    wide, small = vit(), slimmed()
+    wide.save_pretrained(tmp_path / "wide")
+    small.save_pretrained(tmp_path / "dense")
+    save_sparse(small, tmp_path / "packed")
+    for name, revision in (("wide", None), ("dense", "slim"), ("packed", "packed")):
+        ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(tmp_path / name)
+        push_folder(tmp_path / name, "tester/model", revision=revision)
+    for load in (load_slim, lambda name, **options: load_model(name, **options)[0]):
+        assert_same_weights(load("tester/model"), wide)
+        for revision in ("slim", "packed"):
+            found = load("tester/model", revision=revision)
+            assert_same_weights(found, small)
+            assert found.config.tscnc["slim"] == small.config.tscnc["slim"]
+            assert found.config.name_or_path == "tester/model"
+    assert_same_weights(load_sparse("tester/model", revision="packed"), small)
+    with pytest.raises(FileNotFoundError, match="on the Hub lacks"):
+        load_sparse("tester/model", revision="slim")
+    with pytest.raises(OSError, match="nowhere"):
+        load_slim("tester/model", revision="nowhere")
+
+
+def test_options_of_from_pretrained_reach_both_kinds_of_weights(tmp_path):
+    model = vit()
+    model.save_pretrained(tmp_path / "dense")
+    save_sparse(model, tmp_path / "packed")
+    for folder in (tmp_path / "dense", tmp_path / "packed"):
+        found = load_slim(folder, dtype=torch.bfloat16, attn_implementation="eager")
+        assert_same_weights(found, vit().to(torch.bfloat16))
+        assert found.config._attn_implementation == "eager"
+
+
+# ---- a new head ----
+
+
+def test_a_backbone_with_a_pooler_gets_a_head(tmp_path):
+    backbone = ViTModel(vit().config)
+    backbone.save_pretrained(tmp_path)
+    assert any(name.startswith("pooler") for name in load_file(tmp_path / "model.safetensors"))
+    with pytest.raises(ValueError, match="missing: classifier.*unexpected: .*pooler"):
+        load_classifier(tmp_path)
+    model = load_classifier(tmp_path, NAMES, new_head=True)
+    state = backbone.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.vit.state_dict().items())
+    assert load_classifier(tmp_path, NAMES[:3]).num_labels == 3
+
+
+def test_a_new_head_is_no_licence_for_other_weights(tmp_path):
+    """Not even for those with as many rows as there are classes."""
+    vit(hidden_size=32).save_pretrained(tmp_path)
+    path, classes = tmp_path / "model.safetensors", [str(number) for number in range(32)]
+    good = load_file(path)
+    assert load_classifier(tmp_path, classes).classifier.weight.shape == (32, 32)
+    less = {name: tensor for name, tensor in good.items() if name != "vit.layernorm.weight"}
+    more = good | {"vit.encoder.layer.2.output.dense.bias": torch.ones(32)}
+    for changed, message in ((less, "1 missing: vit.layernorm.weight"), (more, "1 unexpected: vit.*layer.*2")):
+        save_file(changed, path, {"format": "pt"})
+        with pytest.raises(ValueError, match=message):
+            load_classifier(tmp_path, classes)

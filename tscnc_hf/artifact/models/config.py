@@ -9,9 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import transformers
 from transformers import (
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
     AutoConfig,
+    AutoImageProcessor,
     PreTrainedConfig,
     PreTrainedModel,
     TimmWrapperConfig,
@@ -21,8 +23,7 @@ from transformers import (
 CONFIG_FILE = "config.json"
 # of config.json, what says nothing of the model that the weights make
 NOT_THE_MODEL = {"_name_or_path", "dtype", "torch_dtype", "transformers_version", "quantization_config", "tscnc"}
-
-
+COLOURS = {1: "grey", 3: "rgb"}  # as `channels` of load_image_data
 NOT_OURS = {
     "num_classes", "checkpoint_path", "cache_dir", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay",
 }  # fmt: skip
@@ -46,17 +47,26 @@ def read_config(name_or_folder: str | os.PathLike, **options: Any) -> PreTrained
 
 
 def input_format(
-    model: PreTrainedModel | PreTrainedConfig, processing_class: object | None = None
-) -> tuple[int | None, int | None]:
-    """Side in pixels and channels of the images that a model, or that of a config, takes; None where nothing says."""
+    model: PreTrainedModel | PreTrainedConfig | str, processing_class: object | None = None
+) -> tuple[int | None, str | None]:
+    """Side in pixels and channels ("rgb" or "grey") of the images that a model takes; None where nothing says.
+
+    Args:
+        model: itself, its config, or its name or folder, of which config and image processor are read.
+
+    Raises:
+        OSError: there is no such model. ValueError: it is of no known architecture.
+    """
+    if isinstance(model, str):
+        model, processing_class = read_config(model), AutoImageProcessor.from_pretrained(model)
     config = getattr(model, "config", model)
     pretrained = getattr(config, "pretrained_cfg", None) or {}
     if "input_size" in pretrained:
-        return pretrained["input_size"][-1], pretrained["input_size"][0]
+        return pretrained["input_size"][-1], COLOURS.get(pretrained["input_size"][0])
     size = getattr(processing_class, "crop_size", None) if getattr(processing_class, "do_center_crop", False) else None
     size = dict(size or getattr(processing_class, "size", None) or {})
     side = getattr(config, "image_size", None) or size.get("height") or size.get("shortest_edge")
-    return side if isinstance(side, int) else None, getattr(config, "num_channels", None)
+    return side if isinstance(side, int) else None, COLOURS.get(getattr(config, "num_channels", None))
 
 
 def label_fields(class_names: Sequence[str]) -> dict:
@@ -83,15 +93,26 @@ def config_digest(folder: str | os.PathLike) -> str:
     return hashlib.sha256(json.dumps(kept, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def image_classifier(config: Any) -> type[PreTrainedModel]:
-    """The class that `AutoModelForImageClassification` would take; itself it takes no state dict without a name."""
+def class_of(config: PreTrainedConfig, classifier: bool = True) -> type[PreTrainedModel]:
+    """
+    The class that `AutoModelForImageClassification` would take (itself it takes no state dict without a name); unless
+    a `classifier` is wanted, the class of transformers that the config names, whatever it is for.
+
+    Raises:
+        ValueError: there is none.
+    """
+    names = config.architectures or []
+    if not classifier:
+        for name in names:
+            found = getattr(transformers, name, None)  # a name of transformers itself, never one of the repository
+            if isinstance(found, type) and issubclass(found, PreTrainedModel):
+                return found
     if type(config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
         raise ValueError(
-            f"config.json describes {type(config).__name__}, for which transformers has no image classifier. "
-            "load_sparse reads image classifiers; a class of your own can be registered with "
+            f"config.json describes {type(config).__name__} with the architectures {names}, for which transformers "
+            f"has {'no image classifier' if classifier else 'no model class'}. A class of your own can be registered: "
             "AutoModelForImageClassification.register(config_class, model_class)."
         )
     found = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING[type(config)]
     classes = found if isinstance(found, (tuple, list)) else [found]
-    named = [one for one in classes if one.__name__ in (config.architectures or [])]
-    return (named or classes)[0]
+    return next((one for one in classes if one.__name__ in names), classes[0])

@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 import torch
-from transformers import AutoImageProcessor, PreTrainedModel, TimmWrapperImageProcessor
+from transformers import PreTrainedModel, TimmWrapperImageProcessor
 
 from tscnc_hf.artifact.models.config import input_format, label_fields, read_config
 from tscnc_hf.artifact.models.loading import load_model
-
-
-def checkpoint_format(name_or_folder: str) -> tuple[int | None, int | None]:
-    """Side in pixels and number of channels of the images that a checkpoint takes; its weights are not read.
-
-    Raises:
-        OSError: there is no such model. ValueError: it is of no known architecture.
-    """
-    return input_format(read_config(name_or_folder), AutoImageProcessor.from_pretrained(name_or_folder))
+from tscnc_hf.data.class_names import has_no_names, refuse_another_order
 
 
 def load_for_finetuning(
@@ -45,11 +36,7 @@ def load_for_finetuning(
     """
     config, new = read_config(name_or_folder), list(class_names)
     old = [str(config.id2label[index]) for index in range(config.num_labels)]
-    if old != new and sorted(old) == sorted(new):
-        raise ValueError(
-            f"{name_or_folder} has the classes {', '.join(old)}; the data set has them in another order: "
-            f"{', '.join(new)}. Reorder the labels of the data set"
-        )
+    refuse_another_order(old, new)
     kept, had_none = len(old) == len(new), ""
     if kept:
         try:
@@ -57,8 +44,8 @@ def load_for_finetuning(
         except ValueError:  # of a backbone; anything else is raised again below
             kept, had_none = False, ", it had none"
     if not kept:
-        model, processor = load_model(name_or_folder, class_names)
-    renamed = kept and old != new and not _only_numbered(new)
+        model, processor = load_model(name_or_folder, class_names, new_head=True)
+    renamed = kept and old != new and not has_no_names(new)
     if renamed:
         head = f"head for {len(old)} classes kept, renamed from {', '.join(old[:3])} ... to {', '.join(new[:3])} ..."
     elif kept:
@@ -69,16 +56,12 @@ def load_for_finetuning(
         for key, value in label_fields(class_names).items():
             setattr(model.config, key, value)
     side, channels = input_format(model, processor)
-    _check_size(model, channels or 3, image_size)
+    _check_size(model, 1 if channels == "grey" else 3, image_size)
     size = f"images of {image_size[0]}x{image_size[1]}"
     if image_size != (side, side):
         processor = _take_size_(model, processor, image_size)
         size += f", of {side}x{side} so far" if side else ""
     return model, processor, f"{head}; {size}"
-
-
-def _only_numbered(names: Sequence[str]) -> bool:
-    return all(re.fullmatch(r"(LABEL_)?\d+", name) for name in names)
 
 
 def _check_size(model: PreTrainedModel, channels: int, image_size: tuple[int, int]) -> None:

@@ -1,4 +1,9 @@
-"""A name or folder to a module with its weights and image processor; logits from pixels."""
+"""A name or folder to a module, whatever lies there: dense weights, packed ones, layers narrower than the config says.
+
+Every way in ends in `build_exactly` or `load_exactly`: a weight that is missing, unexpected or of another shape is an
+error that names it. Keys on disk are not those in memory (ViT renames most of its parameters when it is saved), so a
+`PreTrainedModel` is always read through transformers' own conversion.
+"""
 
 from __future__ import annotations
 
@@ -13,22 +18,22 @@ from typing import Any
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError
 from torch import nn
-from transformers import (
-    AutoImageProcessor,
-    AutoModelForImageClassification,
-    PreTrainedModel,
-)
+from transformers import AutoImageProcessor, PreTrainedModel
 
-from tscnc_hf.artifact.models.config import CONFIG_FILE, config_digest, image_classifier, label_fields, read_config
-from tscnc_hf.artifact.models.narrowed import as_plain, narrowed, recorded_widths
-from tscnc_hf.artifact.models.weights import _differences, float_dtypes, read_weights
+from tscnc_hf.artifact.files.tensor_file import unreadable
+from tscnc_hf.artifact.models.config import CONFIG_FILE, class_of, config_digest, label_fields, read_config
+from tscnc_hf.artifact.models.narrowed import as_plain, narrowed
+from tscnc_hf.artifact.models.weights import differences, float_dtypes, has_weights, read_weights
 from tscnc_hf.artifact.packed.file import SPARSE_FILE, read_sparse_file, read_sparse_metadata
 from tscnc_hf.artifact.packed.limit import count_nonzero
 from tscnc_hf.method.adversarial.pixels import LogitsFn, normalisation, pixel_logits
 from tscnc_hf.method.sharding import copy_whole_, is_sharded, unsharded_class
 
 
+HUB_OPTIONS = ("revision", "token", "cache_dir", "force_download", "local_files_only", "subfolder")
+SAME = "use a checkpoint of this very architecture"
 HOW_TO_PACK = "Make one with tscnc_hf.save_sparse(model, folder)"
 
 
@@ -42,65 +47,74 @@ def logits_fn(model: nn.Module, processing_class: object | None = None) -> Logit
     return pixel_logits(model, *normalisation(model, processing_class))
 
 
-def load_model(name_or_folder: str, class_names: Sequence[str] | None = None) -> tuple[PreTrainedModel, object]:
+def load_model(
+    name_or_folder: str | os.PathLike, class_names: Sequence[str] | None = None, **options: Any
+) -> tuple[PreTrainedModel, object]:
+    """A classifier and its image processor. Arguments and errors: `load_classifier`."""
+    model = load_classifier(name_or_folder, class_names, **options)
+    return model, AutoImageProcessor.from_pretrained(name_or_folder, **_hub(options))
+
+
+def load_slim(name_or_folder: str | os.PathLike, **options: Any) -> PreTrainedModel:
     """
-    A classifier from the Hub or a local folder, and its image processor. The packed file is read where there are no
-    dense weights beside it.
+    An image classifier, from a folder or the Hub, also one whose widths are recorded. Its dense weights are read, or
+    the packed file where there are none.
 
     Args:
-        class_names (`Sequence[str]`, *optional*): of the data set; another number of classes gets a new head.
+        options: of `from_pretrained`, such as `revision`, `token` or `dtype`.
 
     Raises:
         OSError: there is no such model, or it has no weights.
-        ValueError: weights are missing or have another shape, but for those of a new head; a packed file is to get a
-            new head; the model is no image classifier.
+        ValueError: recorded widths that the model cannot have; weights that are missing, unexpected or of another
+            shape; the model is no image classifier; a damaged file.
     """
-    config = read_config(name_or_folder)
-    new_head = class_names is not None and len(class_names) != config.num_labels
+    return load_classifier(name_or_folder, **options)
+
+
+def load_classifier(
+    name_or_folder: str | os.PathLike,
+    class_names: Sequence[str] | None = None,
+    *,
+    new_head: bool = False,
+    **options: Any,
+) -> PreTrainedModel:
+    """
+    An image classifier from the Hub or a folder, in eval mode. The packed file is read where there are no dense
+    weights beside it. Config and weights are of one commit.
+
+    Args:
+        class_names (`Sequence[str]`, *optional*): of the data set; another number of classes gets a new head.
+        new_head (`bool`): give the model a head for `class_names` even if it has as many, or none.
+        options: of `from_pretrained`.
+
+    Raises:
+        OSError: there is no such model, or it has no weights.
+        ValueError: weights are missing, unexpected or of another shape, but for a new head and the one in its place;
+            a packed file is to get a new head; the model is no image classifier; a damaged file.
+    """
+    given = dict(options)
+    hub = _hub(options)
+    config = options.pop("config", None) or read_config(name_or_folder, **hub)
+    new_head = new_head or (class_names is not None and len(class_names) != config.num_labels)
     if new_head:
-        config = read_config(name_or_folder, **label_fields(class_names))
-    options = {"config": config, "ignore_mismatched_sizes": new_head}
+        config = read_config(name_or_folder, **hub, **label_fields(class_names))
+    if commit := getattr(config, "_commit_hash", None):
+        options["revision"] = commit
     try:
-        if recorded_widths(config):
-            model = load_slim(name_or_folder, **options)
-        else:
-            model, found = load_slim(name_or_folder, **options, output_loading_info=True)
-            _check_complete(name_or_folder, model, found, may_lack_head=class_names is not None)
+        return build_exactly(class_of(config), config, name_or_folder, new_head=new_head, **options)
     except OSError as no_dense_weights:
+        if has_weights(Path(name_or_folder)):
+            raise
         try:
-            model = load_sparse(name_or_folder)
+            model = _load_packed(name_or_folder, **given)
         except FileNotFoundError:
             raise no_dense_weights from None
-        if new_head:
-            raise ValueError(
-                f"{name_or_folder} is packed and has {model.num_labels} classes, the data {len(class_names)}: a new "
-                f"head can be given to the dense weights only. Make them with `tscnc unpack {name_or_folder}`"
-            ) from None
-    return model, AutoImageProcessor.from_pretrained(name_or_folder)
-
-
-def _check_complete(name: str, model: PreTrainedModel, found: dict, may_lack_head: bool) -> None:
-    """Whatever the file lacks, transformers has drawn at random, with no more than a warning."""
-    state = model.state_dict()  # statistics of batch norms too, but for their counts, which old files do not have
-    shapes = {key: tuple(tensor.shape) for key, tensor in state.items() if not key.endswith("num_batches_tracked")}
-    lacking = {key: None for key in found["missing_keys"] if key in shapes}
-    lacking |= {key: tuple(stored) for key, stored, _ in found["mismatched_keys"]}
-    wrong = [
-        f"{key} {shapes.get(key, '')}" + (f", there {stored}" if stored else "")
-        for key, stored in sorted(lacking.items())
-        if not may_lack_head or not _is_head(shapes.get(key), stored, model.num_labels)
-    ]
-    if wrong:
+    if new_head:
         raise ValueError(
-            f"the weights of {name} are not those of the model that its config describes. Missing or of another "
-            f"shape: {'; '.join(wrong[:5])}{' ...' if len(wrong) > 5 else ''}. Mend the folder or take another "
-            "checkpoint; a backbone without a classifier can be fine-tuned (recipes/finetune.py)"
+            f"{name_or_folder} is packed and has {model.num_labels} classes, the data {len(class_names)}: a new "
+            f"head can be given to the dense weights only. Make them with `tscnc unpack {name_or_folder}`"
         )
-
-
-def _is_head(shape: tuple | None, stored: tuple | None, classes: int) -> bool:
-    """Whether a weight of this shape, stored in the other (None: not at all), can belong to a head for `classes`."""
-    return bool(shape) and shape[0] == classes and (stored is None or stored[1:] == shape[1:])
+    return model
 
 
 def load_sparse(
@@ -122,22 +136,10 @@ def load_sparse(
         ImportError: the file is compressed, and zstandard is not installed.
         OSError: the Hub can not be reached or refuses (huggingface_hub's own errors).
     """
-    folder = _locate(folder_or_hub_id, revision, token)
-    path = folder / SPARSE_FILE
-    read_sparse_metadata(path)  # what is no packed file is told first
-    digest = config_digest(folder)
-    config = read_config(folder)
-    model_class = image_classifier(config)
-    tensors = read_sparse_file(path, digest, _elements(model_class, config))
-    values = sum(map(count_nonzero, tensors.values()))  # now: the model may share memory with the tensors
-    model = build_exactly(model_class, config, tensors, path)
-    _check_zeros(model, values, path)
-    # transformers leaves the text "None" here, which a model card would then name as the base model
-    model.config.name_or_path = model.name_or_path = str(folder_or_hub_id)
-    return model.to(device)
+    return _load_packed(folder_or_hub_id, revision=revision, token=token).to(device)
 
 
-def load_weights(model: torch.nn.Module, folder: str | os.PathLike) -> None:
+def load_weights(model: nn.Module, folder: str | os.PathLike) -> None:
     """Load the weights of a checkpoint folder (`model.safetensors`, sharded or not) into an existing model, exactly.
 
     The model keeps its device and dtype; values are only rounded if its dtype is narrower than the file's. A
@@ -151,102 +153,66 @@ def load_weights(model: torch.nn.Module, folder: str | os.PathLike) -> None:
     """
     state = read_weights(Path(folder))
     if isinstance(model, PreTrainedModel):
-        state = build_exactly(unsharded_class(model), copy.deepcopy(model.config), state, folder).state_dict()
+        state = build_exactly(unsharded_class(model), copy.deepcopy(model.config), folder, state).state_dict()
     load_exactly(model, state, folder)
 
 
-def _elements(model_class: type[PreTrainedModel], config: Any) -> tuple[int, int]:
-    """Between how many and how many elements a file for this model has: wrong by a factor, it is not even decoded.
-
-    Within the factor of two, which leaves room for tied weights, names and shapes are compared, with better words.
-    """
-    with torch.device("meta"):
-        model = narrowed(model_class, config)(copy.deepcopy(config))
-    count = sum(tensor.numel() for tensor in model.state_dict().values())
-    return math.ceil(count / 2), 2 * count
-
-
-def _check_zeros(model: PreTrainedModel, values: int, source: Path) -> None:
-    state = model.state_dict()
-    untied = {(tensor.data_ptr(), tensor.shape): tensor for tensor in state.values()}  # a file has a tied weight once
-    found = [sum(map(count_nonzero, weights.values())) for weights in (state, untied)]
-    if values not in found:
-        raise ValueError(f"{source} holds {values} values that are not zero, the model built from it {found[1]}.")
-
-
-def _locate(source: str | os.PathLike, revision: str | None, token: str | bool | None) -> Path:
-    """The folder with config.json and the packed file: `source` itself, or a snapshot in the Hub's cache."""
-    folder = Path(source)
-    if folder.is_dir():
-        for name, advice in ((SPARSE_FILE, HOW_TO_PACK), (CONFIG_FILE, "Copy it there from the dense checkpoint")):
-            if not (folder / name).is_file():
-                raise FileNotFoundError(f"{folder} has no {name}. {advice}.")
-        return folder
-    if folder.is_file():
-        raise FileNotFoundError(f"{folder} is a file; give the folder that holds it.")
-    try:
-        path = Path(hf_hub_download(str(source), SPARSE_FILE, revision=revision, token=token))
-        # the cache keeps a commit's files in a folder named after it: the same commit, whatever is pushed meanwhile
-        hf_hub_download(str(source), CONFIG_FILE, revision=path.parent.name, token=token)
-    except HFValidationError as error:
-        raise FileNotFoundError(f"{str(source)!r} is neither a folder here nor a model id (owner/name).") from error
-    except LocalEntryNotFoundError:
-        raise  # the Hub could not be asked, which says nothing about what it has
-    except EntryNotFoundError as error:
-        raise FileNotFoundError(
-            f"{str(source)!r} on the Hub lacks {SPARSE_FILE} or {CONFIG_FILE}. {HOW_TO_PACK} and upload the folder, "
-            "or load the dense weights with AutoModelForImageClassification.from_pretrained."
-        ) from error
-    return path.parent
-
-
-def load_slim(name_or_folder: str | os.PathLike, **options: Any) -> PreTrainedModel:
-    """
-    An image classifier with its dense weights, from a folder or the Hub, also one whose widths are recorded.
+def build_exactly(
+    model_class: type[PreTrainedModel],
+    config: Any,
+    source: str | os.PathLike,
+    tensors: dict[str, torch.Tensor] | None = None,
+    *,
+    new_head: bool = False,
+    **options: Any,
+) -> PreTrainedModel:
+    """A new model of `config`, in eval mode, with the dense weights of a folder or Hub id in it.
 
     Args:
+        source: the folder or Hub id.
+        tensors: weights to use instead (names as on disk), on the CPU, which the model may share memory with; `source`
+            is then for the messages. The model gets their floating dtype, or one that holds all of them exactly.
+        new_head: weights whose shape the number of classes decides may be missing, or of another number of classes;
+            what the file has beside the layers of the model (a pooler, another head) is then left out.
         options: of `from_pretrained`.
 
     Raises:
-        ValueError: recorded widths that the model cannot have. Otherwise what `from_pretrained` raises.
+        ValueError: missing, unexpected or mismatched weights, or transformers could not read or convert one.
     """
-    config = options.pop("config", None) or read_config(name_or_folder)
-    if not recorded_widths(config):
-        options = {"trust_remote_code": False} | options
-        return AutoModelForImageClassification.from_pretrained(name_or_folder, config=config, **options)
-    model_class = narrowed(image_classifier(config), config)
-    return as_plain(model_class.from_pretrained(name_or_folder, config=config, **options))
-
-
-def build_exactly(
-    model_class: type[PreTrainedModel], config: Any, tensors: dict[str, torch.Tensor], source: str | os.PathLike
-) -> PreTrainedModel:
-    """A new model of `config` in eval mode on the CPU with the checkpoint `tensors` (names as on disk) in it.
-
-    Its dtype is the tensors' floating dtype, or if they have several, one that holds all of them exactly. The model
-    may share memory with `tensors`. `source` is for the messages.
-
-    Raises:
-        ValueError: missing, unexpected or mismatched keys, or transformers could not convert one.
-    """
-    dtypes = float_dtypes(tensors)
-    model, info = narrowed(model_class, config).from_pretrained(
-        None,
-        config=config,
-        state_dict=tensors,
-        dtype=reduce(torch.promote_types, dtypes) if dtypes else None,
-        ignore_mismatched_sizes=True,  # so that they are listed below with the others
-        output_loading_info=True,
-    )
-    mismatched = [f"{name} {tuple(found)} for {tuple(own)}" for name, found, own in info["mismatched_keys"]]
+    if tensors is not None:
+        dtypes = float_dtypes(tensors)
+        options = {"state_dict": tensors, "dtype": reduce(torch.promote_types, dtypes) if dtypes else None} | options
+    try:
+        model, found = narrowed(model_class, config).from_pretrained(
+            source if tensors is None else None,
+            config=config,
+            ignore_mismatched_sizes=True,  # so that they are listed below with the others
+            output_loading_info=True,
+            **options,
+        )
+    except SafetensorError as error:
+        raise unreadable(source, error) from error
     as_plain(model)
-    _raise_if_different(source, model_class.__name__, info["missing_keys"], info["unexpected_keys"], mismatched)
-    if info["error_msgs"]:
-        raise ValueError(f"{source}: transformers could not convert the weights: {info['error_msgs']}")
+    own = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    # counts of batches are no weights, and old files do not have them
+    missing = {key for key in found["missing_keys"] if key in own and not key.endswith("num_batches_tracked")}
+    mismatched = {key: tuple(stored) for key, stored, _ in found["mismatched_keys"]}
+    unexpected, advice = set(found["unexpected_keys"]), SAME
+    head = _head(model_class, config) if missing or mismatched else set()
+    if new_head:
+        missing -= head
+        mismatched = {k: stored for k, stored in mismatched.items() if k not in head or stored[1:] != own[k][1:]}
+        unexpected = {key for key in unexpected if not _is_beside_the_layers(key, model)}
+    elif missing and missing <= head:
+        advice = "a backbone without a classifier can be fine-tuned (recipes/finetune.py)"
+    shapes = [f"{key} {stored} for {own[key]}" for key, stored in mismatched.items()]
+    _raise_if_different(source, model_class.__name__, missing, unexpected, shapes, advice)
+    if found["error_msgs"]:
+        raise ValueError(f"{source}: transformers could not convert the weights: {found['error_msgs']}")
     return model
 
 
-def load_exactly(model: torch.nn.Module, state: dict[str, torch.Tensor], source: str | os.PathLike) -> None:
+def load_exactly(model: nn.Module, state: dict[str, torch.Tensor], source: str | os.PathLike) -> None:
     """Strict `load_state_dict` that checks names and shapes first, so that an error leaves the model untouched.
 
     A model that FSDP2 has sharded takes its parts of the whole tensors that every process gives.
@@ -269,9 +235,100 @@ def load_exactly(model: torch.nn.Module, state: dict[str, torch.Tensor], source:
         copy_whole_(tensor, state[name])
 
 
-def _raise_if_different(source: Any, model: str, missing: Any, unexpected: Any, mismatched: Any) -> None:
+def _hub(options: dict[str, Any]) -> dict[str, Any]:
+    return {key: options[key] for key in HUB_OPTIONS if key in options}
+
+
+def _raise_if_different(
+    source: Any, model: str, missing: Any, unexpected: Any, mismatched: Any, advice: str = SAME
+) -> None:
     if missing or unexpected or mismatched:
         raise ValueError(
-            f"{source} does not fit the {model}: {_differences(missing, unexpected, mismatched)}. Nothing was loaded; "
-            "use a checkpoint of this very architecture."
+            f"{source} does not fit the {model}: {differences(missing, unexpected, mismatched)}. Nothing was loaded; "
+            f"{advice}."
         )
+
+
+def _empty(model_class: type[PreTrainedModel], config: Any, more_labels: int = 0) -> PreTrainedModel:
+    """The model of a config with no memory for its weights."""
+    config = copy.deepcopy(config)
+    config.num_labels += more_labels
+    with torch.device("meta"):
+        return narrowed(model_class, config)(config)
+
+
+def _head(model_class: type[PreTrainedModel], config: Any) -> set[str]:
+    """The weights whose shape the number of classes decides."""
+    one, other = (_empty(model_class, config, more).state_dict() for more in (0, 1))
+    return {key for key in one if one[key].shape != other[key].shape}
+
+
+def _is_beside_the_layers(key: str, model: PreTrainedModel) -> bool:
+    """Whether an unexpected weight lies where this model has nothing, as a pooler or another head, and in no layer."""
+    prefix = f"{model.base_model_prefix}."
+    around = model.base_model if key.startswith(prefix) else model
+    children = {name for part in (around, model.base_model) for name, _ in part.named_children()}
+    return key.removeprefix(prefix).split(".")[0] not in children
+
+
+def _load_packed(source: str | os.PathLike, **options: Any) -> PreTrainedModel:
+    folder = _locate(source, **_hub(options))
+    path = folder / SPARSE_FILE
+    read_sparse_metadata(path)  # what is no packed file is told first
+    digest = config_digest(folder)
+    options = {key: value for key, value in options.items() if key not in HUB_OPTIONS}
+    config = options.pop("config", None) or read_config(folder)
+    found = class_of(config)
+    tensors = read_sparse_file(path, digest, _elements(found, config))
+    values = sum(map(count_nonzero, tensors.values()))  # now: the model may share memory with the tensors
+    model = build_exactly(found, config, path, tensors, **options)
+    _check_zeros(model, values, path)
+    # transformers leaves the text "None" here, which a model card would then name as the base model
+    model.config.name_or_path = model.name_or_path = str(source)
+    return model
+
+
+def _elements(model_class: type[PreTrainedModel], config: Any) -> tuple[int, int]:
+    """Between how many and how many elements a file for this model has: wrong by a factor, it is not even decoded.
+
+    Within the factor of two, which leaves room for tied weights, names and shapes are compared, with better words.
+    """
+    count = sum(tensor.numel() for tensor in _empty(model_class, config).state_dict().values())
+    return math.ceil(count / 2), 2 * count
+
+
+def _check_zeros(model: PreTrainedModel, values: int, source: Path) -> None:
+    state = model.state_dict()
+    untied = {(tensor.data_ptr(), tensor.shape): tensor for tensor in state.values()}  # a file has a tied weight once
+    found = [sum(map(count_nonzero, weights.values())) for weights in (state, untied)]
+    if values not in found:
+        raise ValueError(f"{source} holds {values} values that are not zero, the model built from it {found[1]}.")
+
+
+def _locate(source: str | os.PathLike, revision: str | None = None, subfolder: str = "", **hub: Any) -> Path:
+    """The folder with config.json and the packed file: `source` itself, or a snapshot in the Hub's cache."""
+    folder = Path(source)
+    if folder.is_dir():
+        folder = folder / subfolder
+        for name, advice in ((SPARSE_FILE, HOW_TO_PACK), (CONFIG_FILE, "Copy it there from the dense checkpoint")):
+            if not (folder / name).is_file():
+                raise FileNotFoundError(f"{folder} has no {name}. {advice}.")
+        return folder
+    if folder.is_file():
+        raise FileNotFoundError(f"{folder} is a file; give the folder that holds it.")
+    inside = f"{subfolder}/" if subfolder else ""
+    try:
+        path = Path(hf_hub_download(str(source), inside + SPARSE_FILE, revision=revision, **hub))
+        # the cache keeps a commit's files in a folder named after it: the same commit, whatever is pushed meanwhile
+        commit = path.parents[inside.count("/")].name
+        hf_hub_download(str(source), inside + CONFIG_FILE, revision=commit, **hub)
+    except HFValidationError as error:
+        raise FileNotFoundError(f"{str(source)!r} is neither a folder here nor a model id (owner/name).") from error
+    except LocalEntryNotFoundError:
+        raise  # the Hub could not be asked, which says nothing about what it has
+    except EntryNotFoundError as error:
+        raise FileNotFoundError(
+            f"{str(source)!r} on the Hub lacks {SPARSE_FILE} or {CONFIG_FILE}. {HOW_TO_PACK} and upload the folder, "
+            "or load the dense weights with AutoModelForImageClassification.from_pretrained."
+        ) from error
+    return path.parent

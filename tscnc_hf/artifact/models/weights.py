@@ -1,4 +1,4 @@
-"""Weights on disk <-> weights in a model, with nothing missing, left over or reshaped."""
+"""The dense weights of a folder, one file or shards, as tensors; and whether two lots of tensors are the same."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
         found = read_safetensors(folder / shard)[0]
         expected = {name for name, where in shard_of.items() if where == shard}
         if found.keys() != expected:
-            raise ValueError(f"{folder / shard}: {_differences(expected - found.keys(), found.keys() - expected)}.")
+            raise ValueError(f"{folder / shard}: {differences(expected - found.keys(), found.keys() - expected)}.")
         tensors.update(found)
     return tensors
 
@@ -65,7 +65,7 @@ def same_tensors(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -
     )
 
 
-def _differences(missing: Any, unexpected: Any, mismatched: Any = ()) -> str:
+def differences(missing: Any, unexpected: Any, mismatched: Any = ()) -> str:
     parts = []
     for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", mismatched)):
         if names:

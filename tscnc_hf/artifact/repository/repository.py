@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import (
     HFValidationError,
@@ -21,16 +20,15 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, PreTrainedModel
+from transformers import PreTrainedModel
 
-from tscnc_hf.artifact.models.config import config_digest, read_config
+from tscnc_hf.artifact.models.config import CONFIG_FILE, class_of, config_digest, read_config
 from tscnc_hf.artifact.models.loading import build_exactly
 from tscnc_hf.artifact.models.narrowed import KEY
 from tscnc_hf.artifact.models.weights import INDEX_FILE, WEIGHTS_FILE, has_weights, read_weights, same_tensors
 from tscnc_hf.artifact.packed.file import SPARSE_FILE, read_sparse_file
 
 
-CONFIG_FILE = "config.json"
 CARD_FILE = "README.md"
 RESULTS_FILE = "results.json"
 FIGURES_PAGE = "robustness.md"
@@ -204,18 +202,4 @@ def build_model(folder: Path, tensors: dict[str, torch.Tensor], source: str | No
     if not (folder / CONFIG_FILE).is_file():
         raise FileNotFoundError(f"{folder} has no {CONFIG_FILE}: it is no model of transformers or timm")
     config = read_config(folder)
-    return build_exactly(_model_class(config), config, tensors, source or folder)
-
-
-def _model_class(config: Any) -> type[PreTrainedModel]:
-    for name in config.architectures or ():
-        found = getattr(transformers, name, None)  # a name of transformers itself, never one of the repository
-        if isinstance(found, type) and issubclass(found, PreTrainedModel):
-            return found
-    if type(config) in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:  # timm's own config.json names no class
-        found = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING[type(config)]
-        return found[0] if isinstance(found, (tuple, list)) else found
-    raise ValueError(
-        f"{CONFIG_FILE} describes {type(config).__name__} with the architectures {config.architectures}, which is no "
-        "model class of transformers"
-    )
+    return build_exactly(class_of(config, classifier=False), config, source or folder, tensors)
