@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 import zstandard
-from safetensors.torch import save_file
 
 from tscnc_hf.artifact.files.tensor_file import tensors_digest
 from tscnc_hf.artifact.packed import file as sparse_file
@@ -255,33 +254,6 @@ def test_an_independent_reader_reads_rounded_values_the_same(compression, value_
         assert np.array_equal(np.frombuffer(raw, np.uint8), expected[name].reshape(-1).view(torch.uint8).numpy())
 
 
-def test_version_1_is_still_read(tmp_path):
-    """As tscnc_hf 0.1.0 wrote it: no config, values of shape (length,), a digest of three keys."""
-    tensors = {"bias": at([3, 300], 600), "weight": sparse(30, 40, dtype=torch.bfloat16), "dense": torch.ones(3)}
-    stored, entries = {"dense": tensors["dense"]}, {}
-    for name in ("bias", "weight"):
-        flat = tensors[name].reshape(-1)
-        kept = flat != 0
-        gaps, since = [], 0
-        for value in kept.tolist():
-            if value:
-                gaps += [255] * (since // 255) + [since % 255]
-            since = 0 if value else since + 1
-        gaps += [255] * (since // 255)
-        stored |= {name: flat[kept], name + GAPS: torch.tensor(gaps, dtype=torch.uint8)}
-        kind = str(flat.dtype).removeprefix("torch.")
-        entries[name] = {"shape": list(tensors[name].shape), "dtype": kind, "nnz": int(kept.sum())}
-    meta = {"format": "tscnc_sparse", "version": "1", "index": json.dumps(entries)}
-    header = "".join(meta[key] + "\n" for key in ("format", "version", "index"))
-    path = tmp_path / SPARSE_FILE
-    save_file(stored, path, {**meta, "sha256": tensors_digest(header, stored)})
-    assert_same(read_sparse_file(path), tensors)
-    assert_same(read_sparse_file(path, config="anything: it did not say"), tensors)
-    save_file(stored, path, {**meta, "config": "", "sha256": tensors_digest(header + "\n", stored)})
-    with pytest.raises(ValueError, match="expected format, version, index, sha256"):
-        read_sparse_file(path)
-
-
 def test_size_at_95_percent(tmp_path):
     weight = sparse(400, 500, density=0.05)
     assert 0.94 < (weight == 0).float().mean() < 0.96
@@ -418,10 +390,13 @@ def test_parts_that_contradict_each_other_are_refused(replaced, message):
         unpack_tensors(*forged({}, **replaced))
 
 
-@pytest.mark.parametrize("key, value", [("format", "pt"), ("version", "3"), ("version", ""), ("sha256", "0" * 64)])
+@pytest.mark.parametrize(
+    "key, value", [("format", "pt"), ("version", "1"), ("version", "3"), ("version", ""), ("sha256", "0" * 64)]
+)
 def test_other_metadata_is_refused(key, value):
     packed, metadata = pack_tensors(mixture())
-    with pytest.raises(ValueError, match="digest" if key == "sha256" else key):
+    said = {"version": f"of version {value!r}; this tscnc_hf reads version '2'. Update", "sha256": "digest"}
+    with pytest.raises(ValueError, match=said.get(key, key)):
         unpack_tensors(packed, {**metadata, key: value})
 
 

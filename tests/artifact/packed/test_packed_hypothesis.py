@@ -83,6 +83,6 @@ def test_more_than_two_to_the_31_elements():
     decode_gaps(gaps.numpy(), lambda start, stop: values[start:stop], dense)
     assert dense.written == dict(zip(positions.tolist(), range(1, 6), strict=True))
     assert dense.zeroed == numel
-    entry = read_index('{"w": {"shape": [3, 65536, 32768], "dtype": "float32", "nnz": 5}}', "2")["w"]
+    entry = read_index('{"w": {"shape": [3, 65536, 32768], "dtype": "float32", "nnz": 5}}')["w"]
     assert (entry.numel, entry.bytes) == (numel, 4 * numel)
     may_claim("w", entry, torch.ones(5), gaps)

@@ -43,10 +43,7 @@ from tscnc_hf.artifact.packed.zstd import COMPRESSIONS, compress, to_planes, zst
 SPARSE_FILE = "model.sparse.safetensors"
 FORMAT = "tscnc_sparse"
 VERSION = "2"
-METADATA = {
-    "1": ("format", "version", "index", "sha256"),
-    "2": ("format", "version", "index", "config", "sha256"),
-}
+METADATA = ("format", "version", "index", "config", "sha256")
 VALUE_DTYPES = {"fp16": "float16", "bf16": "bfloat16", "float16": "float16", "bfloat16": "bfloat16"}
 ENTRY_BYTES = 256  # what the entries of a compressed tensor take in the header, about: it has to save more
 MOST_TENSORS = 1 << 17
@@ -123,12 +120,12 @@ def unpack_tensors(
         ImportError: the file is compressed and zstandard is not installed.
     """
     metadata = _check_metadata(metadata)
-    packed_index = read_index(metadata["index"], metadata["version"])
+    packed_index = read_index(metadata["index"])
     for name in [*packed]:
         packed[name] = packed[name].detach().cpu().contiguous()
     if tensors_digest(header_text(metadata), packed) != metadata["sha256"]:
         raise ValueError("the SHA-256 digest does not fit the contents: the file or its index is damaged.")
-    if config is not None and metadata.get("config") and metadata["config"] != config:
+    if config is not None and metadata["config"] not in ("", config):
         raise ValueError(
             "it was saved with another config.json than the one beside it (number of heads, activation, labels, ...): "
             "the two would make a model that nobody trained. Pack the model again with tscnc_hf.save_sparse."
@@ -200,15 +197,13 @@ def _check_metadata(metadata: dict[str, str] | None) -> dict[str, str]:
     metadata = metadata or {}
     if metadata.get("format") != FORMAT:
         raise ValueError(f"not a packed checkpoint: metadata 'format' is {metadata.get('format')!r}, not {FORMAT!r}.")
-    if metadata.get("version") not in METADATA:
+    if metadata.get("version") != VERSION:
         raise ValueError(
-            f"packed checkpoint of version {metadata.get('version')!r}; this tscnc_hf reads versions {[*METADATA]}. "
+            f"packed checkpoint of version {metadata.get('version')!r}; this tscnc_hf reads version {VERSION!r}. "
             "Update tscnc_hf, or save the checkpoint again."
         )
-    if set(metadata) != set(METADATA[metadata["version"]]):
-        raise ValueError(
-            f"metadata has the keys {sorted(metadata)}; expected {', '.join(METADATA[metadata['version']])}."
-        )
+    if set(metadata) != set(METADATA):
+        raise ValueError(f"metadata has the keys {sorted(metadata)}; expected {', '.join(METADATA)}.")
     return metadata
 
 

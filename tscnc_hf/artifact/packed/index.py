@@ -22,7 +22,8 @@ PACKED_DTYPES = {
     "float16": (torch.float16, torch.int16),
     "bfloat16": (torch.bfloat16, torch.int16),
 }
-KEYS = {"1": {"shape", "dtype", "nnz"}, "2": {"shape", "dtype", "nnz", "value_dtype", "values", "gaps", "gap_bytes"}}
+NEEDED = {"shape", "dtype", "nnz"}
+ALLOWED = NEEDED | {"value_dtype", "values", "gaps", "gap_bytes"}
 MOST_INDEX_BYTES = 1 << 24
 MOST_DIMENSIONS = 64
 MOST_ELEMENTS = 1 << 62
@@ -39,7 +40,6 @@ class Entry:
     values_compressed: bool
     gaps_compressed: bool
     gap_bytes: int | None  # None: as many as are stored
-    any_rank: bool  # version 1: values of shape (length,) always
 
     @property
     def numel(self) -> int:
@@ -53,7 +53,7 @@ class Entry:
 
 def header_text(metadata: dict[str, str]) -> str:
     """The part of the metadata that the digest covers."""
-    return "".join(f"{metadata[key]}\n" for key in ("format", "version", "index", "config") if key in metadata)
+    return "".join(f"{metadata[key]}\n" for key in ("format", "version", "index", "config"))
 
 
 def value_shape(shape: list[int], length: int) -> tuple[int, ...]:
@@ -61,7 +61,7 @@ def value_shape(shape: list[int], length: int) -> tuple[int, ...]:
     return (1, length) if len(shape) == 1 else (length,)
 
 
-def read_index(text: str, version: str) -> dict[str, Entry]:
+def read_index(text: str) -> dict[str, Entry]:
     """The entries of the metadata's `index`. ValueError if it is no such index; sizes are checked for overflow."""
     if len(text) > MOST_INDEX_BYTES:
         raise ValueError(f"metadata 'index' has {len(text)} characters; at most {MOST_INDEX_BYTES} are allowed.")
@@ -71,7 +71,7 @@ def read_index(text: str, version: str) -> dict[str, Entry]:
         raise ValueError(f"metadata 'index' is not JSON ({error}).") from error
     if not isinstance(index, dict):
         raise ValueError("metadata 'index' is not a JSON object.")
-    return {name: _read_entry(name, entry, version) for name, entry in index.items()}
+    return {name: _read_entry(name, entry) for name, entry in index.items()}
 
 
 def may_claim(name: str, entry: Entry, values: torch.Tensor | None, gaps: torch.Tensor | None) -> None:
@@ -85,7 +85,7 @@ def may_claim(name: str, entry: Entry, values: torch.Tensor | None, gaps: torch.
         raise ValueError(f"{name!r} is in the index but {name!r} or {name + GAPS!r} is not stored.")
     dtype = torch.uint8 if entry.values_compressed else PACKED_DTYPES[entry.value_dtype][0]
     length = values.numel()
-    shape = (length,) if entry.any_rank else value_shape(entry.shape, length)
+    shape = value_shape(entry.shape, length)
     if (values.dtype, gaps.dtype, gaps.ndim) != (dtype, torch.uint8, 1) or tuple(values.shape) != shape:
         raise ValueError(
             f"{name!r}: values are {values.dtype} {tuple(values.shape)} and gaps {gaps.dtype} {tuple(gaps.shape)}; "
@@ -141,10 +141,9 @@ def unpack_one(name: str, entry: Entry, values: torch.Tensor, gaps: torch.Tensor
     return dense.view(dtype).reshape(entry.shape)
 
 
-def _read_entry(name: str, entry: object, version: str) -> Entry:
-    known = KEYS[version]
-    if not isinstance(entry, dict) or not KEYS["1"] <= set(entry) <= known:
-        raise ValueError(f"index entry of {name!r} must have shape, dtype and nnz, and may have {sorted(known)}.")
+def _read_entry(name: str, entry: object) -> Entry:
+    if not isinstance(entry, dict) or not NEEDED <= set(entry) <= ALLOWED:
+        raise ValueError(f"index entry of {name!r} must have shape, dtype and nnz, and may have {sorted(ALLOWED)}.")
     shape, nnz, dtype, coding = entry["shape"], entry["nnz"], entry["dtype"], entry.get("gaps")
     sizes = [*shape, nnz] if isinstance(shape, list) and len(shape) <= MOST_DIMENSIONS else [None]
     if coding is not None:
@@ -160,6 +159,4 @@ def _read_entry(name: str, entry: object, version: str) -> Entry:
     codings = (entry.get("values", "zstd"), entry.get("gaps", "zstd"))
     if codings != ("zstd", "zstd") or (coding is None) != ("gap_bytes" not in entry):
         raise ValueError(f"index entry of {name!r}: values and gaps may be 'zstd', the latter with gap_bytes.")
-    return Entry(
-        shape, dtype, nnz, value_dtype, "values" in entry, "gaps" in entry, entry.get("gap_bytes"), version == "1"
-    )
+    return Entry(shape, dtype, nnz, value_dtype, "values" in entry, "gaps" in entry, entry.get("gap_bytes"))
