@@ -13,7 +13,6 @@ from transformers import TimmWrapperConfig, TimmWrapperForImageClassification, V
 
 from tscnc_hf import load_slim, load_sparse, save_sparse, slim
 from tscnc_hf.artifact.models.loading import load_model, load_weights
-from tscnc_hf.artifact.models.saving import save_dense
 from tscnc_hf.artifact.repository.recard import rebuild_card
 from tscnc_hf.artifact.repository.repository import open_repository
 from tscnc_hf.method.units.groups import structure_groups
@@ -112,7 +111,7 @@ def stock(tmp_path_factory):
             model = make(kind, 0.5 if sayable else None, kinds)
             small, report = slim(model)
             folder, x = tmp_path_factory.mktemp("slim"), images()
-            save_dense(small, folder)
+            small.save_pretrained(folder)
             torch.save(x, folder / "x.pt")
             found[kind, sayable] = model, small, report, x, folder
     folders = [str(folder) for *_, folder in found.values()]
@@ -148,7 +147,7 @@ def test_other_widths_are_recorded_and_come_back(kind, tmp_path):
     assert report.config == "recorded"
     x = images()
     torch.testing.assert_close(logits(small, x), logits(model, x), rtol=0, atol=1e-4)
-    save_dense(small, tmp_path)
+    small.save_pretrained(tmp_path)
     save_sparse(small, tmp_path)
     expected = logits(small, x)
     for again in (load_slim(tmp_path), load_sparse(tmp_path)):
@@ -182,7 +181,7 @@ def test_slimmed_again_the_record_is_of_the_whole(tmp_path):
         part.tensor.data[:, 0] = 0
     second, report = slim(first)
     assert report.removed > 0
-    save_dense(second, tmp_path)
+    second.save_pretrained(tmp_path)
     x = images()
     torch.testing.assert_close(logits(load_slim(tmp_path), x), logits(first, x), rtol=0, atol=1e-4)
     third, report = slim(load_slim(tmp_path))
@@ -191,7 +190,7 @@ def test_slimmed_again_the_record_is_of_the_whole(tmp_path):
 
 def test_training_loads_a_slimmed_folder_also_with_a_new_head(tmp_path):
     small, _ = slim(make("mobilenetv3", None))
-    save_dense(small, tmp_path)
+    small.save_pretrained(tmp_path)
     model, _ = load_model(str(tmp_path))
     torch.testing.assert_close(logits(model, images()[:1] * 0), logits(small, images()[:1] * 0))
     other, _ = load_model(str(tmp_path), ["a", "b"])
@@ -204,7 +203,7 @@ def test_training_loads_a_slimmed_folder_also_with_a_new_head(tmp_path):
 
 def test_damaged_records_are_refused(tmp_path):
     small, _ = slim(make("hf_vit", None))
-    save_dense(small, tmp_path)
+    small.save_pretrained(tmp_path)
     path = tmp_path / "config.json"
     good = json.loads(path.read_text())
     for damage, match in (
@@ -230,7 +229,7 @@ def test_a_plain_module_has_no_config():
 def test_a_card_says_what_it_takes_to_load(tmp_path):
     for name, share, own in (("own", None, True), ("plain", 0.5, False)):
         small, _ = slim(make("hf_vit", share))
-        save_dense(small, tmp_path / name)
+        small.save_pretrained(tmp_path / name)
         text = rebuild_card(open_repository(tmp_path / name)).read_text()
         assert ("transformers alone does not load it" in text and "load_slim(" in text) == own
         assert ("With transformers alone" in text) == (not own)

@@ -15,7 +15,7 @@ from tscnc_hf.artifact.models import loading
 from tscnc_hf.artifact.models.config import config_digest
 from tscnc_hf.artifact.models.loading import load_sparse, load_weights
 from tscnc_hf.artifact.models.quantizer import SparseHfQuantizer
-from tscnc_hf.artifact.models.saving import save_dense, save_sparse
+from tscnc_hf.artifact.models.saving import save_sparse
 from tscnc_hf.artifact.packed.file import (
     GAPS,
     SPARSE_FILE,
@@ -83,7 +83,7 @@ def test_rounded_values_are_said_to_be_and_nothing_else_changes(tmp_path):
         else:
             assert torch.equal(one, other), name
     assert rounded > 5
-    save_dense(model, tmp_path / "dense")
+    model.save_pretrained(tmp_path / "dense")
     with pytest.raises(ValueError, match="not this model's, rounded, and a folder holds one model"):
         save_sparse(model, tmp_path / "dense", value_dtype="fp16")
     assert not (tmp_path / "dense" / SPARSE_FILE).exists()
@@ -156,15 +156,6 @@ def test_weights_are_bound_to_their_config(make, tmp_path):
         load_sparse(tmp_path)
 
 
-def test_a_dense_model_with_another_config_takes_the_packed_file_away(tmp_path):
-    model = vit()
-    save_dense(model, tmp_path)
-    save_sparse(model, tmp_path)
-    model.config.hidden_act = "relu"
-    save_dense(model, tmp_path)
-    assert not (tmp_path / SPARSE_FILE).exists()
-
-
 def test_a_file_for_a_much_larger_model_is_not_decoded(tmp_path, monkeypatch):
     path = save_sparse(vit(), tmp_path)
     write_sparse_file(read_sparse_file(path) | {"more": torch.zeros(1_000_000)}, path)
@@ -203,7 +194,7 @@ def test_transformers_loads_an_ordinary_model(make, compression, tmp_path):
     assert torch.equal(logits(found), logits(model))
     assert not found.is_quantized and not hasattr(found, "hf_quantizer")
     assert not hasattr(found.config, "quantization_config")
-    save_dense(found, tmp_path / "dense")
+    found.save_pretrained(tmp_path / "dense")
     assert "quantization_config" not in json.loads((tmp_path / "dense" / "config.json").read_text())
     other = make(1)
     load_weights(other, tmp_path / "dense")
@@ -230,7 +221,7 @@ def test_transformers_never_loads_another_model(tmp_path):
     path.write_bytes(path.read_bytes()[:-3])
     with pytest.raises(Exception, match="truncated or damaged|incomplete|InvalidHeader|MetadataIncomplete"):
         through_transformers(tmp_path)
-    save_dense(vit(), tmp_path)
+    vit().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match='Pass variant="sparse"'):
         AutoModelForImageClassification.from_pretrained(tmp_path, quantization_config=tscnc_hf.SparseConfig())
 

@@ -12,7 +12,7 @@ from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import RepositoryNotFoundError
 
 from tscnc_hf import load_sparse
-from tscnc_hf.artifact.models.saving import save_dense, save_sparse
+from tscnc_hf.artifact.models.saving import save_sparse
 from tscnc_hf.artifact.repository.push import push_folder
 from tscnc_hf.artifact.repository.recard import publish
 from tscnc_hf.artifact.repository.repository import published_files
@@ -28,7 +28,8 @@ def folder(tmp_path, tiny_vit):
     model, processor = tiny_vit
     prune(model)
     folder = tmp_path / "my-model"
-    save_dense(model, folder, processor)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
     save_sparse(model, folder)
     (folder / "README.md").write_text("---\nlicense: mit\n---\n# by hand\n")
     never = ("training_args.bin", "optimizer.pt", "_notes.txt", ".hidden", "checkpoint-3/model.safetensors")
@@ -112,7 +113,7 @@ def test_a_push_killed_between_files_leaves_main_as_it_was_and_is_taken_up(folde
     before, files = hub.commits(REPO)[-1], dict(hub.commits(REPO)[-1][2])
     prune(tiny_vit[0], seed=2)
     (folder / "README.md").unlink()  # then the push writes one, with a figure
-    save_dense(tiny_vit[0], folder)
+    tiny_vit[0].save_pretrained(folder)
     save_sparse(tiny_vit[0], folder)
     sent_before, lock, process = len(uploads(hub)), threading.Lock(), None
 
@@ -175,7 +176,7 @@ def test_a_branch_is_made_and_main_stays(folder, hub, tiny_vit):
     main = hub.commits(REPO)[-1]
     old = logits(load_sparse(REPO))
     prune(tiny_vit[0], seed=3)
-    save_dense(tiny_vit[0], folder)
+    tiny_vit[0].save_pretrained(folder)
     save_sparse(tiny_vit[0], folder)
     commit = publish(folder, "my-model", revision="sparser")  # the owner is whose token it is
     publish(folder, REPO, revision="sparser")

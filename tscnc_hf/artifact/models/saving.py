@@ -5,29 +5,16 @@ from __future__ import annotations
 import copy
 import os
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel, TimmWrapperForImageClassification
 
 from tscnc_hf.artifact.models.config import CONFIG_FILE, config_digest
 from tscnc_hf.artifact.models.narrowed import as_plain, narrowed
-from tscnc_hf.artifact.models.weights import (
-    INDEX_FILE,
-    WEIGHTS_FILE,
-    float_dtypes,
-    has_weights,
-    read_weights,
-    same_tensors,
-)
+from tscnc_hf.artifact.models.weights import TIMM_PREFIX, float_dtypes, has_weights, read_weights, same_tensors
 from tscnc_hf.artifact.packed.file import SPARSE_FILE, read_sparse_file, write_sparse_file
 from tscnc_hf.method.sharding import unsharded_class, whole_state
-
-
-TIMM_PREFIX = "timm_model."
 
 
 def whole_copy(model: PreTrainedModel, keep: bool = True) -> PreTrainedModel | None:
@@ -46,38 +33,6 @@ def whole_copy(model: PreTrainedModel, keep: bool = True) -> PreTrainedModel | N
     return whole.eval()
 
 
-def save_dense(model: PreTrainedModel, folder: str | os.PathLike, processing_class: Any = None) -> Path:
-    """Write the folder that stock `AutoModelForImageClassification.from_pretrained` loads; return its path.
-
-    A timm model gets the names of timm, so that `timm.create_model("local-dir:FOLDER", pretrained=True)` loads it as
-    well; transformers knows both spellings.
-
-    The weights keep the model's dtype, pruned weights are written as zeros, and `processing_class` (an image
-    processor, say) is saved beside them if it is given. Files are written to a temporary folder inside `folder` and
-    then moved, each at once. Weights of an earlier save are removed, and so is a packed file that holds other weights
-    than these: a folder never holds two models.
-
-    Raises:
-        ValueError: the model is no `PreTrainedModel`, or is still reparametrised.
-    """
-    folder = Path(folder)
-    with _saved(model, folder) as fresh:
-        if processing_class is not None:
-            processing_class.save_pretrained(fresh)
-        _remove_other_sparse(folder / SPARSE_FILE, fresh)
-        files = [path for path in fresh.rglob("*") if path.is_file()]
-        names = {path.relative_to(fresh).as_posix() for path in files}
-        # index last: until it is there, the shards that it names are not read
-        for path in sorted(files, key=lambda path: path.name == INDEX_FILE):
-            target = folder / path.relative_to(fresh)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(path, target)
-        for path in [folder / WEIGHTS_FILE, folder / INDEX_FILE, *folder.glob("model-*-of-*.safetensors")]:
-            if path.name not in names:
-                path.unlink(missing_ok=True)
-    return folder
-
-
 def save_sparse(
     model: PreTrainedModel,
     folder: str | os.PathLike,
@@ -86,9 +41,10 @@ def save_sparse(
 ) -> Path:
     """Write config.json and the packed `model.sparse.safetensors` into `folder`; return the path of the packed file.
 
-    Its keys are those of the dense checkpoint. `load_sparse` gives the model back bit for bit, unless `value_dtype` is
-    given. Only 0.0 is left out: -0.0, which `weight * mask` makes of negative weights, is kept as a value
-    (`weight + 0.0` is free of it).
+    Dense weights beside it, which stock transformers loads, are what `model.save_pretrained(folder)` writes. The keys
+    are those of the dense checkpoint, a timm model's without "timm_model.". `load_sparse` gives the model back bit for
+    bit, unless `value_dtype` is given. Only 0.0 is left out: -0.0, which `weight * mask` makes of negative weights, is
+    kept as a value (`weight + 0.0` is free of it).
 
     Args:
         compression: "zstd" compresses further, without loss, by a fifth or so; whoever reads the file needs zstandard,
@@ -102,22 +58,25 @@ def save_sparse(
             weights that differ from what is packed.
         ImportError: zstandard is not installed.
     """
+    _check_publishable(model)
     folder = Path(folder)
-    with _saved(model, folder) as fresh:
-        tensors = read_weights(fresh)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as temporary:  # files can be moved within a disk
+        fresh = Path(temporary)
+        model.save_pretrained(fresh, state_dict=disk_state(model))
+        tensors, path = read_weights(fresh), fresh / SPARSE_FILE
         if len(float_dtypes(tensors)) > 1:
             raise ValueError(
                 f"the model has weights of {sorted(map(str, float_dtypes(tensors)))}; a packed checkpoint holds one "
                 "floating dtype. Convert the model first, e.g. model.to(torch.float32)."
             )
-        path = fresh / SPARSE_FILE
         options = {"compression": compression, "value_dtype": value_dtype, "config": config_digest(fresh)}
         write_sparse_file(tensors, path, **options)
         packed = read_sparse_file(path) if value_dtype else tensors
         if has_weights(folder) and not same_tensors(read_weights(folder), packed):
             raise ValueError(
                 f"{folder} holds dense weights that are not this model's{', rounded,' if value_dtype else ''} and a "
-                "folder holds one model only. Call save_dense(model, folder) first, or save into another folder."
+                "folder holds one model only. Call model.save_pretrained(folder) first, or save into another folder."
             )
         os.replace(path, folder / SPARSE_FILE)
         os.replace(fresh / CONFIG_FILE, folder / CONFIG_FILE)
@@ -137,9 +96,7 @@ def disk_state(
     return {name.removeprefix(TIMM_PREFIX): tensor for name, tensor in state_dict.items()}
 
 
-@contextmanager
-def _saved(model: PreTrainedModel, folder: Path) -> Iterator[Path]:
-    """A temporary folder inside `folder` (same file system, so that files can be moved) with the saved model in it."""
+def _check_publishable(model: object) -> None:
     if not isinstance(model, PreTrainedModel):
         raise ValueError(
             f"got {type(model).__name__}, but only a transformers PreTrainedModel can be published as a folder that "
@@ -151,18 +108,3 @@ def _saved(model: PreTrainedModel, folder: Path) -> Iterator[Path]:
             f"{len(attached)} keys belong to torch parametrizations ({attached[0]}, ...), which nobody else can load. "
             "Fold them into the weights first: torch.nn.utils.parametrize.remove_parametrizations(module, 'weight')."
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as temporary:
-        model.save_pretrained(temporary, state_dict=disk_state(model))
-        yield Path(temporary)
-
-
-def _remove_other_sparse(path: Path, fresh: Path) -> None:
-    if not path.is_file():
-        return
-    try:
-        same = same_tensors(read_sparse_file(path, config_digest(fresh)), read_weights(fresh))
-    except (ValueError, ImportError):  # damaged, or unreadable here: nobody can say that it is this model
-        same = False
-    if not same:
-        path.unlink()

@@ -13,6 +13,7 @@ from tscnc_hf.artifact.files.tensor_file import read_safetensors
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+TIMM_PREFIX = "timm_model."  # of the wrapper's parameters; transformers reads a timm model under either spelling
 
 
 def has_weights(folder: Path) -> bool:
@@ -56,7 +57,11 @@ def float_dtypes(tensors: dict[str, torch.Tensor]) -> set[torch.dtype]:
 
 
 def same_tensors(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    """Whether both have the same names, shapes, dtypes and bits (NaN is itself, -0.0 is not 0.0)."""
+    """
+    Whether both have the same names, shapes, dtypes and bits (NaN is itself, -0.0 is not 0.0). Names of a timm model
+    are the same with and without its wrapper's prefix.
+    """
+    one, other = ({name.removeprefix(TIMM_PREFIX): tensor for name, tensor in x.items()} for x in (one, other))
     return one.keys() == other.keys() and all(
         one[name].dtype == other[name].dtype
         and one[name].shape == other[name].shape
