@@ -6,6 +6,7 @@ are skipped where they are absent; `make test-peers` installs them into a folder
 import pytest
 import torch
 
+from tscnc_hf.data.loading import load_image_data
 from tscnc_hf.evaluation.attacks import make_attack
 from tscnc_hf.method.adversarial.apgd import apgd
 from tscnc_hf.method.adversarial.pgd import seeded_generator
@@ -17,8 +18,8 @@ THREATS = [("linf", 0.1), ("l2", 0.6)]
 
 
 @pytest.fixture(scope="module")
-def images(digits):
-    batch = digits.train.with_augmentation("none").__getitems__(range(COUNT))
+def images():
+    batch = load_image_data("digits", augmentation="none").train.__getitems__(range(COUNT))
     return batch["pixel_values"].float(), batch["labels"]
 
 

@@ -611,7 +611,7 @@ def test_an_l2_run_with_mart_attacks_and_tests_in_l2(build, make_trainer, digits
 @pytest.mark.parametrize("adversary", ["pgd", "kl-pgd"])
 def test_folding_batch_norms_changes_no_adversarial_image(adversary, build, make_trainer, digits):
     """Also after the weights and statistics have moved on, and under mixed precision."""
-    batch = digits.train.with_augmentation("none").__getitems__(range(16))
+    batch = digits.validation.__getitems__(range(16))
     x, y = batch["pixel_values"].float(), batch["labels"]
     images = {}
     for fold in (True, False):

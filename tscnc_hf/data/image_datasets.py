@@ -158,10 +158,6 @@ class ImageTensorDataset(EpochDataset):
             self.images[where], self.labels[where], self.class_names, self.augmentation, self.seed
         )
 
-    def with_augmentation(self, name: str) -> "ImageTensorDataset":
-        """The same images (shared, not copied) under another augmentation, from epoch 0."""
-        return ImageTensorDataset(self.images, self.labels, self.class_names, name, self.seed)
-
     def __repr__(self) -> str:
         return self._describe(*self.images.shape[1:])
 
@@ -246,10 +242,6 @@ class ImageStreamDataset(EpochDataset):
         """The images at `indices`, in that order; augmented by their new indices, from epoch 0."""
         where = [self._position(index) for index in indices]
         return self._like(labels=self.labels[where], indices=self.indices[where])
-
-    def with_augmentation(self, name: str) -> "ImageStreamDataset":
-        """The same images under another augmentation, from epoch 0."""
-        return self._like(augmentation=name)
 
     def _like(self, **changes: Any) -> "ImageStreamDataset":
         same = ("rows", "labels", "class_names", "image_size", "augmentation", "image_column", "indices", "decoder")

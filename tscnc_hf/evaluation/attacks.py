@@ -80,8 +80,9 @@ def make_attack(name: str, epsilon: float, norm: str = "linf") -> Attack:
     if name in ("square", "autoattack"):
         return _from_pyautoattack(name, epsilon, norm)
     if name in ("apgd", "apgd-dlr"):
-        options = {"steps": APGD_STEPS, "restarts": 1, "loss": "dlr" if name == "apgd-dlr" else "cross-entropy"}
-        return Attack(name, options | OURS, partial(_apgd, name=name, epsilon=epsilon, norm=norm, **options))
+        options = {"steps": APGD_STEPS, "loss": "dlr" if name == "apgd-dlr" else "cross-entropy"}
+        run = partial(_apgd, name=name, epsilon=epsilon, norm=norm, **options)
+        return Attack(name, {"restarts": 1} | options | OURS, run)
     options = {"restarts": 1, "random_start": True, "loss": "cross-entropy"}
     if name == "fgsm":
         options |= {"steps": 1, "step_size": epsilon, "random_start": False}

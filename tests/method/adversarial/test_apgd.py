@@ -65,19 +65,6 @@ def test_stopping_early_breaks_the_same_images(trained):
     torch.testing.assert_close(results[0][~wrong[0]], results[1][~wrong[1]])
 
 
-def test_restarts_only_add_successes_and_attack_what_is_left(trained):
-    model, x, y = trained
-    options = {"epsilon": 0.02, "steps": 5, "early_stop": False}
-    seen, wrong = [], []
-    for restarts in (1, 3):
-        seen.clear()
-        attacked = lambda z: seen.append(len(z)) or model(z)  # noqa: E731
-        x_adv = apgd(attacked, x, y, restarts=restarts, generator=seeded_generator("cpu", 2), **options)
-        wrong.append(model(x_adv).argmax(-1) != y)
-    assert (wrong[1] | ~wrong[0]).all()
-    assert seen[0] == len(x) and seen[6] == len(x) - int(wrong[0].sum())
-
-
 def test_the_start_given_is_used_and_projected(trained):
     model, x, y = trained
     first = []
@@ -85,7 +72,7 @@ def test_the_start_given_is_used_and_projected(trained):
     torch.testing.assert_close(first[0], (x + 0.02).clamp(max=1))
 
 
-@pytest.mark.parametrize("options", [{"norm": "l1"}, {"loss": "mse"}, {"steps": 0}, {"restarts": 0}])
+@pytest.mark.parametrize("options", [{"norm": "l1"}, {"loss": "mse"}, {"steps": 0}])
 def test_wrong_options(options, trained):
     with pytest.raises(ValueError, match="use one of|at least one"):
         apgd(*trained, epsilon=0.1, **options)

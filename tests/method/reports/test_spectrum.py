@@ -80,11 +80,3 @@ def test_dict_is_plain_json_and_markdown_has_every_matrix():
         and plain["rows"][0]["shape"] == [5, 7]
     )
     assert report.to_markdown().count("\n") == 3 and "4 of 5" in report.to_markdown()
-
-
-def test_figure_draws_both_reports():
-    now, before = spectral_report(nn.Linear(5, 5)), spectral_report(nn.Linear(5, 5))
-    lines = now.plot(before).axes[0].lines
-    assert [line.get_ydata()[0] for line in lines] == pytest.approx(
-        [before.rows[0].effective_condition_number, now.rows[0].effective_condition_number]
-    )

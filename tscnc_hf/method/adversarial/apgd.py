@@ -33,7 +33,6 @@ def apgd(
     steps: int = 100,
     norm: str = "linf",
     loss: str = "cross-entropy",
-    restarts: int = 1,
     early_stop: bool = True,
     start: Tensor | None = None,
     generator: torch.Generator | None = None,
@@ -48,46 +47,22 @@ def apgd(
         steps (`int`): gradient steps, at least 1.
         norm (`str`): "linf" or "l2".
         loss (`str`): "cross-entropy" (APGD-CE), "dlr" (APGD-DLR) or "cw".
-        restarts (`int`): runs; each goes on with the images that the earlier ones did not break.
         early_stop (`bool`): leave an image alone once it is misclassified, so that the others get cheaper.
-        start (`Tensor`, *optional*): pixels to start the first run from; by default on the surface of the ball.
+        start (`Tensor`, *optional*): pixels to start from, projected; by default on the surface of the ball.
 
     Returns:
         `Tensor`: per image the last iterate that was misclassified or, if none was, the one of the largest loss;
         within epsilon of x and within [0, 1].
 
     Raises:
-        ValueError: unknown norm or loss, steps or restarts below 1.
+        ValueError: unknown norm or loss, steps below 1.
     """
     check_norm(norm)
-    if steps < 1 or restarts < 1:
-        raise ValueError(f"steps={steps}, restarts={restarts}: at least one of each is needed")
-    value_of, result = margin(loss), x.clone()
-    left = torch.arange(len(x), device=x.device)
-    for run in range(restarts):
-        begin = start[left] if run == 0 and start is not None else _surface(x[left], epsilon, norm, generator)
-        begin = project(begin, x[left], epsilon, norm)
-        found, wrong = _run(logits_fn, value_of, begin, x[left], y[left], epsilon, steps, norm, early_stop)
-        result[left] = found
-        left = left[~wrong]
-        if len(left) == 0:
-            break
-    return result
-
-
-def _surface(x: Tensor, epsilon: float, norm: str, generator: torch.Generator | None) -> Tensor:
-    """A random point on the ball's surface."""
-    if norm == "linf":
-        noise = 2 * torch.rand(x.shape, generator=generator, device=x.device, dtype=x.dtype) - 1
-        length = noise.flatten(1).abs().amax(1)
-    else:
-        noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-        length = l2_norm(noise)
-    return x + epsilon * noise / per_image(length.clamp_(min=torch.finfo(x.dtype).tiny), x)
-
-
-def _run(logits_fn, value_of, begin, x, y, epsilon, steps, norm, early_stop) -> tuple[Tensor, Tensor]:
-    """One run: (x_adv, whether misclassified). `state` holds what belongs to the images that are still attacked."""
+    if steps < 1:
+        raise ValueError(f"steps={steps}: at least one is needed")
+    value_of = margin(loss)
+    begin = project(_surface(x, epsilon, norm, generator) if start is None else start, x, epsilon, norm)
+    # `state` holds what belongs to the images that are still attacked
     result, broken = begin.clone(), torch.zeros(len(x), dtype=torch.bool, device=x.device)
     gradient, value, logits = pixel_gradient(logits_fn, lambda z: value_of(z, y), begin)
     wrong = logits.argmax(-1) != y
@@ -125,7 +100,18 @@ def _run(logits_fn, value_of, begin, x, y, epsilon, steps, norm, early_stop) -> 
             _halve(s, step - last_mark)
             last_mark = step
         state = _without(s, wrong) if early_stop else s
-    return result, broken
+    return result
+
+
+def _surface(x: Tensor, epsilon: float, norm: str, generator: torch.Generator | None) -> Tensor:
+    """A random point on the ball's surface."""
+    if norm == "linf":
+        noise = 2 * torch.rand(x.shape, generator=generator, device=x.device, dtype=x.dtype) - 1
+        length = noise.flatten(1).abs().amax(1)
+    else:
+        noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+        length = l2_norm(noise)
+    return x + epsilon * noise / per_image(length.clamp_(min=torch.finfo(x.dtype).tiny), x)
 
 
 def _halve(state: dict[str, Tensor], interval: int) -> None:

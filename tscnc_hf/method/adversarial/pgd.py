@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tscnc_hf.method.adversarial.ball import check_norm, per_image, project, steepest
+from tscnc_hf.method.adversarial.ball import check_norm, project, steepest
 from tscnc_hf.method.adversarial.ball import random_start as uniform_start
 from tscnc_hf.method.adversarial.losses import cross_entropy, margin, pixel_gradient
 from tscnc_hf.method.adversarial.noise import Noise, normal_like
@@ -139,7 +139,6 @@ def pgd(
     steps: int,
     step_size: float | None = None,
     random_start: bool = True,
-    restarts: int = 1,
     norm: str = "linf",
     loss: str = "cross-entropy",
     early_stop: bool = False,
@@ -156,12 +155,11 @@ def pgd(
         steps (`int`): gradient steps; 0 returns the start.
         step_size (`float`, *optional*): in pixel units, defaults to epsilon / 4.
         random_start (`bool`): start uniformly in the ball instead of at x.
-        restarts (`int`): independent runs; per image the one with the largest loss is kept.
         norm (`str`): "linf" (steps along the sign) or "l2" (steps along the normalised gradient).
         loss (`str`): "cross-entropy", "cw" (the margin of Carlini and Wagner) or "dlr".
         early_stop (`bool`): leave an image alone once it is misclassified. For evaluation: the count of successes is
             the same or larger, the perturbations of broken images are weaker than they could be.
-        start (`Tensor`, *optional*): pixels to start the first run from, in place of the random start.
+        start (`Tensor`, *optional*): pixels to start from, in place of the random start.
 
     Returns:
         `Tensor`: pixels within epsilon of x and within [0, 1].
@@ -171,30 +169,11 @@ def pgd(
     """
     check_norm(norm)
     step_size, value_of = epsilon / 4 if step_size is None else step_size, margin(loss)
-    best, best_value, broken = None, None, None
-    for run in range(restarts):
-        begin = start if run == 0 and start is not None else _start(x, epsilon, norm, random_start, generator)
-        if early_stop:
-            x_adv = _ascend_until_wrong(logits_fn, value_of, begin, x, y, epsilon, step_size, steps, norm)
-        else:
-            x_adv = _ascend(logits_fn, lambda z: value_of(z, y), begin, x, epsilon, step_size, steps, norm)
-        if restarts == 1:
-            return x_adv
-        with torch.no_grad():
-            logits = logits_fn(x_adv)
-            value, wrong = value_of(logits, y), logits.argmax(-1) != y
-        if best is None:
-            best, best_value, broken = x_adv, value, wrong
-        else:
-            # a run that breaks an image beats any that does not, whatever the loss
-            better = torch.where(wrong == broken, value > best_value, wrong)
-            best = torch.where(per_image(better, x), x_adv, best)
-            best_value, broken = torch.where(better, value, best_value), broken | wrong
-    return best
-
-
-def _start(x: Tensor, epsilon: float, norm: str, is_random: bool, generator: Noise | None) -> Tensor:
-    return uniform_start(x, epsilon, norm, generator) if is_random else x.clone()
+    if start is None:
+        start = uniform_start(x, epsilon, norm, generator) if random_start else x.clone()
+    if early_stop:
+        return _ascend_until_wrong(logits_fn, value_of, start, x, y, epsilon, step_size, steps, norm)
+    return _ascend(logits_fn, lambda z: value_of(z, y), start, x, epsilon, step_size, steps, norm)
 
 
 def kl_pgd(

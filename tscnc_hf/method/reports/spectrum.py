@@ -105,23 +105,6 @@ class SpectralReport:
             )
         return "\n".join(lines)
 
-    def plot(self, before: SpectralReport | None = None):
-        """A matplotlib Figure of the effective condition numbers, those of `before` (say, the dense model) behind."""
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(max(6.0, 0.28 * len(self.rows) + 2), 4.5), layout="constrained")
-        axes = figure.subplots()
-        for report, marker, label in ((before, "o", "before"), (self, "D", "now")):
-            if report is not None:
-                values = [row.effective_condition_number for row in report.rows]
-                axes.semilogy(range(len(values)), values, marker, markersize=4, label=label)
-        axes.set_xticks(range(len(self.rows)), [row.name for row in self.rows], rotation=90, fontsize=6)
-        axes.set_ylabel("effective condition number")
-        axes.grid(axis="y", alpha=0.3)
-        if before is not None:
-            axes.legend()
-        return figure
-
 
 def singular_values(matrix: Tensor, method: str = "svd") -> Tensor:
     """
