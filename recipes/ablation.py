@@ -18,7 +18,8 @@ import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 
-from tscnc_hf.cli.recipe import interruptible, load_data, parse, resume_point, set_cpu_threads
+from tscnc_hf.cli.recipe import interruptible, load_data, parse, resume_point
+from tscnc_hf.cli.threads import set_cpu_threads
 from tscnc_hf.training.config import json_option
 
 
@@ -65,7 +66,7 @@ def make_grid(config, data_arguments, arguments):
     from tscnc_hf.training.ablation.grid import Grid
 
     disable_progress_bar()
-    set_cpu_threads(config, data_arguments.cpu_threads)
+    set_cpu_threads(config.device, config.world_size, data_arguments.cpu_threads)
     data = load_data(data_arguments, config.seed)
 
     def build():

@@ -11,7 +11,8 @@ gets a new head. Every option is in `--help`; the YAML file sets defaults, the c
 
 from dataclasses import dataclass, field, replace
 
-from tscnc_hf.cli.recipe import interruptible, load_data, one_line_errors, parse, run, set_cpu_threads
+from tscnc_hf.cli.recipe import interruptible, load_data, one_line_errors, parse, run
+from tscnc_hf.cli.threads import set_cpu_threads
 
 
 @dataclass
@@ -28,7 +29,7 @@ def main(args: list[str] | None = None) -> None:
     from tscnc_hf.artifact.models.config import input_format
     from tscnc_hf.artifact.models.finetuning import load_for_finetuning
 
-    set_cpu_threads(config, data_arguments.cpu_threads)
+    set_cpu_threads(config.device, config.world_size, data_arguments.cpu_threads)
     name = model_arguments.model_name_or_path
     with one_line_errors():
         side, channels = input_format(name)

@@ -9,7 +9,8 @@ Every option is in `--help`; the YAML file sets defaults, the command line wins.
 
 from dataclasses import dataclass, field
 
-from tscnc_hf.cli.recipe import interruptible, load_data, parse, run, set_cpu_threads
+from tscnc_hf.cli.recipe import interruptible, load_data, parse, run
+from tscnc_hf.cli.threads import set_cpu_threads
 
 
 @dataclass
@@ -30,7 +31,7 @@ def main(args: list[str] | None = None) -> None:
 
     from tscnc_hf.artifact.models.building import vit_from_config
 
-    set_cpu_threads(config, data_arguments.cpu_threads)
+    set_cpu_threads(config.device, config.world_size, data_arguments.cpu_threads)
     data = load_data(data_arguments, config.seed)
 
     def build():

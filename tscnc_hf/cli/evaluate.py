@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tscnc_hf.cli.parser import ConfigParser
+from tscnc_hf.cli.threads import set_cpu_threads
 from tscnc_hf.evaluation.page import _page
 
 
@@ -33,7 +34,7 @@ class EvaluationArguments:
         output_dir (`str`, *optional*): not the folder of a model. Defaults to outputs/<model>-robustness, of a folder
             its last part, of a Hub id owner-name.
         device (`str`, *optional*): defaults to a GPU where there is one.
-        cpu_threads (`int`, *optional*): threads on a CPU; all cores by default.
+        cpu_threads (`int`, *optional*): threads on a CPU; see `set_cpu_threads`.
         json (`bool`, *optional*, defaults to `False`): print what `results.json` holds on stdout, and nothing else.
     """
 
@@ -54,7 +55,9 @@ class EvaluationArguments:
     dense_model: str | None = field(default=None, metadata={"help": "The model before pruning, for a transfer check."})
     output_dir: str | None = field(default=None, metadata={"help": "Default: outputs/<model>-robustness."})
     device: str | None = field(default=None, metadata={"help": "Default: a GPU where there is one."})
-    cpu_threads: int | None = field(default=None, metadata={"help": "Threads on a CPU. Default: all cores."})
+    cpu_threads: int | None = field(
+        default=None, metadata={"help": "Threads on a CPU. Default: all cores, or as launched."}
+    )
     json: bool = field(default=False, metadata={"help": "Print one JSON object on stdout and nothing else."})
 
     def __post_init__(self):
@@ -110,9 +113,7 @@ def evaluate_model(arguments: EvaluationArguments) -> dict:
     use_cpu = given.type == "cpu" if given else not torch.cuda.is_available()
     processes = PartialState(cpu=use_cpu)
     device = given or processes.device
-    threads = arguments.cpu_threads or (torch.get_num_threads() if processes.num_processes > 1 else _cores())
-    if device.type == "cpu":
-        torch.set_num_threads(threads)
+    set_cpu_threads(device, processes.num_processes, arguments.cpu_threads)
     shown = sys.stderr if arguments.json else sys.stdout
 
     def say(text: str) -> None:
@@ -216,9 +217,3 @@ def _load_data(arguments: EvaluationArguments, model, processor, say: Callable[[
     if warning := compare_class_names(names, data.class_names):
         say(warning)
     return data
-
-
-def _cores() -> int:
-    import os
-
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

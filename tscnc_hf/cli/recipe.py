@@ -110,18 +110,6 @@ def resume_point(config: TSCNCConfig, arguments: DataArguments) -> str | bool:
     return named
 
 
-def set_cpu_threads(config: TSCNCConfig, threads: int | None) -> None:
-    """Threads of torch on a CPU; see `DataArguments.cpu_threads`. With plain `python`, torch keeps its own choice."""
-    import torch
-
-    if config.device.type != "cpu":
-        return
-    if threads is None and config.world_size == 1 and "ACCELERATE_MIXED_PRECISION" in os.environ:
-        threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    if threads is not None:
-        torch.set_num_threads(threads)
-
-
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """Inside, what cannot be used ends the process: the message says what to do, a traceback would hide it."""
