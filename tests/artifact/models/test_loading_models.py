@@ -16,7 +16,7 @@ from tscnc_hf.artifact.models.loading import load_classifier, load_model, load_s
 from tscnc_hf.artifact.models.saving import disk_state, save_sparse
 from tscnc_hf.artifact.packed.file import SPARSE_FILE, read_sparse_file, write_sparse_file
 from tscnc_hf.artifact.repository.push import push_folder
-from tscnc_hf.artifact.repository.repository import build_model, read_tensors
+from tscnc_hf.artifact.repository.repository import open_repository, read_model
 
 
 @MODELS
@@ -280,7 +280,7 @@ def into(make):
 
 
 def as_repository(folder):
-    return build_model(folder, read_tensors(folder))
+    return read_model(open_repository(folder))[0]
 
 
 KINDS = {"vit": (vit, "classifier.weight"), "timm": (resnet, "fc.weight"), "slimmed": (slimmed, "classifier.weight")}

@@ -19,7 +19,7 @@ from tscnc_hf import SparseConfig
 from tscnc_hf.artifact.models.loading import load_sparse, load_weights
 from tscnc_hf.artifact.models.saving import disk_state, save_sparse
 from tscnc_hf.artifact.packed.file import SPARSE_FILE, read_sparse_file, write_sparse_file
-from tscnc_hf.artifact.repository.repository import build_model, read_tensors
+from tscnc_hf.artifact.repository.repository import open_repository, read_model, read_tensors
 
 
 @MODELS
@@ -48,7 +48,7 @@ def test_a_timm_model_is_read_and_packed_under_either_spelling_of_its_names(tmp_
         found = AutoModelForImageClassification.from_pretrained(
             folder, variant="sparse", quantization_config=SparseConfig()
         )
-        for one in (load_sparse(folder), found, build_model(folder, read_tensors(folder))):
+        for one in (load_sparse(folder), found, read_model(open_repository(folder))[0]):
             assert_same_weights(one, model)
         with pytest.raises(ValueError, match="dense weights that are not this model's"):
             save_sparse(resnet(1), folder)

@@ -20,9 +20,10 @@ from tscnc_hf.artifact.repository.repository import (
     FIGURES_PAGE,
     RESULTS_FILE,
     Repository,
-    build_model,
     is_dense_file,
+    output_folder,
     published_files,
+    read_model,
     read_tensors,
 )
 
@@ -47,9 +48,8 @@ def pack(
         FileExistsError: the output holds another model.
         FileNotFoundError, ValueError: no weights, damaged ones, or some that do not fit config.json.
     """
-    folder, target = repository.folder, _target(repository, output)
-    tensors = read_tensors(folder)
-    build_model(folder, tensors, repository.name)  # what does not load is not packed
+    folder, target = repository.folder, output_folder(repository, output, "the files go")
+    _, tensors = read_model(repository)  # what does not load is not packed
     digest = config_digest(folder)
     with atomic_file(target / SPARSE_FILE) as temporary:
         write_sparse_file(tensors, temporary, compression=compression, value_dtype=value_dtype, config=digest)
@@ -64,9 +64,8 @@ def unpack(repository: Repository, output: str | os.PathLike | None = None) -> P
     Write `model.safetensors` from a packed file: the names and bits that were packed. Arguments, errors and what
     happens with `output` as in `pack`.
     """
-    folder, target = repository.folder, _target(repository, output)
-    tensors = read_tensors(folder)
-    build_model(folder, tensors, repository.name)
+    folder, target = repository.folder, output_folder(repository, output, "the files go")
+    _, tensors = read_model(repository)
     _refuse_other_model(folder, target, tensors)
     if not has_weights(target):
         with atomic_file(target / WEIGHTS_FILE) as temporary:
@@ -74,12 +73,6 @@ def unpack(repository: Repository, output: str | os.PathLike | None = None) -> P
             save_file({name: own_copy(tensor) for name, tensor in tensors.items()}, temporary, {"format": "pt"})
     _copy_side_files(folder, target)
     return target / WEIGHTS_FILE
-
-
-def _target(repository: Repository, output: str | os.PathLike | None) -> Path:
-    if output is None and repository.commit is not None:
-        raise ValueError(f"{repository.name} is on the Hub: say where the files go with --output FOLDER")
-    return repository.folder if output is None else Path(output)
 
 
 def _refuse_other_model(folder: Path, target: Path, tensors: dict[str, torch.Tensor]) -> None:

@@ -9,17 +9,16 @@ from typing import Any
 from huggingface_hub import ModelCard
 from torch import nn
 
-from tscnc_hf.artifact.card.words import format_bytes, format_kappa, format_pixels, layer_name, number, without_paths
+from tscnc_hf.artifact.card.words import by_layer, format_bytes, format_kappa, format_pixels, number, without_paths
 from tscnc_hf.artifact.models.narrowed import recorded_widths
 from tscnc_hf.artifact.packed.limit import storage_limit
 from tscnc_hf.artifact.repository.repository import (
     CARD_FILE,
     RESULTS_FILE,
     Repository,
-    build_model,
     method_settings,
     read_json,
-    read_tensors,
+    read_model,
 )
 from tscnc_hf.method.reports.sparsity import sparsity_report
 from tscnc_hf.method.reports.spectrum import spectral_report
@@ -47,8 +46,7 @@ def inspect_model(repository: Repository, layers: bool = False, spectrum: bool =
         ValueError: damaged files, or weights that do not fit config.json.
     """
     folder = repository.folder
-    tensors = read_tensors(folder)
-    model = build_model(folder, tensors, repository.name)
+    model, tensors = read_model(repository)
     results = read_json(folder / RESULTS_FILE)
     method = method_settings(folder, model.config)
     sparsity = sparsity_report(model, method.get("pruning_exclude") or ()).to_dict()
@@ -144,9 +142,7 @@ def summary_rows(found: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def layer_rows(found: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """The layers of `inspect_model(..., layers=True)` as rows of a table, the first its header."""
-    matrices: dict[str, list] = {}
-    for row in found.get("spectrum", {}).get("rows", ()):
-        matrices.setdefault(layer_name(row["name"]), []).append(row)
+    matrices = by_layer(found.get("spectrum"))
     table = [("weight", "shape", "zeros", "effective kappa", "rank")]
     for row in found["sparsity"]["rows"]:
         kappa = rank = ""

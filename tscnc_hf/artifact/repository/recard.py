@@ -22,11 +22,11 @@ from tscnc_hf.artifact.repository.repository import (
     CARD_FILE,
     RESULTS_FILE,
     Repository,
-    build_model,
     method_settings,
     open_repository,
+    output_folder,
     read_json,
-    read_tensors,
+    read_model,
 )
 from tscnc_hf.method.reports.sparsity import sparsity_report
 from tscnc_hf.method.reports.spectrum import spectral_report
@@ -64,17 +64,14 @@ def rebuild_card(
         FileExistsError: there is a README.md that this library did not write.
         ValueError: the results are of other weights; damaged files; weights that do not fit config.json.
     """
-    if output is None and repository.commit is not None:
-        raise ValueError(f"{repository.name} is on the Hub: say where the card goes with --output FOLDER")
-    folder, target = repository.folder, repository.folder if output is None else Path(output)
+    folder, target = repository.folder, output_folder(repository, output, "the card goes")
     if (target / CARD_FILE).is_file() and not overwrite and not is_own_card(target / CARD_FILE):
         raise FileExistsError(
             f"{target / CARD_FILE} was not written by this library: give another --output, or --overwrite"
         )
     if results_file is not None and not Path(results_file).is_file():
         raise FileNotFoundError(f"{results_file}: no such file")
-    tensors = read_tensors(folder)
-    model = build_model(folder, tensors, repository.name)
+    model, tensors = read_model(repository)
     results = read_json(folder / RESULTS_FILE if results_file is None else Path(results_file))
     method = method_settings(folder, model.config)
     measured = {
@@ -123,7 +120,7 @@ def publish(folder: str | os.PathLike, repo_id: str, **options: Any) -> CommitIn
     if "/" not in repo_id:
         repo_id = f"{HfApi(token=options.get('token')).whoami()['name']}/{repo_id}"
     if (repository.folder / CARD_FILE).is_file() and not is_own_card(repository.folder / CARD_FILE):
-        build_model(repository.folder, read_tensors(repository.folder), repository.name)
+        read_model(repository)
     else:
         rebuild_card(repository, model_name=repo_id)
     return push_folder(folder, repo_id, **options)

@@ -189,17 +189,26 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def build_model(folder: Path, tensors: dict[str, torch.Tensor], source: str | None = None) -> PreTrainedModel:
+def read_model(repository: Repository) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
     """
-    The model that config.json describes, with the checkpoint's tensors in it and nothing missing or left over.
+    The model that config.json describes, with all weights of the repository in it, and those weights as they are on
+    disk (`read_tensors`).
 
     Any class of transformers, and timm's models in their wrapper. No code of the repository is run.
 
     Raises:
-        FileNotFoundError: there is no config.json.
-        ValueError: config.json names no class of transformers, or the tensors do not fit it.
+        FileNotFoundError: there are no weights, or no config.json.
+        ValueError: config.json names no class of transformers, or the tensors do not fit it; see `read_tensors`.
     """
+    folder, tensors = repository.folder, read_tensors(repository.folder)
     if not (folder / CONFIG_FILE).is_file():
         raise FileNotFoundError(f"{folder} has no {CONFIG_FILE}: it is no model of transformers or timm")
     config = read_config(folder)
-    return build_exactly(class_of(config, classifier=False), config, source or folder, tensors)
+    return build_exactly(class_of(config, classifier=False), config, repository.name, tensors), tensors
+
+
+def output_folder(repository: Repository, output: str | os.PathLike | None, what: str) -> Path:
+    """Where `what` is written: to `output`, by default to the repository itself. ValueError if that is on the Hub."""
+    if output is None and repository.commit is not None:
+        raise ValueError(f"{repository.name} is on the Hub: say where {what} with --output FOLDER")
+    return repository.folder if output is None else Path(output)
