@@ -11,6 +11,7 @@ from transformers import AutoModelForImageClassification, BertConfig, ViTImagePr
 from tests.small_models import MODELS, NAMES, assert_same_weights, differs, images, logits, pruned, resnet, vit
 from tscnc_hf import SparseConfig, slim
 from tscnc_hf.artifact.models import loading
+from tscnc_hf.artifact.models.building import timm_model
 from tscnc_hf.artifact.models.config import config_digest, read_config
 from tscnc_hf.artifact.models.loading import load_classifier, load_model, load_slim, load_sparse, load_weights
 from tscnc_hf.artifact.models.saving import disk_state, save_sparse
@@ -401,6 +402,18 @@ def test_options_of_from_pretrained_reach_both_kinds_of_weights(tmp_path):
         found = load_slim(folder, dtype=torch.bfloat16, attn_implementation="eager")
         assert_same_weights(found, vit().to(torch.bfloat16))
         assert found.config._attn_implementation == "eager"
+
+
+def test_buffers_that_a_model_computes_itself_are_no_weights(tmp_path):
+    """Files of older timm versions store them."""
+    options = {"img_size": 32, "window_size": 4, "embed_dim": 12, "depths": [2], "num_heads": [2]}
+    model, _ = timm_model("swin_tiny_patch4_window7_224", NAMES, (32, 32), model_args=options)
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    computed = {name: tensor.clone() for name, tensor in model.named_buffers() if name not in weights}
+    assert any(name.endswith("attn_mask") for name in computed)
+    save_file(weights | computed, tmp_path / "model.safetensors", {"format": "pt"})
+    assert_same_weights(load_classifier(tmp_path), model)
 
 
 # ---- a new head ----

@@ -61,7 +61,7 @@ def load_slim(name_or_folder: str | os.PathLike, **options: Any) -> PreTrainedMo
     the packed file where there are none.
 
     Args:
-        options: of `from_pretrained`, such as `revision`, `token` or `dtype`.
+        options: of `from_pretrained`, such as `revision`, `token` or `dtype`; not `ignore_mismatched_sizes`.
 
     Raises:
         OSError: there is no such model, or it has no weights.
@@ -194,10 +194,10 @@ def build_exactly(
         raise unreadable(source, error) from error
     as_plain(model)
     own = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
-    # counts of batches are no weights, and old files do not have them
+    # No weights: counts of batches, which old files do not have, and what a model computes itself and old files store.
     missing = {key for key in found["missing_keys"] if key in own and not key.endswith("num_batches_tracked")}
     mismatched = {key: tuple(stored) for key, stored, _ in found["mismatched_keys"]}
-    unexpected, advice = set(found["unexpected_keys"]), SAME
+    unexpected, advice = set(found["unexpected_keys"]) - {name for name, _ in model.named_buffers()}, SAME
     head = _head(model_class, config) if missing or mismatched else set()
     if new_head:
         missing -= head
