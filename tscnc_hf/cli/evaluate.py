@@ -22,43 +22,40 @@ class EvaluationArguments:
     Parameters:
         model (`str`): Hub id or local folder of an image classifier, dense or packed.
         dataset (`str`, *optional*, defaults to `"uoft-cs/cifar10"`): Hub id, local folder, or "digits"; its test part.
-        image_column, label_column (`str`, *optional*): found by type if not given.
+        image_column, label_column (`str`, *optional*): name of the column; found by type if not given.
         image_size (`int`, *optional*): side in pixels; by default what the model takes.
-        attacks (`list[str]`, *optional*, defaults to clean, fgsm, pgd-20 and apgd): see `make_attack`.
-        epsilon (`str`, *optional*, defaults to `"8/255"`): radius in pixel units.
-        norm (`str`, *optional*, defaults to `"linf"`): or "l2".
-        n (`int`, *optional*): the first n test images.
-        seed (`int`, *optional*, defaults to 0): of the attacks.
-        batch_size (`int`, *optional*, defaults to 128): halved by itself where memory runs out.
+        attacks (`list[str]`, *optional*, defaults to `["clean", "fgsm", "pgd-20", "apgd"]`): of clean, fgsm, pgd-K,
+            pgd-KxR, cw-K, apgd, apgd-dlr, square and autoattack; see `make_attack`.
+        epsilon (`str`, *optional*, defaults to `"8/255"`): radius in pixel units, e.g. "8/255".
+        norm (`str`, *optional*, defaults to `"linf"`): norm of the perturbation, "linf" or "l2".
+        n (`int`, *optional*): the first n test images; all by default.
+        seed (`int`, *optional*, defaults to 0): seed of the attacks.
+        batch_size (`int`, *optional*, defaults to 128): images attacked at a time; halved by itself where memory runs
+            out.
         dense_model (`str`, *optional*): the model before pruning, whose adversarial images must not be stronger.
-        output_dir (`str`, *optional*): not the folder of a model. Defaults to outputs/<model>-robustness, of a folder
-            its last part, of a Hub id owner-name.
-        device (`str`, *optional*): defaults to a GPU where there is one.
+        output_dir (`str`, *optional*): where figures go, which is not the folder of a model; by default
+            `outputs/<model>-robustness`, of a folder its last part, of a Hub id owner-name.
+        device (`str`, *optional*): by default a GPU where there is one.
         cpu_threads (`int`, *optional*): threads on a CPU; see `set_cpu_threads`.
         json (`bool`, *optional*, defaults to `False`): print what `results.json` holds on stdout, and nothing else.
     """
 
-    model: str = field(metadata={"help": "Hub id or folder of an image classifier, dense or packed."})
-    dataset: str = field(default="uoft-cs/cifar10", metadata={"help": 'Hub id, local folder, or "digits".'})
-    image_column: str | None = field(default=None, metadata={"help": "Name of the image column."})
-    label_column: str | None = field(default=None, metadata={"help": "Name of the label column."})
-    image_size: int | None = field(default=None, metadata={"help": "Side in pixels. Default: what the model takes."})
-    attacks: list[str] = field(
-        default_factory=lambda: ["clean", "fgsm", "pgd-20", "apgd"],
-        metadata={"help": "clean, fgsm, pgd-K, pgd-KxR, cw-K, apgd, apgd-dlr, square, autoattack."},
-    )
-    epsilon: str = field(default="8/255", metadata={"help": 'Radius in pixel units, e.g. "8/255".'})
-    norm: str = field(default="linf", metadata={"help": "Norm of the perturbation.", "choices": ("linf", "l2")})
-    n: int | None = field(default=None, metadata={"help": "The first n test images. Default: all."})
-    seed: int = field(default=0, metadata={"help": "Of the attacks."})
-    batch_size: int = field(default=128, metadata={"help": "Halved by itself where memory runs out."})
-    dense_model: str | None = field(default=None, metadata={"help": "The model before pruning, for a transfer check."})
-    output_dir: str | None = field(default=None, metadata={"help": "Default: outputs/<model>-robustness."})
-    device: str | None = field(default=None, metadata={"help": "Default: a GPU where there is one."})
-    cpu_threads: int | None = field(
-        default=None, metadata={"help": "Threads on a CPU. Default: all cores, or as launched."}
-    )
-    json: bool = field(default=False, metadata={"help": "Print one JSON object on stdout and nothing else."})
+    model: str
+    dataset: str = "uoft-cs/cifar10"
+    image_column: str | None = None
+    label_column: str | None = None
+    image_size: int | None = None
+    attacks: list[str] = field(default_factory=lambda: ["clean", "fgsm", "pgd-20", "apgd"])
+    epsilon: str = "8/255"
+    norm: str = field(default="linf", metadata={"choices": ("linf", "l2")})
+    n: int | None = None
+    seed: int = 0
+    batch_size: int = 128
+    dense_model: str | None = None
+    output_dir: str | None = None
+    device: str | None = None
+    cpu_threads: int | None = None
+    json: bool = False
 
     def __post_init__(self):
         if self.batch_size < 1:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
+from itertools import chain
 from pathlib import Path
 
 import yaml
 from transformers import HfArgumentParser
+
+from tscnc_hf.cli.options import option_groups
 
 
 class ConfigParser(HfArgumentParser):
@@ -17,10 +20,15 @@ class ConfigParser(HfArgumentParser):
 
     A key of the file is the name of an option; its value becomes the option's default and is converted like one typed
     on the command line (YAML reads `5e-5` as a string). Options that the dataclasses require may come from either.
+    `--help` shows the first sentence of what a dataclass's docstring says of an option.
     """
 
     def __init__(self, dataclass_types, **kwargs):
         super().__init__(dataclass_types, allow_abbrev=False, **kwargs)
+        described = chain.from_iterable(chain(*option_groups(one).values()) for one in self.dataclass_types)
+        texts = {option.name: option.help.replace("%", "%%") for option in described}
+        for action in self._actions:
+            action.help = texts.get(action.dest, action.help)
         self.add_argument(
             "--config",
             metavar="FILE.yaml",

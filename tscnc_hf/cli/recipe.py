@@ -27,18 +27,22 @@ class DataArguments:
     Parameters:
         dataset (`str`, *optional*, defaults to `"uoft-cs/cifar10"`): Hub id, local folder (parquet or one folder per
             class), or "digits" (scikit-learn's, no download).
-        image_column, label_column (`str`, *optional*): found by type if not given.
-        test_split (`str`, *optional*): the split to test on; "test", else "validation", else a fifth of train.
+        image_column, label_column (`str`, *optional*): name of the column; found by type if not given.
+        test_split (`str`, *optional*): the split to test on; by default "test", else "validation", else a fifth of
+            train.
         image_size (`int`, *optional*): resize to this side in pixels.
-        channels (`str`, *optional*, defaults to `"rgb"`): "rgb", "grey" or "auto".
-        decode (`str`, *optional*, defaults to `"auto"`): "once", into memory, "as-read", in every batch anew, which
-            needs no memory for images and an image_size, or "auto": once up to 96 pixels a side and 4 GB.
-        augmentation (`str`, *optional*, defaults to `"crop-flip"`): "none", "flip", "crop" or "crop-flip". Crops are
-            of the padded image where images are in memory, and random resized crops where they are decoded as read.
-        validation_fraction (`float`, *optional*, defaults to 0.1): of train.
+        channels (`str`, *optional*, defaults to `"rgb"`): channels of the images, "rgb", "grey" or "auto".
+        decode (`str`, *optional*, defaults to `"auto"`): when images are decoded, "once", into memory, "as-read", in
+            every batch anew, which needs no memory for images and an image_size, or "auto", once up to 96 pixels a
+            side and 4 GB.
+        augmentation (`str`, *optional*, defaults to `"crop-flip"`): how training images are varied, "none", "flip",
+            "crop" or "crop-flip". Crops are of the padded image where images are in memory, and random resized crops
+            where they are decoded as read.
+        validation_fraction (`float`, *optional*, defaults to 0.1): part of train that is kept for model selection.
         train_limit (`int`, *optional*): train on the first n images only.
         test_limit (`int`, *optional*): test on the first n images only.
-        test_attacks (`list[str]`, *optional*, defaults to clean and pgd-20): for the final figures.
+        test_attacks (`list[str]`, *optional*, defaults to `["clean", "pgd-20"]`): attacks of the final figures; see
+            `make_attack`.
         compare_dense (`bool`, *optional*, defaults to `False`): also train a dense twin, the same but for pruning and
             constraints, and show both side by side.
         cpu_threads (`int`, *optional*): threads on a CPU. By default a single process has all cores: `accelerate
@@ -48,38 +52,21 @@ class DataArguments:
             checkpoint to go on from instead, or is "true", which is the same as this.
     """
 
-    dataset: str = field(default="uoft-cs/cifar10", metadata={"help": 'Hub id, local folder, or "digits".'})
-    image_column: str | None = field(
-        default=None, metadata={"help": "Name of the image column, if not found by type."}
-    )
-    label_column: str | None = field(
-        default=None, metadata={"help": "Name of the label column, if not found by type."}
-    )
-    test_split: str | None = field(default=None, metadata={"help": "Split to test on, if not test or validation."})
-    image_size: int | None = field(default=None, metadata={"help": "Resize images to this side, in pixels."})
-    channels: str = field(default="rgb", metadata={"help": "Channels.", "choices": ("rgb", "grey", "auto")})
-    decode: str = field(
-        default="auto",
-        metadata={
-            "help": "Decode images once, into memory, or as they are read. Auto: by size.",
-            "choices": tuple(DECODE),
-        },
-    )
-    augmentation: str = field(
-        default="crop-flip",
-        metadata={"help": "Augmentation of the training images.", "choices": ("none", "flip", "crop", "crop-flip")},
-    )
-    validation_fraction: float = field(default=0.1, metadata={"help": "Part of train kept for model selection."})
-    train_limit: int | None = field(default=None, metadata={"help": "Train on the first n images only."})
-    test_limit: int | None = field(default=None, metadata={"help": "Test on the first n images only."})
-    test_attacks: list[str] = field(
-        default_factory=lambda: ["clean", "pgd-20"], metadata={"help": "Attacks of the final figures."}
-    )
-    compare_dense: bool = field(default=False, metadata={"help": "Also train a dense twin and compare."})
-    cpu_threads: int | None = field(
-        default=None, metadata={"help": "Threads on a CPU. Default: all cores for a single process."}
-    )
-    resume: bool = field(default=False, metadata={"help": "Go on from the last checkpoint in the output folder."})
+    dataset: str = "uoft-cs/cifar10"
+    image_column: str | None = None
+    label_column: str | None = None
+    test_split: str | None = None
+    image_size: int | None = None
+    channels: str = field(default="rgb", metadata={"choices": ("rgb", "grey", "auto")})
+    decode: str = field(default="auto", metadata={"choices": tuple(DECODE)})
+    augmentation: str = field(default="crop-flip", metadata={"choices": ("none", "flip", "crop", "crop-flip")})
+    validation_fraction: float = 0.1
+    train_limit: int | None = None
+    test_limit: int | None = None
+    test_attacks: list[str] = field(default_factory=lambda: ["clean", "pgd-20"])
+    compare_dense: bool = False
+    cpu_threads: int | None = None
+    resume: bool = False
 
 
 def parse(model_arguments: type, args: list[str] | None = None) -> tuple[TSCNCConfig, DataArguments, object]:

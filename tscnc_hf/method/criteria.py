@@ -58,10 +58,6 @@ def register_criterion(name: str, criterion: Criterion, gradients: str | None = 
     _CRITERIA[name] = RegisteredCriterion(criterion, gradients)
 
 
-def criterion_names() -> tuple[str, ...]:
-    return tuple(_CRITERIA)
-
-
 def find_criterion(name: str) -> RegisteredCriterion:
     """ValueError, with the names that exist, when there is no such criterion."""
     if name not in _CRITERIA:

@@ -17,7 +17,7 @@ from tscnc_hf.method.adversarial.objectives import OBJECTIVES
 from tscnc_hf.method.adversarial.pgd import ADVERSARIES
 from tscnc_hf.method.adversarial.pixels import pixel_quantity
 from tscnc_hf.method.constraints import CNC_FORMS
-from tscnc_hf.method.criteria import criterion_names, find_criterion
+from tscnc_hf.method.criteria import find_criterion
 from tscnc_hf.method.pruning.allocation import SCOPES
 from tscnc_hf.method.pruning.schedule import SCHEDULES
 from tscnc_hf.method.pruning.unit_allocation import UNIT_SCOPES
@@ -28,10 +28,8 @@ UNSTRUCTURED = "unstructured"
 UNITS = {"units": KINDS} | {kind: (kind,) for kind in KINDS}
 
 
-def _knob(default, help: str, **kwargs):
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": help, **kwargs})
-    return field(default=default, metadata={"help": help, **kwargs})
+def _choice(default: str, choices: tuple[str, ...]):
+    return field(default=default, metadata={"choices": choices})
 
 
 @dataclass
@@ -39,139 +37,152 @@ class TSCNCConfig(TrainingArguments):
     """
     `TrainingArguments` plus the options of TSCNC. Wrong values raise `ValueError` here, before any training.
 
+    What is said here of an option is also what `--help` (its first sentence) and docs/options.md say.
+
     Parameters that control the adversary (pixel quantities are in [0, 1] and may be written "8/255"):
-        objective (`str`, *optional*, defaults to `"trades"`): "natural", "pgd-at", "trades" or "mart".
-        adversary (`str`, *optional*, defaults to `"kl-pgd"`): "none", "fgsm-rs", "n-fgsm", "pgd", "cw-pgd" or
-            "kl-pgd" (TRADES' own).
-        epsilon (`float` or `str`, *optional*, defaults to `"8/255"`): radius, in training and evaluation.
-        norm (`str`, *optional*, defaults to `"linf"`): of the perturbation, "linf" or "l2".
+        objective (`str`, *optional*, defaults to `"trades"`): what is minimised, "natural", "pgd-at", "trades" or
+            "mart".
+        adversary (`str`, *optional*, defaults to `"kl-pgd"`): how images are attacked in training, "none", "fgsm-rs",
+            "n-fgsm", "pgd", "cw-pgd" or "kl-pgd" (TRADES' own).
+        epsilon (`float` or `str`, *optional*, defaults to `"8/255"`): radius of the perturbation, in training and
+            evaluation.
+        norm (`str`, *optional*, defaults to `"linf"`): norm of the perturbation, "linf" or "l2".
         attack_steps (`int`, *optional*, defaults to 10): gradient steps of "pgd", "cw-pgd" and "kl-pgd".
-        attack_step_size (`float` or `str`, *optional*): defaults to epsilon / 4; for "fgsm-rs" to 1.25
-            epsilon, for "n-fgsm" to epsilon.
+        attack_step_size (`float` or `str`, *optional*): length of a step; by default epsilon / 4, for "fgsm-rs" 1.25
+            epsilon, for "n-fgsm" epsilon.
         epsilon_warmup (`float`, *optional*, defaults to 0): fraction of training in which epsilon, and with it the
             step size, grows from 0.
         trades_beta (`float`, *optional*, defaults to 6): weight of the divergence in TRADES and MART.
-        ema_decay (`float`, *optional*, defaults to 0): of a moving average of the weights, in [0, 1), e.g. 0.995;
-            the average is what is evaluated and published. 0 has none.
+        ema_decay (`float`, *optional*, defaults to 0): decay of a moving average of the weights, in [0, 1), e.g.
+            0.995; the average is what is evaluated and published. 0 has none.
         awp_gamma (`float`, *optional*, defaults to 0): adversarial weight perturbation, in units of each weight's
             norm, e.g. 0.005; costs a forward and a backward a step. Found for each micro-batch anew: with
             gradient_accumulation_steps it is not what it is for the whole batch. 0 has none.
-        awp_start (`float`, *optional*, defaults to 0): fraction of training after which it begins.
-        eval_attack_steps (`int`, *optional*, defaults to 10): PGD steps of `eval_robust_accuracy`; 0 leaves it out.
+        awp_start (`float`, *optional*, defaults to 0): fraction of training after which weights are perturbed.
+        eval_attack_steps (`int`, *optional*, defaults to 10): PGD steps behind `eval_robust_accuracy`; 0 leaves it
+            out.
 
     Parameters that control the constraints:
-        tsc_weight (`float`, *optional*, defaults to 0): coefficient of the Transformed Sparse Constraint.
-        tsc_a (`float`, *optional*, defaults to 10): shape of transformed l1, > 0.
+        tsc_weight (`float`, *optional*, defaults to 0): coefficient of the Transformed Sparse Constraint, a sum over
+            weights.
+        tsc_a (`float`, *optional*, defaults to 10): shape of transformed l1, > 0; towards 0 it is like l0, large like
+            l1.
         tsc_on (`str`, *optional*, defaults to `"weights"`): what TSC makes sparse, "weights" or "gates" (hard-concrete
             gates on hidden units, heads and channels, attached before training and folded into what is published).
         gate_layers (`list[str]`, *optional*): names (or their ends) of the layers whose inputs get gates; found by
             themselves if not given.
-        gate_learning_rate (`float`, *optional*, defaults to 0.01): of the gates, with the run's own schedule.
-        gate_drop_rate (`float`, *optional*, defaults to 0.3): initial drop rate, in (0, 1).
-        gate_l0, gate_l2 (`float`, *optional*, default to 1e-3 and 5e-4): cost of a weight behind a gate, and of half
-            its square.
-        cnc_weight (`float`, *optional*, defaults to 0): coefficient of the Condition Number Constraint.
-        cnc_form (`str`, *optional*, defaults to `"scale-invariant"`): or "reference", as the first implementation has
-            it, on dense layers only.
-        cnc_ridge (`float`, *optional*, defaults to 1e-3): relative ridge of its log determinant, > 0.
-        cnc_interval (`int`, *optional*, defaults to 1): compute it every so many steps, at so many times the weight.
+        gate_learning_rate (`float`, *optional*, defaults to 0.01): learning rate of the gates, with the run's own
+            schedule.
+        gate_drop_rate (`float`, *optional*, defaults to 0.3): initial drop rate of the gates, in (0, 1).
+        gate_l0 (`float`, *optional*, defaults to 1e-3): cost of a weight behind a gate.
+        gate_l2 (`float`, *optional*, defaults to 5e-4): cost of half the square of a weight behind a gate.
+        cnc_weight (`float`, *optional*, defaults to 0): coefficient of the Condition Number Constraint, a sum over
+            weight matrices.
+        cnc_form (`str`, *optional*, defaults to `"scale-invariant"`): form of the constraint, "scale-invariant" or
+            "reference", as the first implementation has it, on dense layers only.
+        cnc_ridge (`float`, *optional*, defaults to 1e-3): relative ridge of the constraint's log determinant, > 0.
+        cnc_interval (`int`, *optional*, defaults to 1): compute the constraint every so many steps, at so many times
+            the weight.
 
     Parameters that control pruning (sparsity is the fraction of zeros among the prunable weights):
-        target_sparsity (`float`, *optional*, defaults to 0): in [0, 1); 0 trains dense.
+        target_sparsity (`float`, *optional*, defaults to 0): sparsity at the end, in [0, 1); 0 trains dense.
         pruning_schedule (`str`, *optional*, defaults to `"cubic"`): how sparsity rises, "cubic", "linear" or
             "one-shot" (all of it at pruning_start).
-        pruning_start, pruning_end (`float`, *optional*, default to 0.25 and 0.75): fractions of training between which
-            sparsity rises and masks are chosen anew; afterwards the masks are frozen and the rest of training
-            fine-tunes.
+        pruning_start (`float`, *optional*, defaults to 0.25): fraction of training after which sparsity rises and
+            masks are chosen anew.
+        pruning_end (`float`, *optional*, defaults to 0.75): fraction of training at which the target is reached and
+            the masks are frozen. The rest of training fine-tunes.
         pruning_interval (`int`, *optional*, defaults to 10): steps between two choices of the masks.
         pruning_criterion (`str`, *optional*, defaults to `"magnitude"`): what makes a weight worth keeping,
-            "magnitude", "scaled-magnitude" (in units of its layer's scale), "taylor", "movement", "gates",
-            "learned" (scores that are trained between start and end, with the weights frozen), or one of your own
+            "magnitude", "scaled-magnitude" (in units of its layer's scale), "taylor", "movement", "gates", "learned"
+            (scores that are trained between start and end, with the weights frozen), or one of your own
             (`register_criterion`).
-        pruning_scope (`str`, *optional*, defaults to `"global"`): rank weights over the whole model; "uniform" (every
-            layer alike), "erk" (Erdos-Renyi-kernel), or "learned" (global, with a learned factor for each layer).
-        pruning_layer_sparsity (`dict`, *optional*): part of a name -> sparsity of those layers; the others share the
-            rest of the total.
+        pruning_scope (`str`, *optional*, defaults to `"global"`): how zeros are shared among the layers, "global"
+            (weights are ranked over the whole model), "uniform" (every layer alike), "erk" (Erdos-Renyi-kernel), or
+            "learned" (global, with a learned factor for each layer).
+        pruning_layer_sparsity (`dict`, *optional*): sparsity of single layers, by a part of their names; the others
+            share the rest of the total. On the command line as JSON, `{"part of a name": 0.5}`.
         pruning_layer_floor (`float`, *optional*, defaults to 0): fraction of its weights that every layer keeps.
         pruning_row_floor (`int`, *optional*, defaults to 0): weights that every row of a matrix keeps at least.
-        pruning_structure (`str`, *optional*, defaults to `"unstructured"`): "N:M" such as "2:4" keeps at most N of M
-            consecutive input channels; "channels", "hidden" (units of an MLP), "heads" or "units" (all three) prunes
-            whole units, which `slim` can then cut out; their sparsity is the target's or up to a unit more.
+        pruning_structure (`str`, *optional*, defaults to `"unstructured"`): what is pruned, single weights
+            ("unstructured"), all but N of M consecutive input channels ("N:M" such as "2:4"), or whole units,
+            "channels", "hidden" (of an MLP), "heads" or "units" (all three). Units can then be cut out by `slim`;
+            their sparsity is the target's or up to a unit more.
         pruning_latent (`bool`, *optional*, defaults to `False`): while the schedule runs, pruned weights go on being
             trained behind their masks (straight-through) and can return in earnest.
-        pruning_rate_learning_rate (`float`, *optional*, defaults to 0.01): of the layers' factors of scope "learned".
+        pruning_rate_learning_rate (`float`, *optional*, defaults to 0.01): learning rate of the layers' factors of
+            scope "learned".
         pruning_exclude (`list[str]`, *optional*): weights with one of these in their name stay dense.
-        pruning_dense_first, pruning_dense_last (`bool`, *optional*, default to `False`): leave the first, the last
-            prunable weight dense.
-        keep_masks (`bool`, *optional*, defaults to `False`): the model is sparse already: its zeros stay.
+        pruning_dense_first (`bool`, *optional*, defaults to `False`): leave the first prunable weight dense.
+        pruning_dense_last (`bool`, *optional*, defaults to `False`): leave the last prunable weight dense.
+        keep_masks (`bool`, *optional*, defaults to `False`): the model is sparse already and its zeros stay.
 
     Parameters that control the rest:
-        channels_last (`bool`, *optional*, defaults to `False`): memory format for convolutional networks.
+        channels_last (`bool`, *optional*, defaults to `False`): memory format for convolutional networks, 1.2 to 1.4
+            times as fast.
         fold_batch_norm (`bool`, *optional*, defaults to `True`): attack a copy in which batch norms are folded into
             the convolutions before them: the same gradients for a tenth less time and one more copy of the weights.
+
+    Parameters that control the Trainer (with other defaults than those of `TrainingArguments`):
+        remove_unused_columns (`bool`, *optional*, defaults to `False`): off, since a data set's transform needs the
+            image column.
+        logging_nan_inf_filter (`bool`, *optional*, defaults to `False`): off, so that a loss that is not finite stops
+            the run and is named.
+        ddp_find_unused_parameters (`bool`, *optional*, defaults to `False`): off, since every parameter takes part in
+            every step.
     """
 
-    objective: str = _knob("trades", "Training objective.", choices=OBJECTIVES)
-    adversary: str = _knob("kl-pgd", "How adversarial images are made in training.", choices=ADVERSARIES)
-    epsilon: str = _knob("8/255", 'Radius in pixel units, [0, 1] for linf, e.g. "8/255".')
-    norm: str = _knob("linf", "Norm of the perturbation.", choices=NORMS)
-    attack_steps: int = _knob(10, "Gradient steps of pgd and kl-pgd in training.")
-    attack_step_size: str | None = _knob(
-        None, "Step size in pixel units. Default: epsilon / 4, 1.25 epsilon for fgsm-rs, epsilon for n-fgsm."
-    )
-    epsilon_warmup: float = _knob(0.0, "Fraction of training in which epsilon grows linearly from 0.")
-    trades_beta: float = _knob(6.0, "Weight of the divergence in TRADES and MART.")
-    ema_decay: float = _knob(0.0, "Decay of an average of the weights, which is evaluated and published; 0: none.")
-    awp_gamma: float = _knob(0.0, "Adversarial weight perturbation, in units of each weight's norm; 0: none.")
-    awp_start: float = _knob(0.0, "Fraction of training after which weights are perturbed.")
-    eval_attack_steps: int = _knob(10, "PGD steps behind eval_robust_accuracy; 0 leaves it out.")
+    objective: str = _choice("trades", OBJECTIVES)
+    adversary: str = _choice("kl-pgd", ADVERSARIES)
+    epsilon: str = "8/255"
+    norm: str = _choice("linf", NORMS)
+    attack_steps: int = 10
+    attack_step_size: str | None = None
+    epsilon_warmup: float = 0.0
+    trades_beta: float = 6.0
+    ema_decay: float = 0.0
+    awp_gamma: float = 0.0
+    awp_start: float = 0.0
+    eval_attack_steps: int = 10
 
-    tsc_weight: float = _knob(0.0, "Coefficient of the Transformed Sparse Constraint (a sum over weights).")
-    tsc_a: float = _knob(10.0, "Shape of transformed l1: towards 0 like l0, large like l1.")
-    tsc_on: str = _knob(
-        "weights", "What the Transformed Sparse Constraint makes sparse.", choices=("weights", "gates")
-    )
-    gate_layers: list[str] = _knob([], "Layers whose inputs get gates (name, or its end). Default: found.")
-    gate_learning_rate: float = _knob(0.01, "Learning rate of the gates.")
-    gate_drop_rate: float = _knob(0.3, "Initial drop rate of the gates, in (0, 1).")
-    gate_l0: float = _knob(1e-3, "Cost of a weight behind a gate.")
-    gate_l2: float = _knob(5e-4, "Cost of half the square of a weight behind a gate.")
-    cnc_weight: float = _knob(0.0, "Coefficient of the Condition Number Constraint (a sum over weight matrices).")
-    cnc_form: str = _knob("scale-invariant", "Form of the Condition Number Constraint.", choices=CNC_FORMS)
-    cnc_ridge: float = _knob(1e-3, "Relative ridge inside the log determinant of the Condition Number Constraint.")
-    cnc_interval: int = _knob(1, "Steps between two evaluations of the Condition Number Constraint.")
+    tsc_weight: float = 0.0
+    tsc_a: float = 10.0
+    tsc_on: str = _choice("weights", ("weights", "gates"))
+    gate_layers: list[str] = field(default_factory=list)
+    gate_learning_rate: float = 0.01
+    gate_drop_rate: float = 0.3
+    gate_l0: float = 1e-3
+    gate_l2: float = 5e-4
+    cnc_weight: float = 0.0
+    cnc_form: str = _choice("scale-invariant", CNC_FORMS)
+    cnc_ridge: float = 1e-3
+    cnc_interval: int = 1
 
-    target_sparsity: float = _knob(0.0, "Final fraction of zeros among the prunable weights, in [0, 1).")
-    pruning_schedule: str = _knob("cubic", "How sparsity rises.", choices=tuple(SCHEDULES))
-    pruning_start: float = _knob(0.25, "Fraction of training after which pruning begins.")
-    pruning_end: float = _knob(0.75, "Fraction of training at which the target is reached and masks are frozen.")
-    pruning_interval: int = _knob(10, "Optimizer steps between two choices of the masks.")
-    pruning_criterion: str = _knob(
-        "magnitude", f"What makes a weight worth keeping: {', '.join(criterion_names())}, or one that was registered."
-    )
-    pruning_scope: str = _knob("global", "How zeros are shared among the layers.", choices=SCOPES)
-    pruning_layer_sparsity: dict | str | None = _knob(
-        None, 'Sparsity of single layers, as JSON: {"part of a name": 0.5}; the others share the rest.'
-    )
-    pruning_layer_floor: float = _knob(0.0, "Fraction of its weights that every layer keeps.")
-    pruning_row_floor: int = _knob(0, "Weights that every row of a matrix keeps at least.")
-    pruning_structure: str = _knob(
-        UNSTRUCTURED, f'"{UNSTRUCTURED}", "N:M" such as "2:4", or whole units: {", ".join(UNITS)}.'
-    )
-    pruning_latent: bool = _knob(False, "Train pruned weights on behind their masks while the schedule runs.")
-    pruning_rate_learning_rate: float = _knob(0.01, 'Learning rate of the factors of pruning_scope "learned".')
-    pruning_exclude: list[str] = _knob([], "Weights with one of these in their name stay dense.")
-    pruning_dense_first: bool = _knob(False, "Leave the first prunable weight dense.")
-    pruning_dense_last: bool = _knob(False, "Leave the last prunable weight dense.")
-    keep_masks: bool = _knob(False, "The model is sparse already: its zeros stay.")
+    target_sparsity: float = 0.0
+    pruning_schedule: str = _choice("cubic", tuple(SCHEDULES))
+    pruning_start: float = 0.25
+    pruning_end: float = 0.75
+    pruning_interval: int = 10
+    pruning_criterion: str = "magnitude"
+    pruning_scope: str = _choice("global", SCOPES)
+    pruning_layer_sparsity: dict | str | None = None
+    pruning_layer_floor: float = 0.0
+    pruning_row_floor: int = 0
+    pruning_structure: str = UNSTRUCTURED
+    pruning_latent: bool = False
+    pruning_rate_learning_rate: float = 0.01
+    pruning_exclude: list[str] = field(default_factory=list)
+    pruning_dense_first: bool = False
+    pruning_dense_last: bool = False
+    keep_masks: bool = False
 
-    channels_last: bool = _knob(False, "Memory format for convolutional networks: 1.2 to 1.4 times faster.")
-    fold_batch_norm: bool = _knob(True, "Attack a copy with batch norms folded into convolutions: cheaper, the same.")
+    channels_last: bool = False
+    fold_batch_norm: bool = True
 
     # Upstream defaults that would break or hide something here.
-    remove_unused_columns: bool = _knob(False, "Off: the image column is needed by the data set's transform.")
-    logging_nan_inf_filter: bool = _knob(False, "Off: a loss that is not finite stops the run and is named.")
-    ddp_find_unused_parameters: bool | None = _knob(False, "Off: every parameter takes part in every step.")
+    remove_unused_columns: bool = False
+    logging_nan_inf_filter: bool = False
+    ddp_find_unused_parameters: bool | None = False
 
     def __post_init__(self):
         if self.deepspeed is not None or str_to_bool(os.environ.get("ACCELERATE_USE_DEEPSPEED", "false")):
