@@ -8,7 +8,7 @@ PEERS := .peers
 PEER_PACKAGES := torchattacks==3.5.1 foolbox==3.3.4 eagerpy==0.30.0 GitPython gitdb smmap \
 	adversarial-robustness-toolbox==1.20.1 six
 
-.PHONY: demo test test-faults test-peers lint bench bench-constraints bench-slimming bench-adversary bench-packing \
+.PHONY: docs demo test test-faults test-peers lint bench bench-constraints bench-slimming bench-adversary bench-packing \
 	bench-pruning bench-training bench-inputs clean
 
 demo: $(STAMP)
@@ -48,6 +48,10 @@ bench-training: $(STAMP)
 bench-inputs: $(STAMP)
 	$(BIN)/python tests/benchmarks/large_inputs.py
 
+# The site, into build/site. Anew from the beginning: what is kept of a build before is not warned of again.
+docs: $(VENV)/.docs-installed
+	$(BIN)/sphinx-build --fail-on-warning --keep-going --fresh-env --quiet -d build/doctrees docs build/site
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -55,6 +59,10 @@ lint: $(STAMP)
 $(STAMP): pyproject.toml
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	touch $@
+
+$(VENV)/.docs-installed: pyproject.toml | $(STAMP)
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
 	touch $@
 
 $(PEERS)/.installed: Makefile | $(STAMP)

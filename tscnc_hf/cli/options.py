@@ -81,8 +81,8 @@ def options_page() -> str:
         for (title, note), options in option_groups(described).items():
             page += f"\n### {_capital(title)}\n" if title else ""
             page += f"\n{_capital(note)}.\n" if note else ""
-            page += "\n| Option | Type | Default | Meaning |\n|---|---|---|---|\n"
-            page += "".join(f"| `{one.name}` | {one.type} | {one.default} | {one.meaning} |\n" for one in options)
+            page += "\n| Option | Meaning | Type | Default |\n|---|---|---|---|\n"
+            page += "".join(f"| `{one.name}` | {one.meaning} | {one.type} | {one.default} |\n" for one in options)
     return page
 
 

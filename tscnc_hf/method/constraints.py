@@ -27,11 +27,11 @@ REFERENCE_RIDGE = 1e-12
 
 def transformed_l1(t: Tensor, a: float) -> Tensor:
     """
-    Transformed l1, rho_a(t) = (a + 1)|t| / (a + |t|) (Zhang and Xin 2014; Ma et al. 2019).
+    Transformed l1, `rho_a(t) = (a + 1)|t| / (a + |t|)` (Zhang and Xin 2014; Ma et al. 2019).
 
     Args:
         t (`Tensor`): any shape, floating.
-        a (`float`): shape, > 0; towards 0 it counts non-zeros (l0), towards infinity it is |t| (l1).
+        a (`float`): shape, > 0; towards 0 it counts non-zeros (l0), towards infinity it is `|t|` (l1).
 
     Returns:
         `Tensor`: same shape and dtype as `t`, in [0, a + 1); zero gradient at t = 0.
