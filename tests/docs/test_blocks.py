@@ -87,7 +87,7 @@ def test_shell_runs(page, tmp_path):
         shutil.copy(ROOT / path, clone / path)
     (clone / ".installed").touch()
     script.write_text(program(page, SHELL), encoding="utf-8")
-    run(["bash", "-e", script], clone, PYTHONPATH=str(clone), MAKEFLAGS=f"BIN={BIN} STAMP=.installed")
+    run(["bash", "-ex", script], clone, PYTHONPATH=str(clone), MAKEFLAGS=f"BIN={BIN} STAMP=.installed")
 
 
 # ---- blocks that do not ----
