@@ -1,8 +1,4 @@
-"""
-What a dataclass says of its options in its docstring: their one description, for `--help` and for docs/options.md.
-
-    python -m tscnc_hf.cli.options > docs/options.md
-"""
+"""What a dataclass says of its options in its docstring: their one description, for `--help` and docs/options.md."""
 
 from __future__ import annotations
 
@@ -58,48 +54,5 @@ def _options(text: str) -> list[Option]:
         raise ValueError(f"{text!r}: write name (`type`, *optional*, defaults to `default`): meaning")
     names, kind, optional, default = found.groups()
     default = (default or "") if optional else "required"
-    return [Option(name, kind, default, _capital(text[found.end() :])) for name in names.split(", ")]
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
-
-
-def options_page() -> str:
-    """docs/options.md."""
-    from tscnc_hf.cli.evaluate import EvaluationArguments
-    from tscnc_hf.cli.recipe import DataArguments
-    from tscnc_hf.training.config import TSCNCConfig
-
-    page = PAGE
-    for heading, about, described in (
-        ("Training", TRAINING, TSCNCConfig),
-        ("Recipes", RECIPES, DataArguments),
-        ("Evaluation", EVALUATION, EvaluationArguments),
-    ):
-        page += f"\n## {heading}\n\n{about}\n"
-        for (title, note), options in option_groups(described).items():
-            page += f"\n### {_capital(title)}\n" if title else ""
-            page += f"\n{_capital(note)}.\n" if note else ""
-            page += "\n| Option | Meaning | Type | Default |\n|---|---|---|---|\n"
-            page += "".join(f"| `{one.name}` | {one.meaning} | {one.type} | {one.default} |\n" for one in options)
-    return page
-
-
-PAGE = """\
-<!-- Written by `python -m tscnc_hf.cli.options > docs/options.md` from the docstrings; edit those. -->
-
-# Options
-
-Every option is a field of a dataclass, a key of a YAML file given with `--config`, and `--name` on the command line,
-which wins over the file. An unknown option, or a value that cannot be used, is refused before anything is trained.
-"""
-TRAINING = """\
-Fields of `TSCNCConfig`, beside those of
-[`TrainingArguments`](https://huggingface.co/docs/transformers/main_classes/trainer#transformers.TrainingArguments)."""
-RECIPES = "Options of every training recipe, beside those above. `--help` of a recipe also names those of its model."
-EVALUATION = "Options of `tscnc evaluate`."
-
-
-if __name__ == "__main__":
-    print(options_page(), end="")
+    meaning = text[found.end() :]
+    return [Option(name, kind, default, meaning[:1].upper() + meaning[1:]) for name in names.split(", ")]
