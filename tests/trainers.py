@@ -22,6 +22,8 @@ def build():
             return vit_from_config(CLASS_NAMES, (8, 8), 3, **sizes, dropout=dropout)
         if kind == "resnet":
             return timm_model("resnet18", CLASS_NAMES, (8, 8), model_args=SMALL_RESNET)
+        if kind == "resnet-stride-8":
+            return timm_model("resnet18", CLASS_NAMES, (8, 8), model_args=SMALL_RESNET | {"output_stride": 8})
         if kind == "timm-vit":
             return timm_model("vit_tiny_patch16_224", CLASS_NAMES, (8, 8), model_args=SMALL_TIMM_VIT)
         if kind == "mobilenet":

@@ -25,7 +25,7 @@ PYTHON, SHELL = ("python",), ("bash", "sh", "shell")
 TO_READ = ("", "text", "console", "yaml", "json", "toml", "bibtex", "markdown", "{eval-rst}")
 BIN = Path(sys.executable).parent
 PATIENCE = 1200  # seconds
-OFFLINE = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2", "PYTHONFAULTHANDLER": "1"}
+OFFLINE = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
 OFFLINE |= {name: "http://127.0.0.1:9" for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")}
 
 

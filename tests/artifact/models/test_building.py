@@ -117,7 +117,8 @@ def test_one_channel_models_train_on_grey_images(make_config):
         args = make_config()
         trainer = TSCNCTrainer(model, args, train_dataset=data.train.subset(range(64)), processing_class=processor)
         trainer.train()
-        assert trainer.pruner.pruned_count == trainer.pruner.target_count(0.9)
+        pruner = trainer.compressor.pruner
+        assert pruner.pruned_count == pruner.target_count(0.9)
 
 
 # ---- errors ----

@@ -96,8 +96,8 @@ def check_length(global_step: int, max_steps: int, planned: int | None) -> str |
     if planned in (None, max_steps):
         return None
     return (
-        f"The run was to have {planned} steps and now has {max_steps}: learning rate, pruning and all else that is a "
-        f"fraction of training go on as at step {global_step} of {max_steps}, and masks may get fewer zeros for now"
+        f"The run was to have {planned} steps and now has {max_steps}: learning rate and all else that is a fraction "
+        f"of training go on as at step {global_step} of {max_steps}; masks that are pruned may get fewer zeros for now"
     )
 
 
@@ -117,7 +117,7 @@ def check_batch(global_step: int, epoch: float, steps_per_epoch: int) -> None:
     if abs(before - steps_per_epoch) >= 1:  # where accumulation does not divide an epoch, it is a part of a step less
         raise ResumeError(
             f"the checkpoint was trained with {before:.6g} steps an epoch, now there would be {steps_per_epoch}: "
-            "pruning, learning rate and data would go on somewhere else. Take the same training data, and keep "
+            "schedules and data would go on somewhere else. Take the same training data, and keep "
             "processes x per_device_train_batch_size x gradient_accumulation_steps as it was"
         )
 
