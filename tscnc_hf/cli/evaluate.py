@@ -11,7 +11,6 @@ from pathlib import Path
 
 from tscnc_hf.cli.parser import ConfigParser
 from tscnc_hf.cli.threads import set_cpu_threads
-from tscnc_hf.evaluation.page import _page
 
 
 @dataclass
@@ -81,10 +80,10 @@ def parse(
 def evaluate_model(arguments: EvaluationArguments) -> dict:
     """
     Evaluate and write `results.json`, `robustness.md` and figures into the output folder. An evaluation that was cut
-    off goes on when it is started again; the processes of `accelerate launch` share the images.
+    off goes on when it is started again; the processes of `accelerate launch` share the work.
 
     Returns:
-        `dict`: what `results.json` holds: "model", "dataset", and the figures as `measure` gives them.
+        `dict`: what `results.json` holds (docs/results_json.md).
 
     Raises:
         SystemExit: an option, the model or the data set cannot be used; the message says why.
@@ -92,16 +91,11 @@ def evaluate_model(arguments: EvaluationArguments) -> dict:
     import torch
     from accelerate import PartialState
 
-    from tscnc_hf.artifact.card.figures import save_figure
-    from tscnc_hf.artifact.card.robustness_figures import curve_figure, examples_figure
     from tscnc_hf.artifact.card.words import without_paths
-    from tscnc_hf.artifact.files.atomic import write_json
     from tscnc_hf.artifact.models.loading import load_model
     from tscnc_hf.evaluation.attacks import make_attack
-    from tscnc_hf.evaluation.measures.examples import adversarial_examples
-    from tscnc_hf.evaluation.memory import announce
     from tscnc_hf.evaluation.page import comparison_table
-    from tscnc_hf.evaluation.run import measure
+    from tscnc_hf.evaluation.run import evaluate
     from tscnc_hf.evaluation.state import OtherEvaluation
     from tscnc_hf.method.adversarial.pixels import pixel_quantity
 
@@ -130,37 +124,32 @@ def evaluate_model(arguments: EvaluationArguments) -> dict:
     folder, name = Path(arguments.output_dir), without_paths(arguments.model)
     say(f"Model: {name}, {sum(p.numel() for p in model.parameters()):,} parameters, on {device}")
     say(f"Data: {n} of {len(data.test)} test images of {data.name}, {data.image_size[0]}x{data.image_size[1]}")
-    options = {"epsilon": epsilon, "norm": arguments.norm, "seed": arguments.seed, "processing_class": processor}
     try:
-        results = measure(
+        results = evaluate(
             model.to(device),
             data.test,
+            epsilon=epsilon,
+            norm=arguments.norm,
             attacks=arguments.attacks,
             n=n,
+            seed=arguments.seed,
             batch_size=arguments.batch_size,
-            state_folder=folder / "state",
+            processing_class=processor,
             dense_model=dense,
             dense_processing_class=of_dense,
+            model_name=name,
+            dataset_name=data.name,
+            folder=folder,
+            page=True,
+            class_names=data.class_names,
             distributed=processes.num_processes > 1,
-            **options,
         )
     except OtherEvaluation as error:
         raise SystemExit(f"error: {error}. The option is --output_dir") from None
     except ValueError as error:
         raise SystemExit(f"error: {error}") from None
-    results = {"model": name, "dataset": data.name} | results
-    if not processes.is_main_process:
-        return results
-    write_json(results, folder / "results.json")
-    if "curve" in results:
-        announce("Drawing the security curve and adversarial examples")
-        save_figure(curve_figure(results["curve"]), folder / "figures" / "security_curve.png")
-        if examples := adversarial_examples(model, data.test, **options):
-            figure = examples_figure(**examples.for_figure(data.class_names))
-            save_figure(figure, folder / "figures" / "adversarial_examples.png")
-    (folder / "robustness.md").write_text(_page(results, data.class_names), encoding="utf-8")
     say(f"\n{comparison_table({name: results})}\n\nFigures, tables and results.json: {folder.resolve()}")
-    if arguments.json:
+    if arguments.json and processes.is_main_process:
         print(json.dumps(results, allow_nan=False))
     return results
 

@@ -1,15 +1,31 @@
-"""What an evaluation says to people: a table for the terminal, a page of Markdown."""
+"""What an evaluation says to people: a table for the terminal, a page of Markdown with figures."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from tscnc_hf.artifact.card.figures import save_figure
+from tscnc_hf.artifact.card.robustness_figures import curve_figure, examples_figure
+from tscnc_hf.artifact.card.words import attack_label, settings_text
+from tscnc_hf.artifact.files.atomic import atomic_file
+from tscnc_hf.evaluation.measures.report import RobustnessReport
 
 
-def _page(results: dict, class_names: Sequence[str]) -> str:
+def write_page(
+    results: Mapping, folder: Path, class_names: Sequence[str] | None = None, examples: Mapping | None = None
+) -> None:
+    """robustness.md and its figures; `examples` as `examples_figure` takes them."""
+    with atomic_file(folder / "robustness.md") as temporary:
+        temporary.write_text(_page(results, class_names), encoding="utf-8")
+    if "curve" in results:
+        save_figure(curve_figure(results["curve"]), folder / "figures" / "security_curve.png")
+    if examples is not None:
+        save_figure(examples_figure(**examples), folder / "figures" / "adversarial_examples.png")
+
+
+def _page(results: Mapping, class_names: Sequence[str] | None) -> str:
     """The tables as Markdown, with the figures beside them."""
-    from tscnc_hf.artifact.card.words import attack_label, settings_text
-    from tscnc_hf.evaluation.measures.report import RobustnessReport
-
     report = RobustnessReport.from_dict(results["robustness"])
     threat = report.threat_model
     parts = [
@@ -78,5 +94,5 @@ def _accuracy(attack: Mapping) -> str:
     return f"{attack['accuracy']:.1%} [{attack['low']:.1%}, {attack['high']:.1%}]"
 
 
-def _number(value: float | str) -> str:
-    return value if isinstance(value, str) else f"{value:.4g}"
+def _number(value: float | str | None) -> str:
+    return "n/a" if value is None else value if isinstance(value, str) else f"{value:.4g}"

@@ -1,24 +1,29 @@
-"""The figures of a finished model: measured once, shown as a table, written on the card."""
+"""The one evaluation: of a finished run, of any model (`tscnc evaluate`), and of each cell of an ablation."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
 
+from tscnc_hf.artifact.files.atomic import write_json
+from tscnc_hf.artifact.repository.repository import RESULTS_FILE, STATE_FOLDER
 from tscnc_hf.evaluation.measures.curve import default_epsilons, security_curve
+from tscnc_hf.evaluation.measures.examples import kept_examples
 from tscnc_hf.evaluation.measures.lipschitz import evaluate_lipschitz
-from tscnc_hf.evaluation.measures.robustness import evaluate_robustness
+from tscnc_hf.evaluation.measures.robustness import Robustness
 from tscnc_hf.evaluation.memory import announce
-from tscnc_hf.evaluation.state import KeptFigures
+from tscnc_hf.evaluation.page import write_page
 from tscnc_hf.method.reports.sparsity import sparsity_report
 from tscnc_hf.method.reports.spectrum import spectral_report
 
 
 FEW_IMAGES = 256  # for what costs many steps an image
+SHOWN = ("robustness", "sparsity", "spectrum", "curve", "lipschitz", "gates", "dense")
 
 
 @contextmanager
@@ -33,65 +38,108 @@ def as_published(model: nn.Module) -> Iterator[nn.Module]:
             setattr(model, name, value)
 
 
-def measure(
+def card_figures(results: Mapping | None) -> dict:
+    """The parts of results that are arguments of `write_card`."""
+    return {key: results[key] for key in SHOWN if key in (results or {})}
+
+
+def evaluate(
     model: nn.Module,
     dataset,
     *,
-    epsilon: float,
+    epsilon: float | str,
     norm: str = "linf",
     attacks: Sequence[str] | str = ("clean", "pgd-20"),
     n: int | None = None,
     seed: int = 0,
-    exclude: Sequence[str] = (),
     batch_size: int = 128,
     processing_class: object | None = None,
+    exclude: Sequence[str] = (),
+    dense_model: nn.Module | None = None,
+    dense_processing_class: object | None = None,
+    model_name: str | None = None,
+    dataset_name: str | None = None,
+    gates: Mapping | None = None,
+    full: bool = True,
+    folder: str | os.PathLike | None = None,
+    mixed: bool = False,
+    page: bool = False,
+    class_names: Sequence[str] | None = None,
+    on_examples: Callable[[dict | None], None] | None = None,
     progress: bool = True,
-    state_folder: str | os.PathLike | None = None,
-    **options,
+    distributed: bool = False,
 ) -> dict:
     """
-    The figures of a model as plain JSON types: {"robustness", "sparsity", "spectrum"}; where something was attacked,
-    {"curve"}, accuracy over the radius under PGD-20, on at most 256 of the images; and for L-infinity and epsilon > 0,
-    {"lipschitz"} on as many. Curve and Lipschitz bounds are kept in `state_folder`, too.
+    The figures of a model: what `results.json` holds (docs/results_json.md), plain JSON types. Zeros, spectra and
+    accuracies; where something was attacked, also masking checks, accuracy over the radius under PGD-20, and for
+    L-infinity Lipschitz bounds, the last two on at most 256 of the images.
 
-    Arguments, also those in `options`, as in `evaluate_robustness`; `exclude` as in `weight_matrices`.
+    An evaluation that was cut off goes on where it was. `results.json` is there as soon as the accuracies are, and
+    again when all is.
+
+    Args:
+        epsilon, norm, attacks, n, seed, batch_size, processing_class, dense_model, dense_processing_class, progress,
+            distributed: as in `evaluate_robustness`. The processes share all of the work.
+        exclude (`Sequence[str]`): as in `weight_matrices`, for the zeros.
+        model_name, dataset_name (*optional*): what the results say that they are of.
+        gates (*optional*): `GateReport.to_dict()` of the gates that are folded into the weights.
+        full (`bool`): False leaves checks, curve and Lipschitz bounds out.
+        folder (*optional*): of results.json, and of state/, where what is finished is kept; None keeps nothing.
+        mixed (`bool`): the folder may see evaluations of other weights, data and attacks; each is kept on its own.
+            By default, another one is refused where one was begun.
+        page (`bool`): also write robustness.md and its figures there.
+        class_names (*optional*): for the page.
+        on_examples (*optional*): is given what `examples_figure` takes, or None where no image is classified
+            correctly; in the first process only, after the results are written, if a curve was measured.
+
+    Raises:
+        OtherEvaluation: a `ValueError`; the folder holds an evaluation of other weights or data, or of other options.
+        Otherwise, as `evaluate_robustness`.
     """
-    attacks = [attacks] if isinstance(attacks, str) else attacks
-    kept = KeptFigures(state_folder, ["curve", "lipschitz"])  # made before anyone writes
-    robustness = evaluate_robustness(
-        model,
-        dataset,
-        attacks,
-        epsilon=epsilon,
-        norm=norm,
-        n=n,
-        seed=seed,
-        batch_size=batch_size,
-        processing_class=processing_class,
-        progress=progress,
-        state_folder=state_folder,
-        **options,
-    )
-    announce("Computing zeros and condition numbers", progress)
-    figures = {
-        "robustness": robustness.to_dict(),
-        "sparsity": sparsity_report(model, exclude).to_dict(),
-        "spectrum": spectral_report(model).to_dict(),
+    folder = None if folder is None else Path(folder)
+    few = {"seed": seed, "norm": norm, "processing_class": processing_class}
+    work = Robustness(
+        model, dataset, attacks, epsilon=epsilon, n=n, batch_size=batch_size, progress=progress,
+        state_folder=None if folder is None else folder / STATE_FOLDER, mixed=mixed, distributed=distributed, **few,
+    )  # fmt: skip
+    state, epsilon = work.state, work.epsilon
+    weights = {
+        "sparsity": lambda: sparsity_report(model, exclude).to_dict(),
+        "spectrum": lambda: spectral_report(model).to_dict(),
     }
-    few = {"seed": seed, "batch_size": batch_size, "processing_class": processing_class}
-    few["n"] = min(n or FEW_IMAGES, FEW_IMAGES)
+    of_weights = state.share(weights, of=list(exclude), doing="Computing zeros and condition numbers")
+    report = work.accuracies()
+    results = {"model": model_name, "dataset": dataset_name, "robustness": report.to_dict(), **of_weights}
+    results |= {"gates": dict(gates)} if gates else {}
+    results["identity"] = work.identity.to_dict()
 
-    def curve() -> dict:
-        radii = default_epsilons(epsilon, norm)
-        announce(f"Attacking at {len(radii)} radii", progress)
-        return security_curve(model, dataset, radii, norm=norm, **few).to_dict()
+    def write() -> None:
+        if folder is not None and state.rank == 0:
+            write_json(results, folder / RESULTS_FILE)
 
-    def lipschitz() -> dict:
-        announce("Searching local Lipschitz constants", progress)
-        return evaluate_lipschitz(model, dataset, epsilon=epsilon, **few).to_dict()
-
-    if epsilon > 0 and set(attacks) - {"clean"}:
-        figures["curve"] = kept("curve", curve)
+    write()
+    if not full:
+        return results
+    results["robustness"]["masking"] = work.checks(dense_model, dense_processing_class)
+    some = {"n": min(work.n, FEW_IMAGES), "batch_size": batch_size, "state": state}
+    if work.attacked:
+        results["curve"] = security_curve(model, dataset, default_epsilons(epsilon, norm), **few, **some).to_dict()
     if epsilon > 0 and norm == "linf":
-        figures["lipschitz"] = kept("lipschitz", lipschitz)
-    return figures
+        del few["norm"]
+        results["lipschitz"] = evaluate_lipschitz(model, dataset, epsilon=epsilon, **few, **some).to_dict()
+    results["identity"] = results.pop("identity")  # below what people look for
+    write()
+    if state.rank > 0 or not (page or on_examples):
+        return results
+    examples = None
+    if "curve" in results:
+        announce("Making adversarial examples", progress)
+        few = {"seed": seed, "processing_class": processing_class}
+        found = kept_examples(state, model, dataset, epsilon=epsilon, norm=norm, **few)
+        examples = found and found.for_figure(class_names)
+        if on_examples is not None:
+            on_examples(examples)
+    if page:
+        announce("Drawing", progress)
+        write_page(results, folder, class_names, examples)
+    return results

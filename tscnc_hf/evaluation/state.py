@@ -1,145 +1,180 @@
-"""Where an evaluation stands: a folder with one small file for each batch, so that it can go on later."""
+"""Where an evaluation stands: a folder with a file for each piece of it, which processes share, to go on later."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-import torch
-from torch import nn
+from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils.memory import should_reduce_batch_size
+from transformers.utils import logging
 
 from tscnc_hf.artifact.files.atomic import write_json
+from tscnc_hf.artifact.files.identity import Difference, RunIdentity
 from tscnc_hf.data.batches import collate
+from tscnc_hf.data.identity import dataset_identity, digest, spread
+from tscnc_hf.evaluation.memory import announce
 
 
-SETTINGS = "evaluation.json"
-FORMAT = 2  # of what is in a batch's file, and of how attacks draw: counted up with either
+logger = logging.get_logger(__name__)
 
-
-def model_digest(model: nn.Module) -> str:
-    """BLAKE2 of the names and bytes of everything in the state dict."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(model.state_dict().items()):
-        _add(digest, name, tensor)
-    return digest.hexdigest()
-
-
-def data_digest(dataset: Iterable, n: int, images: int = 16) -> str:
-    """BLAKE2 of the pixels and labels of up to `images` of the first n items, evenly spaced, both ends among them."""
-    places = sorted({round(part * (n - 1) / max(images - 1, 1)) for part in range(images)})
-    digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(collate([dataset[place] for place in places]).items()):
-        _add(digest, name, tensor)
-    return digest.hexdigest()
-
-
-def _add(digest, name: str, tensor: torch.Tensor) -> None:
-    digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-    digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+IDENTITY_FILE = "evaluation.json"
+FORMAT = 3  # of what is in a piece's file, and of how attacks draw: counted up with either
+LOOKED_AT = 16  # images, evenly spaced
 
 
 class OtherEvaluation(ValueError):
-    """A folder holds an evaluation with other settings, or of other data."""
+    """A folder holds an evaluation with other settings, of other weights or of other data."""
+
+
+def data_identity(dataset, n: int) -> dict[str, Any]:
+    """What tells the first n images of a data set from others, a digest of a few among it; plain JSON types."""
+    items = collate([dataset[place] for place in spread(n, LOOKED_AT)])
+    return {"n": n, "set": dataset_identity(dataset), "pixels": digest(value for _, value in sorted(items.items()))}
 
 
 class EvaluationState:
     """
-    What was found of each batch on disk, each written atomically; any number of processes may share a folder.
+    What was found, piece by piece, each written atomically; any number of processes may share a folder. A piece says
+    what it is of, and is not believed by an evaluation of anything else.
 
     Args:
         folder (*optional*): None keeps nothing.
-        settings (`Mapping`): whatever decides the result, plain JSON types.
+        identity (*optional*): of the evaluation. Other code is a warning: what is finished is kept.
+        rank, world (`int`): of this process among those that share the work.
+        progress (`bool`): say what is being done.
 
     Raises:
-        OtherEvaluation: the folder holds an evaluation with other settings (those that differ are named).
+        OtherEvaluation: the folder holds an evaluation with other options, data or weights (what differs is named).
     """
 
-    def __init__(self, folder: str | os.PathLike | None, settings: Mapping):
+    def __init__(
+        self,
+        folder: str | os.PathLike | None = None,
+        identity: RunIdentity | None = None,
+        rank: int = 0,
+        world: int = 1,
+        progress: bool = False,
+    ):
         self.folder = None if folder is None else Path(folder)
+        self.rank, self.world, self.progress, self._said = rank, world, progress, None
         if self.folder is None:
             return
-        path, settings = self.folder / SETTINGS, json.loads(json.dumps({"format": FORMAT, **settings}))
-        if path.exists():
-            found = json.loads(path.read_text(encoding="utf-8"))
-            odd = [key for key in {**settings, **found} if settings.get(key) != found.get(key)]
-            if odd:
-                shown = _difference(odd[0], found.get(odd[0]), settings.get(odd[0]))
-                raise OtherEvaluation(
-                    f"{self.folder} holds an evaluation with another {', '.join(odd)}{shown and f' ({shown})'}; give "
-                    "another folder, or remove that one"
-                )
-        else:
-            write_json(settings, path)
+        self.digest = identity.digest()
+        found = self._read(IDENTITY_FILE, RunIdentity.from_dict)
+        if found is None:
+            write_json(identity.to_dict(), self.folder / IDENTITY_FILE)
+            return
+        if other := found.differences(identity, ("options", "data", "weights")):
+            raise OtherEvaluation(
+                f"{self.folder} holds an evaluation with another {_named(other)}; give another folder, or remove that "
+                "one"
+            )
+        if (other := found.differences(identity, ("code",))) and rank == 0:
+            logger.warning(f"{self.folder} was begun with other code, and is kept: {', '.join(map(str, other))}")
 
-    def read(self, batch: int) -> dict | None:
-        """What `write` was given for this batch, or None; also where a crash of the machine left a damaged file."""
-        path = self._path(batch)
-        try:
-            return None if path is None else json.loads(path.read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):
-            return None
+    def read(self, name: str, of: Any = None) -> Any:
+        """What `write` was given under this name, or None; also where a crash of the machine left a damaged file."""
+        kept = self._read(f"{name}.json") or {}
+        return kept.get("found") if kept and kept.get("of") == self._of(of) else None
 
-    def write(self, batch: int, result: Mapping) -> None:
-        if (path := self._path(batch)) is not None:
-            write_json(result, path)
-
-    def _path(self, batch: int) -> Path | None:
-        return None if self.folder is None else self.folder / f"batch-{batch:06d}.json"
-
-
-def _difference(key: str, there, now) -> str:
-    """In a few words, how two values of a setting differ; nothing of digests, which say nothing to anyone."""
-    if key in ("model", "data"):
-        return ""
-    if not (isinstance(there, dict) and isinstance(now, dict)):
-        return f"{key}: {there!r} there, {now!r} now"
-    parts = [f"{name} only there" for name in there if name not in now]
-    parts += [f"{name} only now" for name in now if name not in there]
-    return ", ".join(parts + [f"{name} differs" for name in now if name in there and there[name] != now[name]])
-
-
-class KeptFigures:
-    """
-    Figures of a whole evaluation, kept beside its batches once they are computed.
-
-    What is there is read when this is made. Several processes make it before they gather what they found of the
-    batches, and write after it: so all of them find the same, and compute the same.
-
-    Args:
-        folder (*optional*): of the `EvaluationState`; None keeps nothing.
-        names: of the figures that may be there.
-    """
-
-    def __init__(self, folder: str | os.PathLike | None, names: Iterable[str]):
-        self.folder = None if folder is None else Path(folder)
-        self.found = {name: self._read(name) for name in names if self.folder is not None}
-
-    def __call__(self, name: str, compute: Callable[[], dict], of: Mapping | None = None) -> dict:
+    def write(self, name: str, found: Any, of: Any = None) -> None:
         """
-        What was kept under this name, or else what `compute` gives, plain JSON types.
+        Keep a piece.
 
         Args:
-            of (*optional*): whatever decides the figures beside the settings of the evaluation.
+            found: plain JSON types, not None.
+            of (*optional*): what decides it beside the identity of the evaluation, plain JSON types.
         """
-        if self.folder is None:
-            return compute()
-        made_of = {"settings": self._settings(), "of": json.loads(json.dumps(of))}
-        kept = self.found[name]
-        if isinstance(kept, dict) and {key: kept.get(key) for key in made_of} == made_of and "figures" in kept:
-            return kept["figures"]
-        figures = compute()
-        write_json(made_of | {"figures": figures}, self.folder / f"{name}.json")
-        return figures
+        if self.folder is not None:
+            write_json({"of": self._of(of), "found": found}, self.folder / f"{name}.json")
 
-    def _read(self, name: str) -> dict | None:
+    def share(
+        self, pieces: Mapping[str, Callable[[], Any]], of: Any = None, prefix: str = "", doing: str = ""
+    ) -> dict[str, Any]:
+        """
+        What each piece gives, plain JSON types: read where it is kept, else computed by one of the processes, in turn,
+        and kept. All call this with the same names in the same order, and all get everything.
+
+        Args:
+            of (*optional*): as in `write`.
+            prefix (`str`): of the names under which pieces are kept.
+            doing (`str`): what is said before something is computed.
+
+        Raises:
+            RuntimeError: memory ran out in one of the processes; it is raised in all of them.
+        """
+        found, lacking = {}, None
+        for name in list(pieces)[self.rank :: self.world]:
+            value = self.read(prefix + name, of)
+            if value is None:
+                self._say(doing)
+                try:
+                    value = pieces[name]()
+                except RuntimeError as error:
+                    if self.world == 1 or not should_reduce_batch_size(error):
+                        raise
+                    lacking = str(error)
+                    break
+                self.write(prefix + name, value, of)
+            found[name] = value
+        if self.world > 1:
+            gathered = gather_object([(found, lacking)])
+            found = {name: value for part, _ in gathered for name, value in part.items()}
+            if short := [error for _, error in gathered if error is not None]:
+                raise RuntimeError(short[0])
+        return found
+
+    def together(self, name: str, compute: Callable[[], Any], doing: str = "") -> Any:
+        """As `share`, of one piece that the processes compute together."""
+        kept = [self.read(name) if self.rank == 0 else None]  # one decides for all
+        if self.world > 1:
+            broadcast_object_list(kept)
+        if kept[0] is None:
+            self._say(doing)
+            kept = [compute()]
+            if self.rank == 0:
+                self.write(name, kept[0])
+        return kept[0]
+
+    def _of(self, of: Any) -> dict[str, Any]:
+        return {"evaluation": self.digest, "and": json.loads(json.dumps(of))}
+
+    def _read(self, file: str, made: Callable[[Any], Any] = dict) -> Any:
+        """What `made` makes of a file's JSON; None where there is no such file, or it can not be read."""
         try:
-            return json.loads((self.folder / f"{name}.json").read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):
+            return None if self.folder is None else made(json.loads((self.folder / file).read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            return None
+        except (ValueError, TypeError) as error:
+            logger.warning(f"{self.folder / file} is damaged ({error}): what it was is computed anew")
             return None
 
-    def _settings(self) -> str:
-        """Digest of the evaluation's settings, which `EvaluationState` has written by then."""
-        return hashlib.blake2b((self.folder / SETTINGS).read_bytes(), digest_size=16).hexdigest()
+    def _say(self, doing: str) -> None:
+        if doing and doing != self._said:
+            announce(doing, self.progress)
+            self._said = doing
+
+
+def _named(differences: Sequence[Difference]) -> str:
+    """What differs, by names that say something: no digests, and not that another number of images is other images."""
+    data = [difference for difference in differences if difference.part == "data"]
+    counts = [difference for difference in data if difference.name == "n"]
+    options = [difference for difference in differences if difference.part == "options"] + counts
+    names = list(dict.fromkeys(difference.name.split(".")[0] for difference in options))
+    names += ["data"] if data and not counts else []
+    names += ["model"] if any(difference.part == "weights" for difference in differences) else []
+    if not options:
+        return ", ".join(names)
+    first = options[0]
+    if first.name.split(".")[0] != "attacks":
+        return f"{', '.join(names)} ({first.name}: {first.before!r} there, {first.now!r} now)"
+    parts = {}
+    for _, name, before, now in (difference for difference in options if difference.name.startswith("attacks.")):
+        how = "only there" if now is None else "only now" if before is None else "differs"
+        parts.setdefault(name.split(".")[1], set()).add(how)
+    shown = [f"{name} {how.pop() if len(how) == 1 else 'differs'}" for name, how in parts.items()]
+    return f"{', '.join(names)} ({', '.join(shown)})"

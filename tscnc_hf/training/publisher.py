@@ -25,6 +25,7 @@ from tscnc_hf.artifact.packed.limit import storage_limit
 from tscnc_hf.artifact.repository.push import push_folder
 from tscnc_hf.artifact.repository.recard import RUN_FACTS
 from tscnc_hf.artifact.repository.repository import METHOD_FILE, RESULTS_FILE, folder_sizes, read_tensors
+from tscnc_hf.evaluation.run import card_figures
 from tscnc_hf.method.reports.sparsity import sparsity_report
 from tscnc_hf.method.reports.spectrum import spectral_report
 from tscnc_hf.training.config import TSCNCConfig
@@ -73,7 +74,7 @@ class Publisher:
     def write_card(self, folder: Path, model: nn.Module, name: str | None, log_history: Sequence[Mapping]) -> Path:
         """README.md and its figures, with what is known at the time; `name` is the repository's, if it has one."""
         options = {"model_name": name or folder.resolve().name} | self.card_options
-        options |= {"robustness": None, **(self.results or {}), "config": self.args.method_dict()}
+        options |= {"robustness": None, **card_figures(self.results), "config": self.args.method_dict()}
         options |= self.facts(model) | {"log_history": list(log_history)}
         measured = {}
         if "sparsity" not in options:

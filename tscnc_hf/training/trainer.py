@@ -14,11 +14,11 @@ from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils import logging
 
+from tscnc_hf.artifact.card.words import without_paths
 from tscnc_hf.artifact.files.state import STATE_FILE, save_state
 from tscnc_hf.artifact.models.saving import disk_state
 from tscnc_hf.data.batches import collate
-from tscnc_hf.evaluation.measures.examples import adversarial_examples
-from tscnc_hf.evaluation.run import as_published, measure
+from tscnc_hf.evaluation.run import as_published, evaluate
 from tscnc_hf.method.adversarial.objectives import objective_terms
 from tscnc_hf.method.adversarial.pixels import normalisation
 from tscnc_hf.method.matrices import weight_matrices
@@ -254,42 +254,40 @@ class TSCNCTrainer(ResumableTrainer):
     def test(self, dataset, attacks: Sequence[str] = ("clean", "pgd-20"), n: int | None = None) -> dict:
         """
         The final figures, on data that training has not seen: robustness, sparsity and spectrum. Written to
-        `results.json` in the output folder and shown on the card. Several processes share the images.
+        `results.json` in the output folder and shown on the card. Several processes share the work. A test that was
+        cut off goes on when the same weights are tested again.
 
         Returns:
-            `dict`: {"robustness", "sparsity", "spectrum", "curve", "lipschitz", "gates"}, each the `to_dict()` of its
-            report (the last three where something was attacked, in L-infinity, and where there are gates).
+            `dict`: what `results.json` holds (docs/results_json.md).
         """
-        args, gates = self.args, gate_report(self.model)
-        with self.compressor.published() as trained, as_published(trained) as model:
-            results = measure(
+        args, publisher, gates = self.args, self.publisher, gate_report(self.model)
+        with (
+            self.writing("The results", args.output_dir),
+            self.compressor.published() as trained,
+            as_published(trained) as model,
+        ):
+            publisher.results = evaluate(
                 model,
                 dataset,
-                processing_class=self.processing_class,
                 attacks=attacks,
                 epsilon=args.epsilon,
                 norm=args.norm,
                 n=n,
                 seed=args.seed,
-                exclude=args.pruning_exclude,
                 batch_size=args.eval_batch_size,
+                processing_class=self.processing_class,
+                exclude=args.pruning_exclude,
+                model_name=without_paths(self.hub_model_id or publisher.folder.resolve().name),
+                dataset_name=publisher.card_options.get("dataset_name"),
+                gates=gates.to_dict() if gates.rows else None,
+                folder=args.output_dir,
+                mixed=True,
+                class_names=getattr(getattr(self.model, "config", None), "id2label", None),
+                on_examples=lambda examples: publisher.card_options.update(examples=examples),
                 progress=not args.disable_tqdm,
                 distributed=args.world_size > 1,
             )
-            if "curve" in results:
-                examples = adversarial_examples(
-                    model, dataset, epsilon=args.epsilon, norm=args.norm, seed=args.seed,
-                    processing_class=self.processing_class,
-                )  # fmt: skip
-                names = getattr(getattr(model, "config", None), "id2label", None)
-                self.publisher.card_options["examples"] = examples.for_figure(names) if examples else None
-        if gates.rows:
-            results["gates"] = gates.to_dict()
-        self.publisher.results = results
-        if args.should_save:
-            with self.writing("The results", args.output_dir):
-                self.publisher.write_results(Path(args.output_dir), trained=True)
-        return results
+        return publisher.results
 
     # ---- saving, loading, publishing ----
 

@@ -66,7 +66,7 @@ def test_data_never_exceed_the_product_of_a_chain():
     stretch = (model(moved) - model(x)).norm(dim=1) / (moved - x).flatten(1).norm(dim=1)
     assert stretch.max() <= upper
     # in the norms of the local constant: |.|_1 <= sqrt(classes) |.|_2 and |.|_2 <= sqrt(pixels) |.|_inf
-    local = local_lipschitz(model, x, epsilon=8 / 255, generator=torch.Generator().manual_seed(0))
+    local = local_lipschitz(model, x, epsilon=8 / 255, noise=torch.rand(x.shape))
     assert (local > 0).all() and local.max() <= upper * math.sqrt(10) * math.sqrt(3 * 8 * 8)
 
 
@@ -99,12 +99,9 @@ def test_local_constant_of_a_linear_map_is_found():
     assert found.min() > truth / 3
 
 
-def test_more_steps_never_lower_it_and_the_seed_decides():
-    model, x = chain(), torch.rand(8, 3, 8, 8)
-    values = [
-        local_lipschitz(model, x, epsilon=0.1, steps=steps, generator=torch.Generator().manual_seed(3))
-        for steps in (1, 4, 12, 12)
-    ]
+def test_more_steps_never_lower_it_and_the_start_decides():
+    model, x, noise = chain(), torch.rand(8, 3, 8, 8), torch.rand(8, 3, 8, 8)
+    values = [local_lipschitz(model, x, epsilon=0.1, steps=steps, noise=noise) for steps in (1, 4, 12, 12)]
     assert (values[1] >= values[0] - 1e-6).all() and (values[2] >= values[1] - 1e-6).all()
     assert torch.equal(values[2], values[3])
 

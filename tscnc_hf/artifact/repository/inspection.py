@@ -64,8 +64,7 @@ def inspect_model(repository: Repository, layers: bool = False, spectrum: bool =
             "lost_ranks": sum(row.full_rank - row.rank for row in report.rows),
         }
         hidden = () if layers else ("rows",)
-        known = {key: value for key, value in whole.items() if value == value and key not in hidden}  # no NaN
-        found["spectrum"] = known
+        found["spectrum"] = {key: value for key, value in whole.items() if value is not None and key not in hidden}
     found["sizes"] = repository.sizes | {"limit_bytes": storage_limit(tensors)}
     found["metrics"], found["metrics_from"] = known_metrics(folder, results)
     found |= {"method": method, "gates": results.get("gates"), "narrowed": sorted(recorded_widths(model.config))}
@@ -120,7 +119,7 @@ def summary_rows(found: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("", _share(sparsity["parameter_zeros"], sparsity["parameters"], "parameters")),
     ]
     if spectrum := found.get("spectrum"):
-        kappas = [format_kappa(spectrum[f"{which}_effective_condition_number"]) for which in ("median", "max")]
+        kappas = [format_kappa(spectrum.get(f"{which}_effective_condition_number")) for which in ("median", "max")]
         rows.append(("effective condition number", f"median {kappas[0]}, largest {kappas[1]}"))
         deficient = f"{spectrum['rank_deficient']} of {spectrum['matrices']} matrices"
         rows.append(("lost ranks", f"{spectrum['lost_ranks']:,} in {deficient}"))

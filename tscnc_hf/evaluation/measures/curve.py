@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 
 from torch import nn
 from torch.utils.data import Subset
 
 from tscnc_hf.evaluation.measures.report import AttackResult
 from tscnc_hf.evaluation.measures.robustness import evaluate_robustness
+from tscnc_hf.evaluation.state import EvaluationState
 from tscnc_hf.method.adversarial.pixels import pixel_quantity
 
 
@@ -69,6 +72,7 @@ def security_curve(
     seed: int = 0,
     batch_size: int = 128,
     processing_class: object | None = None,
+    state: EvaluationState | None = None,
 ) -> SecurityCurve:
     """
     Accuracy under one attack at several radii.
@@ -79,6 +83,7 @@ def security_curve(
         epsilons (`Sequence`): radii in pixel units; sorted, 0 (clean images) is always there.
         attack (`str`): see `make_attack`; "clean" has no curve.
         n (`int`): the first n images, or all where there are fewer.
+        state (*optional*): where each radius is kept, and which processes share its images.
 
     Everything else, and what is raised, as in `evaluate_robustness`.
     """
@@ -87,13 +92,20 @@ def security_curve(
     radii = sorted({pixel_quantity("epsilon", epsilon, norm) for epsilon in epsilons} - {0.0})
     left = list(range(min(n, len(dataset))))
     count, points = len(left), []
-    options = {"seed": seed, "batch_size": batch_size, "processing_class": processing_class}
-    options |= {"masking": False, "progress": False, "norm": norm}
+    state = EvaluationState() if state is None else state
+    options = {"seed": seed, "processing_class": processing_class, "norm": norm, "distributed": state.world > 1}
+
+    def survivors(name: str, epsilon: float, left: list[int]) -> list[int]:
+        size = min(batch_size, math.ceil(len(left) / state.world)) or batch_size
+        images, how = Subset(dataset, left), options | {"masking": False, "progress": False, "batch_size": size}
+        found = evaluate_robustness(model, images, (name,), epsilon=epsilon, **how).survived[name]
+        return [index for index, survived in zip(left, found, strict=True) if survived]
+
     for epsilon in (0.0, *radii):
         if left or not points:  # without a single image it is for evaluate_robustness to say so
             name = "clean" if epsilon == 0 else attack
-            report = evaluate_robustness(model, Subset(dataset, left), (name,), epsilon=epsilon, **options)
-            left = [index for index, survived in zip(left, report.survived[name], strict=True) if survived]
+            doing = f"Attacking at {len(radii)} radii"
+            left = state.together(f"curve-{epsilon:.6g}", partial(survivors, name, epsilon, left), doing)
         result = AttackResult.count(attack, len(left), count)
         points.append(CurvePoint(epsilon, result.accuracy, result.low, result.high, result.correct))
     return SecurityCurve(norm, attack, count, tuple(points))

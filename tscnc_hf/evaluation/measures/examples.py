@@ -7,12 +7,17 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import logging
 
+from tscnc_hf.artifact.files.state import load_state, save_state
 from tscnc_hf.data.batches import collate
 from tscnc_hf.evaluation.attacks import make_attack
 from tscnc_hf.evaluation.memory import InParts
+from tscnc_hf.evaluation.state import EvaluationState
 from tscnc_hf.method.adversarial.pixels import attack_mode, normalisation, pixel_logits, pixel_quantity
 
+
+logger = logging.get_logger(__name__)
 
 SEARCHED = 256  # images, for some that are classified correctly
 
@@ -89,3 +94,25 @@ def adversarial_examples(
         with torch.no_grad():
             predictions = InParts()(lambda part: forward(x_adv[part]), len(x_adv)).argmax(-1)
     return AdversarialExamples(x[right].cpu(), x_adv.cpu(), y[right].cpu(), predictions.cpu(), attack, norm, epsilon)
+
+
+def kept_examples(
+    state: EvaluationState, model: nn.Module, dataset: Iterable, **options
+) -> AdversarialExamples | None:
+    """`adversarial_examples(model, dataset, **options)`, or what this has kept of the same evaluation."""
+    if state.folder is None:
+        return adversarial_examples(model, dataset, **options)
+    path, tensors = state.folder / "examples.safetensors", ("clean", "adversarial", "labels", "predictions")
+    try:
+        found, about = load_state(path)
+        if about.pop("of") == state.digest:
+            return AdversarialExamples(**found, **about | {"epsilon": float(about["epsilon"])})
+    except FileNotFoundError:
+        pass
+    except ValueError as error:
+        logger.warning(f"{error} Made anew")
+    examples = adversarial_examples(model, dataset, **options)
+    if examples is not None:
+        about = {"of": state.digest} | {name: str(getattr(examples, name)) for name in ("attack", "norm", "epsilon")}
+        save_state({name: getattr(examples, name) for name in tensors}, path, about)
+    return examples

@@ -6,13 +6,14 @@ import math
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Subset
 
 from tscnc_hf.data.batches import collate
 from tscnc_hf.evaluation.memory import halving
+from tscnc_hf.evaluation.state import EvaluationState
 from tscnc_hf.method.adversarial.pgd import seeded_generator
 from tscnc_hf.method.adversarial.pixels import attack_mode, normalisation, pixel_logits, pixel_quantity
 from tscnc_hf.method.reports.lipschitz import LipschitzProduct, lipschitz_product, local_lipschitz
@@ -67,6 +68,7 @@ def evaluate_lipschitz(
     seed: int = 0,
     batch_size: int = 128,
     processing_class: object | None = None,
+    state: EvaluationState | None = None,
 ) -> LipschitzReport:
     """
     Bounds from above and from below (`tscnc_hf.method.reports.lipschitz`). The model is left as it was.
@@ -79,6 +81,7 @@ def evaluate_lipschitz(
         steps (`int`): gradient steps of the search; costs steps forwards and backwards of n images.
         seed, batch_size (`int`): the starts of the search depend on both; halved by itself where memory runs out.
         processing_class (*optional*): image processor that says how inputs are normalised, unless the config does.
+        state (*optional*): where what was found is kept, and which processes share the images.
 
     Raises:
         ValueError: epsilon outside (0, 1], no images, n or steps below 1.
@@ -89,17 +92,29 @@ def evaluate_lipschitz(
         raise ValueError(f"n={n} of a data set of {size} images: at least one image is needed")
     device = next(model.parameters()).device
     forward = pixel_logits(model, *normalisation(model, processing_class))
-    images = Subset(dataset, range(min(n, size)))
+    n, state = min(n, size), EvaluationState() if state is None else state
 
-    def search(batch_size: int) -> list[float]:
-        generator = torch.Generator().manual_seed(seed)  # a loader draws from torch's global generator otherwise
-        loader, found = DataLoader(images, batch_size, collate_fn=collate, generator=generator), []
-        for index, batch in enumerate(loader):
-            x = batch["pixel_values"].to(device)
-            generator = seeded_generator(device, seed, "lipschitz", index)
-            found += local_lipschitz(forward, x, epsilon=epsilon, steps=steps, generator=generator).tolist()
-        return found
+    def ascend(batch: range, number: int, part: range) -> list[float]:
+        x = collate([dataset[place] for place in part])["pixel_values"].to(device)
+        generator = seeded_generator(device, seed, "lipschitz", number)
+        noise = torch.rand((len(batch), *x.shape[1:]), generator=generator, device=device, dtype=x.dtype)
+        noise = noise[part.start - batch.start : part.stop - batch.start]
+        return local_lipschitz(forward, x, epsilon=epsilon, steps=steps, noise=noise).tolist()
+
+    def search(batch_size: int) -> tuple[LipschitzProduct, list[float]]:
+        pieces, share = {}, min(batch_size, math.ceil(n / state.world))  # a process may have part of a batch
+        for first in range(0, n, batch_size):
+            batch = range(first, min(first + batch_size, n))
+            for start in batch[::share]:
+                part = range(start, min(start + share, batch.stop))
+                name = f"lipschitz-{batch_size}-{part.start}-{part.stop}"
+                pieces[name] = partial(ascend, batch, first // batch_size, part)
+        product = {"lipschitz-product": lambda: lipschitz_product(model).to_dict()}
+        found = state.share(pieces | product, doing="Searching local Lipschitz constants")
+        plain = found["lipschitz-product"]
+        product = LipschitzProduct(float(plain["log10"]), plain["bounds"], tuple(plain["unknown"]))
+        return product, [value for name in pieces for value in found[name]]
 
     with attack_mode(model):
-        local = halving(search, batch_size)
-    return LipschitzReport(lipschitz_product(model), epsilon, steps, tuple(local))
+        product, local = halving(search, batch_size)
+    return LipschitzReport(product, epsilon, steps, tuple(local))

@@ -8,12 +8,14 @@ figures. They take about as long as PGD-20 on ten times as many images.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
 
 from tscnc_hf.evaluation.attacks import pgd_step_size, starts
+from tscnc_hf.evaluation.state import EvaluationState
 from tscnc_hf.method.adversarial.losses import cross_entropy, pixel_gradient
 from tscnc_hf.method.adversarial.pgd import pgd
 from tscnc_hf.method.adversarial.pixels import LogitsFn
@@ -62,6 +64,7 @@ def masking_report(
     norm: str = "linf",
     seed: int = 0,
     dense_fn: LogitsFn | None = None,
+    share: Callable[[Mapping[str, Callable]], dict] | None = None,
 ) -> MaskingReport:
     """
     Run the checks on the images that the model classifies correctly.
@@ -72,13 +75,18 @@ def masking_report(
         epsilon (`float`): radius in pixel units, > 0.
         norm (`str`): "linf" or "l2".
         dense_fn (`Callable`, *optional*): of the model before pruning, for the transfer check.
+        share (`Callable`): as `EvaluationState.share`; by default all is computed here, and not kept.
 
     Differences count from two standard errors of a difference between two attacks on the same images on, at least two
     images.
     """
-    with torch.no_grad():
-        logits = logits_fn(x)
-    right = logits.argmax(-1) == y
+    share = EvaluationState().share if share is None else share
+
+    def classified() -> list[int]:
+        with torch.no_grad():
+            return (logits_fn(x).argmax(-1) == y).int().tolist()
+
+    right = torch.tensor(share({"classified": classified})["classified"], device=y.device) == 1
     x, y, index = x[right], y[right], right.nonzero().flatten().cpu()
     n = len(y)
     if n == 0:
@@ -97,17 +105,26 @@ def masking_report(
         p = (one + other) / 2
         return max(2 / n, 2 * math.sqrt(2 * p * (1 - p) / n))
 
-    few, many = accuracy(attacked(10, "a")), accuracy(attacked(50, "a"))
-    again = accuracy(attacked(10, "b"))
-    margin = accuracy(attacked(10, "a", loss="cw"))
     # any image can become uniform grey, and what the model answers there is right for the images of one class only
     whole = 0.5 if norm == "linf" else 0.5 * math.sqrt(x[0].numel())
     one_class = y.bincount().max().item() / n
-    huge = accuracy(attacked(50, "a", radius=whole))
-    broken_box = accuracy(
-        square(logits_fn, x, y, index=index, epsilon=epsilon, norm=norm, queries=QUERIES, key=(seed, "masking"))
-    )
-    zero, unsteady = _zero_gradients(logits_fn, x, y), _unsteady(logits_fn, x)
+    key = (seed, "masking")
+    pieces = {  # those that take long first: processes take turns
+        "square": lambda: accuracy(
+            square(logits_fn, x, y, index=index, epsilon=epsilon, norm=norm, queries=QUERIES, key=key)
+        ),
+        "many": lambda: accuracy(attacked(50, "a")),
+        "huge": lambda: accuracy(attacked(50, "a", radius=whole)),
+        **({} if dense_fn is None else {"transfer": lambda: accuracy(attacked(50, "a", fn=dense_fn))}),
+        "few": lambda: accuracy(attacked(10, "a")),
+        "again": lambda: accuracy(attacked(10, "b")),
+        "margin": lambda: accuracy(attacked(10, "a", loss="cw")),
+        "zero": lambda: _zero_gradients(logits_fn, x, y),
+        "unsteady": lambda: _unsteady(logits_fn, x),
+    }
+    found = share(pieces)
+    few, again, many, margin = (found[name] for name in ("few", "again", "many", "margin"))
+    huge, broken_box, zero, unsteady = (found[name] for name in ("huge", "square", "zero", "unsteady"))
     checks = [
         MaskingCheck("determinism", "does it answer the same twice?", unsteady == 0, {"images that differ": unsteady}),
         MaskingCheck("gradients", "has the loss a gradient?", zero <= ZERO_SHARE, {"images without": zero}),
@@ -132,7 +149,7 @@ def masking_report(
         ),
     ]  # fmt: skip
     if dense_fn is not None:
-        transfer = accuracy(attacked(50, "a", fn=dense_fn))
+        transfer = found["transfer"]
         checks.append(
             MaskingCheck(
                 "transfer", "are the dense model's images weaker?", transfer >= many - slack(transfer, many),

@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
+from functools import cached_property, partial
 from importlib.metadata import version
+from pathlib import Path
 
 import torch
 from accelerate import PartialState
@@ -15,14 +18,18 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from tscnc_hf import __version__
+from tscnc_hf.artifact.files.identity import RunIdentity, code_identity, weights_digest
 from tscnc_hf.data.batches import collate
 from tscnc_hf.evaluation.attacks import KNOWN_ATTACKS, Attack, make_attack
-from tscnc_hf.evaluation.measures.masking import MaskingReport, masking_report
+from tscnc_hf.evaluation.measures.masking import masking_report
 from tscnc_hf.evaluation.measures.report import AttackResult, RobustnessReport
-from tscnc_hf.evaluation.memory import InParts, announce, halving
-from tscnc_hf.evaluation.state import EvaluationState, KeptFigures, OtherEvaluation, data_digest, model_digest
+from tscnc_hf.evaluation.memory import InParts, halving
+from tscnc_hf.evaluation.state import FORMAT, EvaluationState, OtherEvaluation, data_identity
 from tscnc_hf.method.adversarial.ball import check_norm
-from tscnc_hf.method.adversarial.pixels import LogitsFn, attack_mode, normalisation, pixel_logits, pixel_quantity
+from tscnc_hf.method.adversarial.pixels import attack_mode, normalisation, pixel_logits, pixel_quantity
+
+
+CHECKED = 64  # images, for hidden gradients
 
 
 def evaluate_robustness(
@@ -74,73 +81,153 @@ def evaluate_robustness(
             has no output for, a model that returns probabilities, a state folder of another evaluation.
         ImportError: an attack needs a package that is not installed.
     """
-    check_norm(norm)
-    epsilon = pixel_quantity("epsilon", epsilon, norm)
-    if not attacks:
-        raise ValueError(f"no attack was named; known are {KNOWN_ATTACKS}")
-    attacks = [attacks] if isinstance(attacks, str) else attacks
-    made = [make_attack(name, epsilon, norm) for name in dict.fromkeys(attacks)]
-    size = len(dataset)
-    if size == 0:
-        raise ValueError("the data set has no images")
-    if n is not None and not 0 < n <= size:
-        raise ValueError(f"n={n} of a data set of {size} images: give n between 1 and {size} (or leave it out)")
-    n = size if n is None else n
-    device = next(model.parameters()).device if device is None else torch.device(device)
-    rank, world = _processes(device) if distributed else (0, 1)
-    device = PartialState().device if world > 1 else device
-    model.to(device)
-    mean_std = normalisation(model, processing_class)
-    forward = pixel_logits(model, *mean_std)
-    versions = {"tscnc_hf": __version__, "torch": torch.__version__, "transformers": version("transformers")}
-    threat_model = {"norm": norm, "epsilon": epsilon, "seed": seed}
-    attack_parameters = {attack.name: attack.parameters for attack in made}
-    settings = threat_model | {"n": n, "images": size, "batch_size": batch_size, "attacks": attack_parameters}
-    if state_folder is not None:
-        settings |= {"model": model_digest(model), "data": data_digest(dataset, n), "mean_std": mean_std}
-        settings |= {"versions": versions}
-    state, kept = EvaluationState(state_folder, settings), KeptFigures(state_folder, ["masking"])
-    batches = [list(range(first, min(first + batch_size, n))) for first in range(0, n, batch_size)]
-    found = {index: state.read(index) for index in range(rank, len(batches), world)}
-    names = {attack.name for attack in made}
-    todo = [index for index, result in found.items() if result is None or not names <= result.keys()]
-    # a loader draws a seed from torch's global generator unless it has one of its own
-    loader = DataLoader(
-        dataset, batch_sampler=[batches[i] for i in todo], collate_fn=collate, generator=torch.Generator()
+    work = Robustness(
+        model,
+        dataset,
+        attacks,
+        epsilon=epsilon,
+        norm=norm,
+        n=n,
+        seed=seed,
+        batch_size=batch_size,
+        processing_class=processing_class,
+        device=device,
+        progress=progress,
+        state_folder=state_folder,
+        distributed=distributed,
     )
-    bar = tqdm(total=n, initial=sum(len(batches[i]) for i in found if i not in todo) * world, unit="img",
-               desc="Robust evaluation", disable=not progress or rank > 0)  # fmt: skip
-    in_parts = InParts()
-    with attack_mode(model), bar:
-        for index, batch in zip(todo, loader, strict=True):
-            x, y = batch["pixel_values"].to(device), batch["labels"].to(device)
-            for flags, part in _attack_batch(forward, made, x, y, batches[index], seed, in_parts, found[index] or {}):
-                if flags != found[index]:
-                    state.write(index, flags)
-                found[index] = flags
-                bar.set_description(f"Robust evaluation: {part}" if part else "Robust evaluation")
-            bar.update(min(len(y) * world, n - bar.n))
-            done = [result for result in found.values() if result is not None and names <= result.keys()]
-            bar.set_postfix({attack.name: f"{_share(done, attack.name):.1%}" for attack in made})
-    if world > 1:
-        found = dict(gather_object(list(found.items())))
-    results = [found[index] for index in range(len(batches))]
-    checks = None
-    if masking and epsilon > 0 and len(made) > (made[0].name == "clean"):
-        options, of_dense = {"epsilon": epsilon, "norm": norm, "seed": seed}, None
+    report = work.accuracies()
+    if masking:
+        report = replace(report, masking=work.checks(dense_model, dense_processing_class))
+    return report
+
+
+class Robustness:
+    """
+    `evaluate_robustness` step by step.
+
+    Args:
+        mixed (`bool`): `state_folder` is for evaluations of any weights, data and attacks; each has a folder in it.
+
+    Everything else, and what is raised, as there.
+
+    Attributes:
+        state: where what is found is kept, and how it is shared.
+        epsilon, n: as numbers.
+    """
+
+    def __init__(
+        self, model: nn.Module, dataset, attacks: Sequence[str] | str, *, epsilon: float | str, norm: str,
+        n: int | None, seed: int, batch_size: int, processing_class: object | None,
+        device: torch.device | str | None = None, progress: bool = True,
+        state_folder: str | os.PathLike | None = None, mixed: bool = False, distributed: bool = False,
+    ):  # fmt: skip
+        check_norm(norm)
+        self.epsilon = pixel_quantity("epsilon", epsilon, norm)
+        if not attacks:
+            raise ValueError(f"no attack was named; known are {KNOWN_ATTACKS}")
+        attacks = [attacks] if isinstance(attacks, str) else attacks
+        self.attacks = [make_attack(name, self.epsilon, norm) for name in dict.fromkeys(attacks)]
+        size = len(dataset)
+        if size == 0:
+            raise ValueError("the data set has no images")
+        if n is not None and not 0 < n <= size:
+            raise ValueError(f"n={n} of a data set of {size} images: give n between 1 and {size} (or leave it out)")
+        self.n, self.model, self.dataset = size if n is None else n, model, dataset
+        self.norm, self.seed, self.batch_size, self.progress = norm, seed, batch_size, progress
+        device = next(model.parameters()).device if device is None else torch.device(device)
+        rank, world = _processes(device) if distributed else (0, 1)
+        self.device = PartialState().device if world > 1 else device
+        model.to(self.device)
+        self.processing_class, self.mean_std = processing_class, normalisation(model, processing_class)
+        self.forward = pixel_logits(model, *self.mean_std)
+        if state_folder is not None and mixed:
+            state_folder = Path(state_folder) / self.identity.digest()
+        identity = None if state_folder is None else self.identity
+        self.state = EvaluationState(state_folder, identity, rank, world, progress)
+
+    @property
+    def attacked(self) -> bool:
+        """Whether there is more than clean images."""
+        return self.epsilon > 0 and any(attack.name != "clean" for attack in self.attacks)
+
+    @property
+    def threat_model(self) -> dict:
+        return {"norm": self.norm, "epsilon": self.epsilon, "seed": self.seed}
+
+    @cached_property
+    def identity(self) -> RunIdentity:
+        """Of whatever decides the accuracies."""
+        options = self.threat_model | {"format": FORMAT, "batch_size": self.batch_size}
+        options |= dict(zip(("mean", "std"), self.mean_std, strict=True))
+        code, parameters = code_identity(), {}
+        for attack in self.attacks:
+            parameters[attack.name] = dict(attack.parameters)
+            if number := parameters[attack.name].pop("version", None):
+                code[attack.parameters["implementation"].replace("_", "-")] = number
+        weights, data = {"model": weights_digest(self.model)}, data_identity(self.dataset, self.n)
+        return RunIdentity(options | {"attacks": parameters}, data, code, weights)
+
+    def accuracies(self) -> RobustnessReport:
+        """The report but for its masking checks."""
+        made, n, state = self.attacks, self.n, self.state
+        batches = [list(range(first, min(first + self.batch_size, n))) for first in range(0, n, self.batch_size)]
+        found = {index: state.read(_name(index)) for index in range(state.rank, len(batches), state.world)}
+        names = {attack.name for attack in made}
+        todo = [index for index, result in found.items() if result is None or not names <= result.keys()]
+        # a loader draws a seed from torch's global generator unless it has one of its own
+        loader = DataLoader(
+            self.dataset, batch_sampler=[batches[i] for i in todo], collate_fn=collate, generator=torch.Generator()
+        )
+        bar = tqdm(total=n, initial=sum(len(batches[i]) for i in found if i not in todo) * state.world, unit="img",
+                   desc="Robust evaluation", disable=not self.progress or state.rank > 0)  # fmt: skip
+        in_parts = InParts()
+        with attack_mode(self.model), bar:
+            for index, batch in zip(todo, loader, strict=True):
+                x, y = batch["pixel_values"].to(self.device), batch["labels"].to(self.device)
+                steps = _attack_batch(
+                    self.forward, made, x, y, batches[index], self.seed, in_parts, found[index] or {}
+                )
+                for flags, part in steps:
+                    if flags != found[index]:
+                        state.write(_name(index), flags)
+                    found[index] = flags
+                    bar.set_description(f"Robust evaluation: {part}" if part else "Robust evaluation")
+                bar.update(min(len(y) * state.world, n - bar.n))
+                done = [result for result in found.values() if result is not None and names <= result.keys()]
+                bar.set_postfix({attack.name: f"{_share(done, attack.name):.1%}" for attack in made})
+        if state.world > 1:
+            found = dict(gather_object(list(found.items())))
+        versions = {"tscnc_hf": __version__, "torch": torch.__version__, "transformers": version("transformers")}
+        return _report([found[index] for index in range(len(batches))], made, self.threat_model, versions)
+
+    def checks(self, dense_model: nn.Module | None, dense_processing_class: object | None) -> dict | None:
+        """The masking checks on the first 64 images, on fewer where memory runs out; None where nothing is attacked."""
+        if not self.attacked:
+            return None
+        options, of = {"epsilon": self.epsilon, "norm": self.norm, "seed": self.seed}, None
         if dense_model is not None:
-            processor = processing_class if dense_processing_class is None else dense_processing_class
+            processor = self.processing_class if dense_processing_class is None else dense_processing_class
             dense_mean_std = normalisation(dense_model, processor)
-            options["dense_fn"] = pixel_logits(dense_model, *dense_mean_std)
-            if state_folder is not None:
-                of_dense = {"model": model_digest(dense_model), "mean_std": dense_mean_std}
+            options["dense_fn"] = pixel_logits(dense_model.to(self.device), *dense_mean_std)
+            if self.state.folder is not None:
+                of = {"model": weights_digest(dense_model), "mean_std": dense_mean_std}
+        batch = collate([self.dataset[index] for index in range(min(self.n, CHECKED))])
+        x, y = batch["pixel_values"].to(self.device), batch["labels"].to(self.device)
 
-        def check() -> dict:
-            announce("Checking for hidden gradients", progress and rank == 0)
-            return _masking(forward, dataset, n, device, [model, dense_model], options).to_dict()
+        def check(count: int) -> dict:
+            share = partial(self.state.share, of=of, prefix=f"masking-{count}-", doing="Checking for hidden gradients")
+            return masking_report(self.forward, x[:count], y[:count], share=share, **options).to_dict()
 
-        checks = kept("masking", check, of_dense)
-    return _report(results, made, threat_model, versions, checks)
+        with ExitStack() as stack:
+            for model in (self.model, dense_model):
+                if model is not None:
+                    stack.enter_context(attack_mode(model))
+            return halving(check, len(x))
+
+
+def _name(batch: int) -> str:
+    return f"batch-{batch:06d}"
 
 
 def _processes(device: torch.device) -> tuple[int, int]:
@@ -225,18 +312,7 @@ def _share(results: list[dict], name: str) -> float:
     return sum(flags) / len(flags)
 
 
-def _masking(forward: LogitsFn, dataset, n: int, device, models: Sequence[nn.Module | None], options) -> MaskingReport:
-    """On the first 64 images; on fewer where memory runs out."""
-    batch = collate([dataset[index] for index in range(min(n, 64))])
-    x, y = batch["pixel_values"].to(device), batch["labels"].to(device)
-    with ExitStack() as stack:
-        for model in models:
-            if model is not None:
-                stack.enter_context(attack_mode(model.to(device)))
-        return halving(lambda count: masking_report(forward, x[:count], y[:count], **options), len(x))
-
-
-def _report(results, attacks, threat_model, versions, checks) -> RobustnessReport:
+def _report(results, attacks, threat_model, versions) -> RobustnessReport:
     names = [attack.name for attack in attacks]
     labels = [label for result in results for label in result["labels"]]
     flags = {name: [flag for result in results for flag in result[name]] for name in names}
@@ -251,4 +327,4 @@ def _report(results, attacks, threat_model, versions, checks) -> RobustnessRepor
         mine = [i for i in range(n) if labels[i] == label]
         per_class[label] = {"n": len(mine)} | {name: sum(flags[name][i] for i in mine) for name in names}
     survived = {name: tuple(flags[name]) for name in names}
-    return RobustnessReport(threat_model, n, rows, versions, worst, per_class, checks, survived)
+    return RobustnessReport(threat_model, n, rows, versions, worst, per_class, survived=survived)

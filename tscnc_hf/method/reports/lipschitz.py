@@ -87,7 +87,7 @@ def local_lipschitz(
     epsilon: float,
     steps: int = 10,
     step_size: float | None = None,
-    generator: torch.Generator | None = None,
+    noise: Tensor | None = None,
 ) -> Tensor:
     """
     Lower bound, per image, of the local Lipschitz constant max ||f(x') - f(x)||_1 / ||x' - x||_inf over the epsilon
@@ -100,7 +100,7 @@ def local_lipschitz(
         epsilon (`float`): radius of the ball, in pixel units, > 0.
         steps (`int`): gradient steps, at least 1.
         step_size (`float`, *optional*): in pixel units, defaults to epsilon / 4.
-        generator (*optional*): of the start, uniform in the ball.
+        noise (`Tensor`, *optional*): (b, c, h, w) in [0, 1], where in the ball to start; drawn uniformly by default.
 
     Returns:
         `Tensor`: (b,), float32, logit units per pixel unit.
@@ -117,7 +117,7 @@ def local_lipschitz(
     with torch.no_grad():
         clean = logits_fn(x)
     lower, upper = (x - epsilon).clamp_(min=0), (x + epsilon).clamp_(max=1)
-    noise = torch.rand(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+    noise = torch.rand_like(x) if noise is None else noise
     moved = torch.clamp(x + (2 * noise - 1) * epsilon, lower, upper)
     best = torch.zeros(len(x), dtype=clean.dtype, device=x.device)
 

@@ -85,7 +85,7 @@ class SpectralReport:
         }
 
     def to_dict(self) -> dict:
-        """Plain JSON types; infinity is the string "inf"."""
+        """Plain JSON types; infinity is the string "inf", and what a model without matrices does not have is None."""
         rows = [asdict(row) | {"shape": list(row.shape)} for row in self.rows]
         return {key: _plain(value) for key, value in self.summary().items()} | {
             "rows": [{key: _plain(value) for key, value in row.items()} for row in rows]
@@ -173,4 +173,6 @@ def spectral_report(model: nn.Module, exclude: Sequence[str] = (), method: str =
 
 
 def _plain(value):
-    return "inf" if isinstance(value, float) and math.isinf(value) else value
+    if not isinstance(value, float) or math.isfinite(value):
+        return value
+    return None if math.isnan(value) else "inf"
