@@ -75,9 +75,7 @@ def make_grid(config, data_arguments, arguments):
             return vit_from_config(*shape, **arguments.model_args)
         return timm_model(arguments.architecture, *shape, model_args=arguments.model_args)
 
-    about = {"data": data.description, "augmentation": data_arguments.augmentation}
-    about |= {"augmentation_seed": config.seed}
-    about |= {"architecture": arguments.architecture, "model_args": arguments.model_args}
+    about = {"architecture": arguments.architecture, "model_args": arguments.model_args}
     return Grid(
         config,
         build,

@@ -202,7 +202,7 @@ class Robustness:
         return _report([found[index] for index in range(len(batches))], made, self.threat_model, versions)
 
     def checks(self, dense_model: nn.Module | None, dense_processing_class: object | None) -> dict | None:
-        """The masking checks on the first 64 images, on fewer where memory runs out; None where nothing is attacked."""
+        """The masking checks on the first 64 images, on fewer if memory runs out; None where nothing is attacked."""
         if not self.attacked:
             return None
         options, of = {"epsilon": self.epsilon, "norm": self.norm, "seed": self.seed}, None

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from datetime import date
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from transformers import set_seed
 
+from tscnc_hf.artifact.files.identity import RunIdentity, commit, device_name
 from tscnc_hf.artifact.files.state import load_state, save_state
-from tscnc_hf.evaluation.measures.robustness import evaluate_robustness
-from tscnc_hf.evaluation.run import as_published, measure
-from tscnc_hf.method.reports.sparsity import sparsity_report
-from tscnc_hf.method.reports.spectrum import spectral_report
+from tscnc_hf.evaluation.run import as_published, evaluate
 from tscnc_hf.method.units.gates import folded_gates
 from tscnc_hf.training.config import TSCNCConfig
 from tscnc_hf.training.resume.checkpoints import checkpoints
@@ -111,7 +108,7 @@ class Grid:
         attacks: see `make_attack`.
         n: images, the first of the split.
         save_models: leave a publishable folder with a card for every cell, not only its line.
-        about: what else decides the figures (data, model), plain JSON types; part of each cell's fingerprint.
+        about: what else decides the figures (the model), plain JSON types; part of each cell's identity.
     """
 
     config: TSCNCConfig
@@ -129,18 +126,29 @@ class Grid:
         options = (DENSE_OPTIONS if cell.is_dense else {"target_sparsity": cell.sparsity}) | dict(cell.options)
         return replace(self.config, seed=cell.seed, push_to_hub=False, **options)
 
+    def identity(self, cell: Cell) -> RunIdentity:
+        """Of the cell's training, with that of the dense training that it starts from as options "dense.*"."""
+        options, usual = dict(self.about) | self.settings(cell).method_dict(), self._usual
+        if cell.pretraining is not None:
+            options["dense"] = self.settings(self.dense(cell)).method_dict()
+            usual = usual | {f"dense.{name}": value for name, value in usual.items()}
+        return RunIdentity(options, self.data.identity, usual=usual)
+
+    @cached_property
+    def _usual(self) -> dict:
+        """What options are unless they are given."""
+        return TSCNCConfig(self.config.output_dir, use_cpu=self.config.use_cpu, report_to="none").method_dict()
+
     def fingerprint(self, cell: Cell) -> str:
         """Of everything that decides the cell's figures but the code: rows of other settings are not mixed with."""
-        return _digest(self._training(cell), self.split, list(self.attacks), self.n)
+        identity = self.identity(cell)
+        measured = {"split": self.split, "attacks": list(self.attacks), "n": self.n}
+        return replace(identity, options={**identity.options, "measured": measured}).digest()
 
     def folder(self, cell: Cell) -> Path:
         """Of the cell's weights and checkpoints. Named also by what decides them: other settings, another folder."""
         name = f"{DENSE}-s{cell.seed}" if cell.is_dense else cell.name  # arms share a dense training
-        return Path(self.config.output_dir) / f"{name}-{_digest(self._training(cell))}"
-
-    def _training(self, cell: Cell) -> list:
-        before = [] if cell.pretraining is None else self._training(self.dense(cell))
-        return [self.settings(cell).method_dict(), dict(self.about), *before]
+        return Path(self.config.output_dir) / f"{name}-{self.identity(cell).digest()}"
 
     @staticmethod
     def dense(cell: Cell) -> Cell:
@@ -174,40 +182,46 @@ class Grid:
             save_state(dict(trainer.model.state_dict()), trained)
         seconds = time.perf_counter() - start
         row = {"model": self.label, "arm": cell.arm, "sparsity": cell.sparsity, "seed": cell.seed}
-        state = f"evaluation-{self.fingerprint(cell)}-{config.eval_batch_size}"  # AutoAttack draws batch by batch
-        figures = self.measure(trainer, folder / state)
-        row |= {"split": self.split} | figures | {"seconds": round(seconds, 1)}
+        row |= {"split": self.split} | self.measure(trainer) | {"seconds": round(seconds, 1)}
         row |= {"parameters": sum(parameter.numel() for parameter in model.parameters())}
         row |= {"date": date.today().isoformat(), "commit": commit(), "torch": torch.__version__}
         row |= {"device": device_name(trainer.args.device), "threads": torch.get_num_threads()}
         return row | {"settings": self.fingerprint(cell)}
 
-    def measure(self, trainer: TSCNCTrainer, state_folder: Path) -> dict:
+    def measure(self, trainer: TSCNCTrainer) -> dict:
         """
         The cell's figures, plain JSON types: accuracies as fractions, zeros among the prunable weights, all spectra.
-        An evaluation that was cut off goes on from `state_folder`.
+        An evaluation that was cut off goes on.
         """
-        args, dataset = trainer.args, getattr(self.data, self.split)
-        options = {
-            "epsilon": args.epsilon, "norm": args.norm, "attacks": self.attacks, "n": self.n, "seed": args.seed,
-            "batch_size": args.eval_batch_size, "processing_class": trainer.processing_class, "progress": False,
-            "state_folder": state_folder,
-        }  # fmt: skip
+        args = trainer.args
         with folded_gates(trainer.model), as_published(trainer.model):
-            if self.save_models:
-                trainer.publisher.results = measure(trainer.model, dataset, exclude=args.pruning_exclude, **options)
-            else:
-                robustness = evaluate_robustness(trainer.model, dataset, masking=False, **options).to_dict()
-            spectrum = spectral_report(trainer.model).to_dict()
-            zeros = sparsity_report(trainer.model, args.pruning_exclude).sparsity
+            results = evaluate(
+                trainer.model,
+                getattr(self.data, self.split),
+                epsilon=args.epsilon,
+                norm=args.norm,
+                attacks=self.attacks,
+                n=self.n,
+                seed=args.seed,
+                batch_size=args.eval_batch_size,
+                processing_class=trainer.processing_class,
+                exclude=args.pruning_exclude,
+                model_name=self.label,
+                dataset_name=self.data.name,
+                full=self.save_models,
+                folder=args.output_dir,
+                mixed=True,
+                progress=False,
+            )
         if self.save_models:
-            robustness = trainer.publisher.results["robustness"]
+            trainer.publisher.results = results
             trainer.publisher.keep(class_names=self.data.class_names, dataset_name=self.data.name)
             trainer.save_model()
+        robustness, spectrum = results["robustness"], results["spectrum"]
         return {
             "n": robustness["n"],
             "accuracy": {attack["name"]: attack["accuracy"] for attack in robustness["attacks"]},
-            "zeros": zeros,
+            "zeros": results["sparsity"]["sparsity"],
             "median_kappa": spectrum["median_effective_condition_number"],
             "max_kappa": spectrum["max_effective_condition_number"],
             "mean_cnc": statistics.fmean(row["cnc"] for row in spectrum["rows"]),
@@ -215,21 +229,3 @@ class Grid:
             "empty_matrices": sum(row["rank"] == 0 for row in spectrum["rows"]),
             "matrices": len(spectrum["rows"]),
         }
-
-
-def _digest(*settings) -> str:
-    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def commit() -> str | None:
-    """The revision of the code, with "-dirty" where files differ from it; None outside of a checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
-    except OSError:
-        return None
-    return done.stdout.strip() or None if done.returncode == 0 else None
