@@ -1,5 +1,10 @@
 """Rows of an ablation that several commands write, and what tells one cell from another."""
 
+from types import SimpleNamespace
+
+import pytest
+
+from recipes.results.renew_settings import renew
 from tests.training.ablation.test_grid import a_row
 from tscnc_hf import TSCNCConfig
 from tscnc_hf.training.ablation.grid import Cell, Grid
@@ -14,11 +19,51 @@ def test_rows_of_two_commands_at_a_time_are_all_kept(tmp_path):
     assert [row["seed"] for row in read_rows(tmp_path / "rows.jsonl")] == [0, 1, 2]
 
 
-def test_a_cell_is_told_by_every_option_that_decides_it(tmp_path):
-    def fingerprint(**options) -> str:
-        config = TSCNCConfig(str(tmp_path), use_cpu=True, report_to="none", **options)
-        return Grid(config, build=None, data=None, label="m").fingerprint(Cell("plain", 0.9, 0))
+DATA = {"train": {"digest": "a", "augmentation": "flips"}, "test": {"digest": "b"}, "asked": {"dataset": "/home/me"}}
 
+
+@pytest.fixture
+def grid(tmp_path):
+    def make(data=None, about=None, split="test", n=None, **options) -> Grid:
+        config = TSCNCConfig(str(tmp_path), use_cpu=True, report_to="none", **options)
+        data = SimpleNamespace(identity=data or DATA)
+        return Grid(config, build=None, data=data, label="m", split=split, n=n, about=about or {})
+
+    return make
+
+
+def test_a_cell_is_told_by_every_option_that_decides_it(grid):
+    cell = Cell("plain", 0.9, 0)
     changed = {"adam_beta2": 0.95, "optim_args": "momentum=0.9", "data_seed": 0, "dataloader_drop_last": True}
-    found = {fingerprint(), *(fingerprint(**{name: value}) for name, value in changed.items())}
-    assert len(found) == 5 and fingerprint(logging_steps=7) == fingerprint()
+    found = {grid().fingerprint(cell), *(grid(**{name: value}).fingerprint(cell) for name, value in changed.items())}
+    assert len(found) == 5 and grid(logging_steps=7).fingerprint(cell) == grid().fingerprint(cell)
+
+
+def test_a_cell_is_told_by_its_data_model_dense_training_and_what_was_measured(grid):
+    cell, dense = Cell("plain", 0.9, 0), Cell("plain", 0.9, 0, pretraining={"max_steps": 5})
+    grids = [grid(), grid(about={"architecture": "vit"}), grid(DATA | {"train": {"digest": "c"}})]
+    others = [dense, Cell("plain", 0.9, 0, pretraining={"max_steps": 6}), Cell("plain", 0.9, 1)]
+    folders = {g.folder(cell) for g in grids} | {grids[0].folder(other) for other in others}
+    assert len(folders) == 6
+    measured = {g.fingerprint(cell) for g in (grids[0], grid(split="validation"), grid(n=7))}
+    assert len(measured) == 3 and len({g.folder(cell) for g in (grids[0], grid(split="validation"), grid(n=7))}) == 1
+    elsewhere = grid(DATA | {"asked": {"dataset": "uoft-cs/cifar10"}})
+    assert elsewhere.fingerprint(dense) == grids[0].fingerprint(dense)
+
+
+def test_an_option_that_comes_later_changes_no_fingerprint(grid, monkeypatch):
+    cell, known = Cell("plain", 0.9, 0, pretraining={}), TSCNCConfig.method_dict
+    before = grid().fingerprint(cell)
+    monkeypatch.setattr(TSCNCConfig, "method_dict", lambda self: known(self) | {"later": self.seed * 0})
+    assert grid().fingerprint(cell) == before
+    monkeypatch.setattr(TSCNCConfig, "method_dict", lambda self: known(self) | {"later": int(self.seed == 0)})
+    assert grid().fingerprint(cell) != before
+
+
+def test_rows_of_old_digests_are_renewed_once():
+    rows = [a_row(), a_row(seed=1), a_row(seed=2, settings="new 2"), a_row(seed=3, settings="of others")]
+    digests = {("m", "plain", 0.9, seed, "test"): ("s", f"new {seed}") for seed in range(5)}
+    found, replaced, before = renew(rows, digests)
+    assert [row["settings"] for row in found] == ["new 0", "new 1", "new 2", "of others"]
+    assert (replaced, before) == (2, 1) and renew(found, digests) == (found, 0, 3)
+    assert [row | {"settings": None} for row in found] == [row | {"settings": None} for row in rows]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -65,6 +66,7 @@ def masking_report(
     seed: int = 0,
     dense_fn: LogitsFn | None = None,
     share: Callable[[Mapping[str, Callable]], dict] | None = None,
+    parts: int = 1,
 ) -> MaskingReport:
     """
     Run the checks on the images that the model classifies correctly.
@@ -75,7 +77,8 @@ def masking_report(
         epsilon (`float`): radius in pixel units, > 0.
         norm (`str`): "linf" or "l2".
         dense_fn (`Callable`, *optional*): of the model before pruning, for the transfer check.
-        share (`Callable`): as `EvaluationState.share`; by default all is computed here, and not kept.
+        share (`Callable`, *optional*): as `EvaluationState.share`; by default all is computed here, and not kept.
+        parts (`int`): among so many processes, each with a part of the images.
 
     Differences count from two standard errors of a difference between two attacks on the same images on, at least two
     images.
@@ -92,14 +95,21 @@ def masking_report(
     if n == 0:
         return MaskingReport(0, ())
 
-    def accuracy(x_adv: Tensor) -> float:
+    def held(x_adv: Tensor, part: slice) -> Tensor:
         with torch.no_grad():
-            return (logits_fn(x_adv).argmax(-1) == y).double().mean().item()
+            return logits_fn(x_adv).argmax(-1) == y[part]
 
-    def attacked(steps: int, key: str, radius: float = epsilon, loss: str = "cross-entropy", fn=logits_fn) -> Tensor:
-        start = starts(x, index, radius, norm, seed, "masking", key)
+    def attacked(
+        part: slice, steps: int, key: str, radius: float = epsilon, loss: str = "cross-entropy", fn=logits_fn
+    ) -> Tensor:
+        start = starts(x[part], index[part], radius, norm, seed, "masking", key)
         options = {"epsilon": radius, "steps": steps, "step_size": pgd_step_size(radius, steps), "norm": norm}
-        return pgd(fn, x, y, loss=loss, start=start, early_stop=fn is logits_fn, **options)
+        x_adv = pgd(fn, x[part], y[part], loss=loss, start=start, early_stop=fn is logits_fn, **options)
+        return held(x_adv, part)
+
+    def broken_box(part: slice) -> Tensor:
+        options = {"epsilon": epsilon, "norm": norm, "queries": QUERIES, "key": (seed, "masking")}
+        return held(square(logits_fn, x[part], y[part], index=index[part], **options), part)
 
     def slack(one: float, other: float) -> float:
         p = (one + other) / 2
@@ -108,23 +118,28 @@ def masking_report(
     # any image can become uniform grey, and what the model answers there is right for the images of one class only
     whole = 0.5 if norm == "linf" else 0.5 * math.sqrt(x[0].numel())
     one_class = y.bincount().max().item() / n
-    key = (seed, "masking")
-    pieces = {  # those that take long first: processes take turns
-        "square": lambda: accuracy(
-            square(logits_fn, x, y, index=index, epsilon=epsilon, norm=norm, queries=QUERIES, key=key)
-        ),
-        "many": lambda: accuracy(attacked(50, "a")),
-        "huge": lambda: accuracy(attacked(50, "a", radius=whole)),
-        **({} if dense_fn is None else {"transfer": lambda: accuracy(attacked(50, "a", fn=dense_fn))}),
-        "few": lambda: accuracy(attacked(10, "a")),
-        "again": lambda: accuracy(attacked(10, "b")),
-        "margin": lambda: accuracy(attacked(10, "a", loss="cw")),
-        "zero": lambda: _zero_gradients(logits_fn, x, y),
-        "unsteady": lambda: _unsteady(logits_fn, x),
+    measured = {
+        "few": partial(attacked, steps=10, key="a"),
+        "many": partial(attacked, steps=50, key="a"),
+        "again": partial(attacked, steps=10, key="b"),
+        "margin": partial(attacked, steps=10, key="a", loss="cw"),
+        "huge": partial(attacked, steps=50, key="a", radius=whole),
+        "square": broken_box,
+        "zero": lambda part: _zero_gradients(logits_fn, x[part], y[part]),
+        "unsteady": lambda part: _unsteady(logits_fn, x[part]),
+        **({} if dense_fn is None else {"transfer": partial(attacked, steps=50, key="a", fn=dense_fn)}),
     }
-    found = share(pieces)
+    size = math.ceil(n / parts)
+    slices = [slice(first, min(first + size, n)) for first in range(0, n, size)]
+    pieces = {
+        f"{name}-{part.start}-{part.stop}": lambda of=of, part=part: int(of(part).sum())
+        for name, of in measured.items()
+        for part in slices
+    }
+    counts = share(pieces)
+    found = {name: sum(counts[f"{name}-{part.start}-{part.stop}"] for part in slices) / n for name in measured}
     few, again, many, margin = (found[name] for name in ("few", "again", "many", "margin"))
-    huge, broken_box, zero, unsteady = (found[name] for name in ("huge", "square", "zero", "unsteady"))
+    huge, black_box, zero, unsteady = (found[name] for name in ("huge", "square", "zero", "unsteady"))
     checks = [
         MaskingCheck("determinism", "does it answer the same twice?", unsteady == 0, {"images that differ": unsteady}),
         MaskingCheck("gradients", "has the loss a gradient?", zero <= ZERO_SHARE, {"images without": zero}),
@@ -139,8 +154,8 @@ def masking_report(
             {"PGD-50": many, "margin PGD-10": margin},
         ),
         MaskingCheck(
-            "black box", "is an attack without gradients weaker?", broken_box >= many - slack(broken_box, many),
-            {"PGD-50": many, f"Square, {QUERIES} queries": broken_box},
+            "black box", "is an attack without gradients weaker?", black_box >= many - slack(black_box, many),
+            {"PGD-50": many, f"Square, {QUERIES} queries": black_box},
         ),
         MaskingCheck(
             "large epsilon", "does the largest ball break all but one class?",
@@ -159,14 +174,14 @@ def masking_report(
     return MaskingReport(n, tuple(checks))
 
 
-def _zero_gradients(logits_fn: LogitsFn, x: Tensor, y: Tensor) -> float:
-    """Share of images at which the cross-entropy has no gradient in any pixel."""
+def _zero_gradients(logits_fn: LogitsFn, x: Tensor, y: Tensor) -> Tensor:
+    """Images at which the cross-entropy has no gradient in any pixel."""
     gradient, _, _ = pixel_gradient(logits_fn, lambda logits: cross_entropy(logits, y), x)
-    return (gradient.flatten(1).abs().amax(1) == 0).double().mean().item()
+    return gradient.flatten(1).abs().amax(1) == 0
 
 
 @torch.no_grad()
-def _unsteady(logits_fn: LogitsFn, x: Tensor) -> float:
-    """Share of images whose logits differ between two passes by more than rounding does."""
+def _unsteady(logits_fn: LogitsFn, x: Tensor) -> Tensor:
+    """Images whose logits differ between two passes by more than rounding does."""
     first, second = logits_fn(x), logits_fn(x)
-    return ((first - second).abs() > 1e-3 * (1 + first.abs())).any(-1).double().mean().item()
+    return ((first - second).abs() > 1e-3 * (1 + first.abs())).any(-1)

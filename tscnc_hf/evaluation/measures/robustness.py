@@ -217,7 +217,8 @@ class Robustness:
 
         def check(count: int) -> dict:
             share = partial(self.state.share, of=of, prefix=f"masking-{count}-", doing="Checking for hidden gradients")
-            return masking_report(self.forward, x[:count], y[:count], share=share, **options).to_dict()
+            given = options | {"share": share, "parts": self.state.world}
+            return masking_report(self.forward, x[:count], y[:count], **given).to_dict()
 
         with ExitStack() as stack:
             for model in (self.model, dense_model):
