@@ -19,6 +19,7 @@ from transformers import (
     ViTImageProcessor,
 )
 
+from tests.results_page import check_results
 from tscnc_hf import evaluate_robustness
 from tscnc_hf.artifact.models.config import input_format
 from tscnc_hf.artifact.models.loading import load_model
@@ -63,6 +64,7 @@ def test_dense_and_packed_give_the_figures_of_the_function(folders, tmp_path, di
     )
     assert dense["robustness"] == report.to_dict()
     saved = json.loads((tmp_path / "dense" / "results.json").read_text())
+    check_results(saved)
     assert saved == dense and saved["dataset"] == "digits" and saved["model"] == "dense"
     assert {path.name for path in (tmp_path / "dense").iterdir()} == {
         "figures",
@@ -111,7 +113,7 @@ def test_killed_half_way_and_started_again(folders, tmp_path):
     done = len(list((cut / "state").glob("batch-*.json")))
     assert 5 <= done < 20 and not (cut / "results.json").exists()
     files = list((cut / "state").glob("batch-*.json"))
-    before = {path: path.stat().st_mtime_ns for path in files if "pgd-100" in json.loads(path.read_text())}
+    before = {path: path.stat().st_mtime_ns for path in files if "pgd-100" in json.loads(path.read_text())["found"]}
     assert len(before) >= 4
     subprocess.run([*command, str(cut)], check=True, capture_output=True, timeout=240, cwd=ROOT)
     assert (cut / "results.json").read_bytes() == (whole / "results.json").read_bytes()
@@ -184,15 +186,17 @@ def test_other_classes_are_told(folders, tmp_path, capsys):
 def test_started_again_it_is_told_from_the_folder(folders, tmp_path, capsys, monkeypatch):
     first = evaluate_model(options(folders["dense"], tmp_path))
     said = capsys.readouterr().err
-    for step in ("hidden gradients", "condition numbers", "6 radii", "Lipschitz", "Drawing"):
+    for step in ("hidden gradients", "condition numbers", "6 radii", "Lipschitz", "examples", "Drawing"):
         assert step in said
-    for name in ("security_curve", "evaluate_lipschitz"):
-        monkeypatch.setattr(f"tscnc_hf.evaluation.run.{name}", None)  # a call would be an error
-    monkeypatch.setattr("tscnc_hf.evaluation.measures.robustness.masking_report", None)
+    called = []
+    monkeypatch.setattr("tscnc_hf.evaluation.measures.masking.pgd", lambda *args, **kwargs: called.append(args))
+    for name in ("curve.evaluate_robustness", "lipschitz.local_lipschitz"):
+        monkeypatch.setattr(f"tscnc_hf.evaluation.measures.{name}", None)  # a call would be an error
     assert evaluate_model(options(folders["dense"], tmp_path)) == first
     assert "hidden gradients" not in capsys.readouterr().err
     with pytest.raises(TypeError):  # the checks against a dense model are others
         evaluate_model(options(folders["dense"], tmp_path, dense_model=str(folders["dense"])))
+    assert called
     (tmp_path / "state" / "evaluation.json").unlink()  # figures of settings that nobody knows are not believed
     with pytest.raises(TypeError):
         evaluate_model(options(folders["dense"], tmp_path, seed=1))

@@ -9,6 +9,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
+from tests.results_page import check_results
 from tscnc_hf.artifact.repository.recard import rebuild_card
 from tscnc_hf.artifact.repository.repository import open_repository
 from tscnc_hf.cli.recipe import command_line
@@ -50,6 +51,7 @@ def test_the_card_fits_its_pattern_and_is_rebuilt_from_the_folder(run_folder):
     assert matches(pattern, shown.replace("Not covered", "Covered")) and matches(pattern, shown + "\n")  # it can fail
 
     results = json.loads((run_folder / "results.json").read_text())
+    check_results(results)
     metrics = {result.metric_name: result for result in ModelCard(text).data.eval_results}
     for attack in results["robustness"]["attacks"][1:]:
         label = attack["name"].upper()

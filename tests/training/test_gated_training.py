@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForImageClassification
 
+from tests.results_page import check_results
 from tscnc_hf import load_sparse
 from tscnc_hf.method.constraints import condition_number_penalty
 from tscnc_hf.method.matrices import weight_matrices
@@ -44,6 +45,7 @@ def test_what_is_published_is_plain_and_gives_the_gated_logits(kind, build, make
     trainer.save_model()
     results = trainer.test(digits.test.subset(range(16)), ("clean",))
     trainer.create_model_card()
+    check_results(results)
     assert results["gates"]["closed"] == report.closed
     assert json.loads((tmp_path / "out" / "results.json").read_text())["gates"]["gates"] == report.gates
     assert len(gated_layers(model)) == len(report.rows)  # the trainer's own model keeps them

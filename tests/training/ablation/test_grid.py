@@ -17,6 +17,7 @@ import yaml
 from safetensors.torch import load_file
 from scipy.stats import ttest_rel
 
+from tests.results_page import check_results
 from tscnc_hf.artifact.models.loading import load_sparse
 from tscnc_hf.training.ablation.comparison import comparison_markdown, paired_difference
 from tscnc_hf.training.ablation.figures import kappa, over_sparsity_figure
@@ -240,6 +241,8 @@ def test_a_time_limit_ends_it_and_it_goes_on_from_there(ablation, tmp_path):
     model = load_sparse(folder)
     zeros = sum(int((p == 0).sum()) for p in model.parameters() if p.ndim > 1)
     results = json.loads((folder / "results.json").read_text())
+    check_results(results)
+    check_results(json.loads((trained(tmp_path / "whole", "plain-0.5-s0").parent / "results.json").read_text()))
     assert zeros == results["sparsity"]["zeros"] > 0 and results["robustness"]["n"] == 12
     assert "50.0 %" in (folder / "README.md").read_text() and (folder / "figures").is_dir()
 

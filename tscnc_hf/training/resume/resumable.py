@@ -153,6 +153,11 @@ class ResumableTrainer(Trainer):
             logger.warning(text)
         super()._load_rng_state(checkpoint)
 
+    def _init_training_state(self, max_steps, num_update_steps_per_epoch, num_train_epochs, *args):
+        """Upstream takes one more step where a run that is over is resumed and its last epoch was not whole."""
+        place = super()._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, *args)
+        return place if self.state.global_step < max_steps else (num_train_epochs, 0)
+
     def _save_optimizer_and_scheduler(self, output_dir):
         if self.is_fsdp_enabled:  # upstream would write the weights once more, with gates and as a pickle
             save_sharded_optimizer(self, output_dir)
