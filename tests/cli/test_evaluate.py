@@ -188,15 +188,12 @@ def test_started_again_it_is_told_from_the_folder(folders, tmp_path, capsys, mon
     said = capsys.readouterr().err
     for step in ("hidden gradients", "condition numbers", "6 radii", "Lipschitz", "examples", "Drawing"):
         assert step in said
-    called = []
-    monkeypatch.setattr("tscnc_hf.evaluation.measures.masking.pgd", lambda *args, **kwargs: called.append(args))
-    for name in ("curve.evaluate_robustness", "lipschitz.local_lipschitz"):
+    for name in ("masking.pgd", "curve.evaluate_robustness", "lipschitz.local_lipschitz"):
         monkeypatch.setattr(f"tscnc_hf.evaluation.measures.{name}", None)  # a call would be an error
     assert evaluate_model(options(folders["dense"], tmp_path)) == first
     assert "hidden gradients" not in capsys.readouterr().err
     with pytest.raises(TypeError):  # the checks against a dense model are others
         evaluate_model(options(folders["dense"], tmp_path, dense_model=str(folders["dense"])))
-    assert called
     (tmp_path / "state" / "evaluation.json").unlink()  # figures of settings that nobody knows are not believed
     with pytest.raises(TypeError):
         evaluate_model(options(folders["dense"], tmp_path, seed=1))

@@ -100,7 +100,7 @@ def test_labels_that_changed_in_an_unfinished_batch(evaluate, digits, robust_net
     data = [digits.test[index] for index in range(100)]
     with pytest.raises(KeyboardInterrupt):
         evaluate(Fuse(robust_network, 20), data=data, state_folder=tmp_path, batch_size=100)
-    data[3]["labels"] = (data[3]["labels"] + 1) % 10  # not among the images that are looked at first
+    data[4]["labels"] = (data[4]["labels"] + 1) % 10  # not among the images that are looked at first
     with pytest.raises(ValueError, match="other labels for images 0 to 99: the data set has changed"):
         evaluate(state_of(robust_network), data=data, state_folder=tmp_path, batch_size=100)
 
