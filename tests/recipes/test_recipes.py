@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from tests.results_page import check_results
 from tscnc_hf import load_sparse
 from tscnc_hf.artifact.models.loading import logits_fn
 from tscnc_hf.data.loading import load_image_data
@@ -256,6 +257,8 @@ def test_the_dense_twin_is_dense_and_compared(runs):
     card = (folder / "README.md").read_text(encoding="utf-8")
     (row,) = [line for line in card.splitlines() if line.startswith("| Clean accuracy")]
     own = json.loads((folder / "results.json").read_text())
+    check_results(own)
+    assert own["dense"] == twin
     shown = [float(number) / 100 for number in re.findall(r"\| ([\d.]+) %", row)]
     accuracies = [results["robustness"]["attacks"][0]["accuracy"] for results in (twin, own)]
     assert shown == pytest.approx(accuracies, abs=6e-4)

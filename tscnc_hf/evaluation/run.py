@@ -97,10 +97,10 @@ def evaluate(
         Otherwise, as `evaluate_robustness`.
     """
     folder = None if folder is None else Path(folder)
-    few = {"seed": seed, "norm": norm, "processing_class": processing_class}
+    same = {"seed": seed, "processing_class": processing_class}
     work = Robustness(
-        model, dataset, attacks, epsilon=epsilon, n=n, batch_size=batch_size, progress=progress,
-        state_folder=None if folder is None else folder / STATE_FOLDER, mixed=mixed, distributed=distributed, **few,
+        model, dataset, attacks, epsilon=epsilon, norm=norm, n=n, batch_size=batch_size, progress=progress,
+        state_folder=None if folder is None else folder / STATE_FOLDER, mixed=mixed, distributed=distributed, **same,
     )  # fmt: skip
     state, epsilon = work.state, work.epsilon
     weights = {
@@ -121,12 +121,12 @@ def evaluate(
     if not full:
         return results
     results["robustness"]["masking"] = work.checks(dense_model, dense_processing_class)
-    some = {"n": min(work.n, FEW_IMAGES), "batch_size": batch_size, "state": state}
+    few = same | {"n": min(work.n, FEW_IMAGES), "batch_size": batch_size, "state": state}
     if work.attacked:
-        results["curve"] = security_curve(model, dataset, default_epsilons(epsilon, norm), **few, **some).to_dict()
+        radii = default_epsilons(epsilon, norm)
+        results["curve"] = security_curve(model, dataset, radii, norm=norm, **few).to_dict()
     if epsilon > 0 and norm == "linf":
-        del few["norm"]
-        results["lipschitz"] = evaluate_lipschitz(model, dataset, epsilon=epsilon, **few, **some).to_dict()
+        results["lipschitz"] = evaluate_lipschitz(model, dataset, epsilon=epsilon, **few).to_dict()
     results["identity"] = results.pop("identity")  # below what people look for
     write()
     if state.rank > 0 or not (page or on_examples):
@@ -134,8 +134,7 @@ def evaluate(
     examples = None
     if "curve" in results:
         announce("Making adversarial examples", progress)
-        few = {"seed": seed, "processing_class": processing_class}
-        found = kept_examples(state, model, dataset, epsilon=epsilon, norm=norm, **few)
+        found = kept_examples(state, model, dataset, epsilon=epsilon, norm=norm, **same)
         examples = found and found.for_figure(class_names)
         if on_examples is not None:
             on_examples(examples)
