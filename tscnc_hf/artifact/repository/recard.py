@@ -3,7 +3,6 @@ renamed; and a push that takes it along."""
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -11,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitInfo, HfApi, ModelCard
+from transformers import PreTrainedModel
 
 from tscnc_hf.artifact.card.card import CARD_MARK, write_card
-from tscnc_hf.artifact.card.words import number
 from tscnc_hf.artifact.files.atomic import atomic_file, write_json
+from tscnc_hf.artifact.files.identity import RunIdentity, weights_digest
 from tscnc_hf.artifact.models.narrowed import KEY, recorded_widths
 from tscnc_hf.artifact.packed.limit import storage_limit
 from tscnc_hf.artifact.repository.push import push_folder
@@ -78,7 +78,8 @@ def rebuild_card(
         "sparsity": sparsity_report(model, method.get("pruning_exclude") or ()).to_dict(),
         "spectrum": spectral_report(model).to_dict(),
     }
-    _check_results(results, measured, results_file or folder / RESULTS_FILE)
+    if results:
+        _check_results(results, model, results_file or folder / RESULTS_FILE)
     known = {"dataset_name": results.get("dataset")} | _facts_of_card(folder / CARD_FILE)
     known |= {key: method[key] for key in RUN_FACTS if method.get(key)}
     kept = [name for name in KEPT_FIGURES if _keep_figure(folder, target, name)]
@@ -126,21 +127,15 @@ def publish(folder: str | os.PathLike, repo_id: str, **options: Any) -> CommitIn
     return push_folder(folder, repo_id, **options)
 
 
-def _check_results(results: Mapping[str, Any], measured: Mapping[str, Any], source: str | os.PathLike) -> None:
+def _check_results(results: Mapping[str, Any], model: PreTrainedModel, source: str | os.PathLike) -> None:
     """A card must not show the accuracies of another model than the one beside it."""
-    if not results.get("sparsity") or not results.get("spectrum"):
-        return
-    for report, key in (
-        ("sparsity", "parameters"),
-        ("sparsity", "parameter_zeros"),
-        ("spectrum", "median_effective_condition_number"),
-    ):
-        then, now = number(results[report].get(key)), number(measured[report][key])
-        if not (math.isclose(then, now, rel_tol=1e-3) or (math.isnan(then) and math.isnan(now))):
-            raise ValueError(
-                f"{source} is of other weights: {key.replace('_', ' ')} {then:.6g} there, {now:.6g} here. Evaluate "
-                "this model (tscnc evaluate) and give its results.json with --results"
-            )
+    advice = "Evaluate this model (tscnc evaluate) and give its results.json with --results"
+    try:
+        of = RunIdentity.from_dict(results.get("identity"))
+    except ValueError:
+        raise ValueError(f"{source} does not say which weights it is of. {advice}") from None
+    if of.differences(RunIdentity(weights={"model": weights_digest(model)}), ["weights"]):
+        raise ValueError(f"{source} is of other weights than those in the folder. {advice}")
 
 
 def _facts_of_card(path: Path) -> dict[str, Any]:

@@ -153,9 +153,12 @@ class ResumableTrainer(Trainer):
             logger.warning(text)
         super()._load_rng_state(checkpoint)
 
-    def _init_training_state(self, max_steps, num_update_steps_per_epoch, num_train_epochs, *args):
+    def _init_training_state(
+        self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+    ):
         """Upstream takes one more step where a run that is over is resumed and its last epoch was not whole."""
-        place = super()._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, *args)
+        args = (max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial)
+        place = super()._init_training_state(*args)
         return place if self.state.global_step < max_steps else (num_train_epochs, 0)
 
     def _save_optimizer_and_scheduler(self, output_dir):
