@@ -6,26 +6,45 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import pytest
-import torch
-import torch.nn.functional as F
-from torch import nn
-
-from tscnc_hf.method.adversarial.pgd import pgd, seeded_generator
-
-
 # The networks are tiny: more threads only wait for each other, for minutes when another process wants the cores too.
-os.environ["OMP_NUM_THREADS"] = "1"  # of subprocesses
-torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # here and in what tests start
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # no pool of processes that stays
 
+import signal
+
+import pytest
+
+from tests.processes import adopt_orphans, end, left_behind
+
+
+adopt_orphans()
 pytest_plugins = ["tests.trainers"]  # models of several kinds, and trainers for a few steps
 
 CLASS_NAMES = [str(digit) for digit in range(10)]
 
 
 @pytest.fixture(autouse=True)
+def _no_process_is_left():
+    yield
+    if left := left_behind():
+        said = [f"{process.pid} ({' '.join(process.cmdline())[:200]})" for process in left]
+        end(left)
+        pytest.fail(f"processes were left behind, and are killed: {', '.join(said)}")
+
+
+@pytest.fixture(autouse=True)
 def _seed():
+    import torch  # which a process that only distributes tests can do without
+
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def ctrl_c():
+    """SIGINT does what it does in the foreground, here and in what the test starts, also if it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")
@@ -113,6 +132,11 @@ def as_they_are():
 @pytest.fixture(scope="session")
 def train_network(digits):
     """`train_network(epsilon, seed=0)`: a convolutional network of the digits, in evaluation mode."""
+    import torch
+    import torch.nn.functional as F
+    from torch import nn
+
+    from tscnc_hf.method.adversarial.pgd import pgd, seeded_generator
 
     def train(epsilon: float, seed: int = 0) -> nn.Module:
         torch.manual_seed(seed)

@@ -1,57 +1,48 @@
-"""Recipes in processes of their own, cut off at any moment. Imports are paid once: the processes are forked."""
+"""Recipes in processes of their own, cut off at any moment."""
 
 import json
-import multiprocessing
 import os
 import signal
 import socket
-import sys
 import time
 from pathlib import Path
 
-from recipes import vit_cifar10
-
-
-PRELOADED = [
-    "tests.killed_runs",
-    "tscnc_hf.training.trainer",
-    "tscnc_hf.evaluation.run",
-    "tscnc_hf.artifact.card.card",
-]
+from tests.processes import PATIENCE, end, family, fork, redirect
 
 
 class Recipe:
-    """`recipes/vit_cifar10.py` with options, started again and again in one output folder."""
+    """`recipes/vit_cifar10.py` with options, started again and again in one output folder, until `close`."""
 
     def __init__(self, folder: Path, **options):
         self.folder, self.log = folder, folder.with_name(f"{folder.name}.log")
         self.options = [text for key, value in options.items() for text in (f"--{key}", str(value))]
         self.options += ["--output_dir", str(folder)]
-        self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(PRELOADED)
+        self.processes = []
 
-    def start(self, *more: str):
-        process = self.context.Process(target=_main, args=([*self.options, *more], str(self.log)))
-        process.start()
-        return process
+    def start(self, *more: str, environment: dict[str, str] | None = None):
+        self.processes.append(fork(_main, [*self.options, *more], str(self.log), environment=environment))
+        return self.processes[-1]
 
     def start_group(self, count: int) -> list:
         """As `accelerate launch` or `torchrun` would: one run of several processes, which talk over gloo."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        processes = []
+        started = []
         for rank in range(count):
             place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
             place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            place = {name: str(value) for name, value in place.items()}
-            processes.append(self.context.Process(target=_main, args=(self.options, str(self.log), place)))
-            processes[-1].start()
-        return processes
+            started.append(self.start(environment={name: str(value) for name, value in place.items()}))
+        return started
+
+    def close(self) -> None:
+        for process in self.processes:
+            end(family(process.pid))
+            process.join()
 
     def finish(self, *more: str) -> None:
         process = self.start(*more)
-        process.join(300)
+        process.join(PATIENCE)
         assert process.exitcode == 0, (process.exitcode, self.log.read_text()[-4000:])
 
     def last_step(self) -> int:
@@ -60,20 +51,23 @@ class Recipe:
 
     def cut_off(self, number: signal.Signals, further: int, delay: float, *more: str) -> int:
         """
-        Start, wait until the last checkpoint is `further` steps later and then `delay` seconds, send the signal.
+        Start, wait until the last checkpoint is `further` steps later and then `delay` seconds, or until the next
+        checkpoint if steps take less than they did, and send the signal.
 
         Returns:
             `int`: the exit status, negative for the number of a signal.
         """
         goal = self.last_step() + further
         process = self.start(*more)
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + PATIENCE
         while further and self.last_step() < goal and process.is_alive() and time.monotonic() < deadline:
             time.sleep(0.002)
-        time.sleep(delay)
+        reached, deadline = self.last_step(), time.monotonic() + delay
+        while self.last_step() == reached and time.monotonic() < deadline:
+            time.sleep(0.002)
         if process.is_alive():
             os.kill(process.pid, number)
-        process.join(120)
+        process.join(PATIENCE)
         assert process.exitcode is not None, "it goes on in spite of the signal"
         return process.exitcode
 
@@ -88,10 +82,8 @@ class Recipe:
         return json.loads((self.folder / f"checkpoint-{self.last_step()}" / "trainer_state.json").read_text())
 
 
-def _main(options: list[str], log: str, environment: dict[str, str] | None = None) -> None:
-    os.environ |= environment or {}
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+def _main(options: list[str], log: str) -> None:
+    redirect(os.devnull, log, log)
+    from recipes import vit_cifar10
+
     vit_cifar10.main(options)

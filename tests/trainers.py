@@ -1,8 +1,6 @@
 """Models of several kinds, each built anew on request, and trainers for a few steps."""
 
 import pytest
-import torch
-from transformers import ConvNextConfig, ConvNextForImageClassification, TrainerCallback, ViTImageProcessor
 
 
 CLASS_NAMES = [str(digit) for digit in range(10)]
@@ -13,6 +11,9 @@ SMALL_TIMM_VIT = {"img_size": 8, "patch_size": 4, "embed_dim": 32, "depth": 1, "
 @pytest.fixture
 def build():
     """`build(kind, seed=0, dropout=0.0)` -> (model, processor) with weights of their own."""
+    import torch
+    from transformers import ConvNextConfig, ConvNextForImageClassification, ViTImageProcessor
+
     from tscnc_hf.artifact.models.building import timm_model, vit_from_config
 
     def make(kind: str, seed: int = 0, dropout: float = 0.0):
@@ -62,18 +63,18 @@ def make_trainer(make_config, digits):
     return make
 
 
-class Watcher(TrainerCallback):
-    """Calls `look(event, state, model)` after the callbacks before it have had the event."""
-
-    def __init__(self, look, events=("on_step_end",)):
-        for event in events:
-            setattr(self, event, self._listener(event, look))
-
-    @staticmethod
-    def _listener(event, look):
-        return lambda args, state, control, model=None, **kwargs: look(event, state, model)
-
-
 @pytest.fixture
 def watcher():
-    return Watcher
+    """`watcher(look, events)`: a callback that calls `look(event, state, model)`, after those before it."""
+    from transformers import TrainerCallback
+
+    def listener(event, look):
+        return lambda args, state, control, model=None, **kwargs: look(event, state, model)
+
+    def make(look, events=("on_step_end",)):
+        callback = TrainerCallback()
+        for event in events:
+            setattr(callback, event, listener(event, look))
+        return callback
+
+    return make

@@ -25,6 +25,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from recipes import vit_cifar10
 from tests.killed_runs import Recipe
+from tests.processes import PATIENCE
 from tscnc_hf.training.resume.checkpoints import clear_unfinished, damage, finish_checkpoint, unfinished_folder
 from tscnc_hf.training.resume.storage import StorageError, writing
 from tscnc_hf.training.resume.termination import Termination
@@ -87,6 +88,20 @@ RECIPE = {
 LATENT, LEARNED = {"pruning_latent": "true"}, {"pruning_criterion": "learned", "pruning_scope": "learned"}
 
 
+@pytest.fixture
+def make_recipe(tmp_path):
+    """`make_recipe(name, **options)`: a `Recipe`, of which nothing runs after the test."""
+    made = []
+
+    def make(name: str, **options) -> Recipe:
+        made.append(Recipe(tmp_path / name, **options))
+        return made[-1]
+
+    yield make
+    for recipe in made:
+        recipe.close()
+
+
 # ---- killed ----
 
 
@@ -98,9 +113,9 @@ LATENT, LEARNED = {"pruning_latent": "true"}, {"pruning_criterion": "learned", "
         pytest.param(LEARNED, 3, 132, "K" * 20, id="learned scores, 20 kills", marks=pytest.mark.faults),
     ],
 )
-def test_a_run_that_is_killed_again_and_again_ends_as_an_uncut_one(method, every, steps, signals, tmp_path):
+def test_a_run_that_is_killed_again_and_again_ends_as_an_uncut_one(method, every, steps, signals, make_recipe):
     options = RECIPE | method | {"eval_steps": every, "save_steps": every, "max_steps": steps}
-    whole, cut = Recipe(tmp_path / "whole", **options), Recipe(tmp_path / "cut", **options)
+    whole, cut = make_recipe("whole", **options), make_recipe("cut", **options)
     whole.finish()
     pace = whole.seconds_per_step() * every
     draw, within_a_save = random.Random(0), 0
@@ -162,20 +177,20 @@ def _deterministic(entry: dict) -> dict:
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_two_processes_write_one_checkpoint_and_end_on_a_signal(number, status, tmp_path):
-    recipe = Recipe(tmp_path / "run", **RECIPE | LATENT | {"eval_steps": 1, "save_steps": 1, "max_steps": 40})
-    processes, deadline = recipe.start_group(2), time.monotonic() + 120
+def test_two_processes_write_one_checkpoint_and_end_on_a_signal(number, status, make_recipe):
+    recipe = make_recipe("run", **RECIPE | LATENT | {"eval_steps": 1, "save_steps": 1, "max_steps": 1000})
+    processes, deadline = recipe.start_group(2), time.monotonic() + PATIENCE
     while recipe.last_step() < 2 and all(process.is_alive() for process in processes):
         assert time.monotonic() < deadline
         time.sleep(0.01)
     for process in processes:
         os.kill(process.pid, number)
     for process in processes:
-        process.join(60)
+        process.join(PATIENCE)
     log = recipe.log.read_text()
     assert [process.exitcode for process in processes] == [status, status], log[-4000:]
     last = get_last_checkpoint(recipe.folder)
-    assert damage(last) is None and 2 <= recipe.last_step() < 40
+    assert damage(last) is None and 2 <= recipe.last_step() < 1000
     files = json.loads((Path(last) / "checkpoint_files.json").read_text())["files"]
     assert {"rng_state_0.pth", "rng_state_1.pth", "optimizer.pt", "tscnc_state.safetensors"} <= files.keys()
     assert log.count(f"{number.name}: training ended") == 1 and f"the last checkpoint is intact: {last}" in log
@@ -393,6 +408,7 @@ class Interrupt(TrainerCallback):
                 self.after += 1
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_saves_and_reaches_the_caller(whole, build, make_trainer, tmp_path, caplog):
     interrupt = Interrupt(5)
     trainer = make_trainer(
@@ -415,6 +431,7 @@ def test_ctrl_c_saves_and_reaches_the_caller(whole, build, make_trainer, tmp_pat
 
 
 @pytest.mark.parametrize(("times", "options", "after"), [(2, {}, 1), (1, {"save_strategy": "no"}, 0)])
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_ends_at_once(times, options, after, build, make_trainer, tmp_path):
     """The second one, and the first where nothing would be saved."""
     interrupt = Interrupt(5, times)
@@ -437,6 +454,7 @@ def test_a_handler_of_the_users_for_ctrl_c_stays(build, make_trainer):
     assert received == [signal.SIGINT] * 2 and trainer.state.global_step == 2
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_leaves_a_forked_worker_alone(capfd):
     """It has the handler of the process that trains, and a terminal sends Ctrl-C to both."""
     with Termination(can_wait=True).watching():
@@ -448,13 +466,14 @@ def test_ctrl_c_leaves_a_forked_worker_alone(capfd):
     assert "Ctrl-C" not in capfd.readouterr().err
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_in_another_thread_is_not_ours(build, make_trainer):
     seen = []
     trainer = make_trainer(build("vit"), max_steps=1)
     trainer.add_callback(Watch(lambda: seen.append(signal.getsignal(signal.SIGINT))))
     thread = threading.Thread(target=trainer.train)
     thread.start()
-    thread.join(60)
+    thread.join(PATIENCE)
     assert seen == [signal.default_int_handler] and trainer.state.global_step == 1
 
 
@@ -466,13 +485,14 @@ class Watch(TrainerCallback):
         self.look()
 
 
-def test_ctrl_c_ends_a_recipe_with_status_130(tmp_path):
-    recipe = Recipe(tmp_path / "run", **RECIPE | LATENT | {"eval_steps": 100, "save_steps": 100, "max_steps": 100_000})
-    process, deadline = recipe.start(), time.monotonic() + 120
+def test_ctrl_c_ends_a_recipe_with_status_130(make_recipe):
+    options = RECIPE | LATENT | {"eval_steps": 100, "save_steps": 100, "max_steps": 100_000}
+    recipe = make_recipe("run", **options)
+    process, deadline = recipe.start(), time.monotonic() + PATIENCE
     while "'loss'" not in (recipe.log.read_text() if recipe.log.exists() else "") and time.monotonic() < deadline:
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGINT)
-    process.join(60)
+    process.join(PATIENCE)
     log = recipe.log.read_text()
     assert process.exitcode == 130 and "Traceback" not in log, log[-4000:]
     assert recipe.last_step() > 0 and damage(get_last_checkpoint(recipe.folder)) is None
