@@ -1,11 +1,12 @@
 """The direction of imports between the rooms, and the public names."""
 
 import ast
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.processes import run_command
 
 
 PACKAGE = Path(__file__).parents[1] / "tscnc_hf"
@@ -55,4 +56,4 @@ def test_method_room_does_not_load_transformers():
         "import sys, tscnc_hf.method.constraints, tscnc_hf.method.pruning.pruner, tscnc_hf.method.adversarial.pgd\n"
         "assert 'transformers' not in sys.modules and 'timm' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    run_command([sys.executable, "-c", code])

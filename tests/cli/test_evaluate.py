@@ -1,9 +1,7 @@
 """`recipes/evaluate.py` and `tscnc evaluate`: folders of ours and of others, dense and packed, cut off and resumed."""
 
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -19,6 +17,7 @@ from transformers import (
     ViTImageProcessor,
 )
 
+from tests.processes import PATIENCE, run_command, run_python, started
 from tests.results_page import check_results
 from tscnc_hf import evaluate_robustness
 from tscnc_hf.artifact.models.config import input_format
@@ -91,8 +90,7 @@ def test_the_command_line(folders, tmp_path):
     results = []
     for command, name in (([sys.executable, "-m", "tscnc_hf.cli", "evaluate"], "a"), (launch, "b")):
         command = [*command, *common, "--output_dir", str(tmp_path / name)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=ROOT)
-        assert done.returncode == 0, done.stderr
+        done = run_command(command, cwd=ROOT)
         assert "clean accuracy" in done.stdout and "img/s" in done.stderr
         results.append((tmp_path / name / "results.json").read_bytes())
     assert results[0] == results[1]
@@ -100,22 +98,21 @@ def test_the_command_line(folders, tmp_path):
 
 def test_killed_half_way_and_started_again(folders, tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    command = [sys.executable, "-m", "tscnc_hf.cli", "evaluate", "--model", str(folders["dense"]), "--dataset"]
+    command = ["-m", "tscnc_hf.cli", "evaluate", "--model", str(folders["dense"]), "--dataset"]
     command += ["digits", "--attacks", "clean", "pgd-100", "--epsilon", "0.001", "--batch_size", "10", "--n"]
     command += ["200", "--device", "cpu", "--cpu_threads", "1", "--output_dir"]
-    subprocess.run([*command, str(whole)], check=True, capture_output=True, timeout=240, cwd=ROOT)
-    process = subprocess.Popen([*command, str(cut)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT)
-    deadline = time.monotonic() + 200
-    while not (cut / "state" / "batch-000004.json").exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
+    run_python([*command, whole])
+    with started([sys.executable, *command, cut], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT):
+        deadline = time.monotonic() + PATIENCE
+        while not (cut / "state" / "batch-000004.json").exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        # which ends it with SIGKILL
     done = len(list((cut / "state").glob("batch-*.json")))
     assert 5 <= done < 20 and not (cut / "results.json").exists()
     files = list((cut / "state").glob("batch-*.json"))
     before = {path: path.stat().st_mtime_ns for path in files if "pgd-100" in json.loads(path.read_text())["found"]}
     assert len(before) >= 4
-    subprocess.run([*command, str(cut)], check=True, capture_output=True, timeout=240, cwd=ROOT)
+    run_python([*command, cut])
     assert (cut / "results.json").read_bytes() == (whole / "results.json").read_bytes()
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in before.items())  # not computed again
 

@@ -3,9 +3,7 @@
 import copy
 import json
 import shlex
-import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -14,6 +12,7 @@ import torch
 from safetensors.numpy import load_file
 from timm.models import save_for_hf
 
+from tests.processes import run_command
 from tscnc_hf.artifact.repository import conversion
 from tscnc_hf.cli import main as cli
 from tscnc_hf.cli.main import COMMANDS, main
@@ -88,7 +87,7 @@ def test_help_is_quick_and_loads_no_framework():
         "try: main(['--help'])\nexcept SystemExit as end: assert end.code == 0\n"
         "assert not {'torch', 'transformers', 'huggingface_hub', 'rich'} & set(sys.modules)"
     )
-    shown = subprocess.run([sys.executable, "-c", code], check=True, timeout=60, capture_output=True, text=True).stdout
+    shown = run_command([sys.executable, "-c", code]).stdout
     assert all(f"    {name} " in shown for name in COMMANDS)
 
 
@@ -363,6 +362,4 @@ def test_what_is_not_on_the_hub_or_not_yours(capsys, folders, hub, monkeypatch):
 def test_a_hub_that_can_not_be_reached(capsys, hub):
     hub.shutdown()
     hub.server_close()
-    started = time.perf_counter()
     assert refused(capsys, "inspect", "tester/it")
-    assert time.perf_counter() - started < 30

@@ -1,12 +1,11 @@
 """Options from a YAML file and from the command line."""
 
-import subprocess
-import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import pytest
 
+from tests.processes import run_python
 from tscnc_hf.cli.parser import ConfigParser
 from tscnc_hf.cli.recipe import DataArguments, parse
 from tscnc_hf.training.config import TSCNCConfig
@@ -163,10 +162,7 @@ def test_a_wrong_option_ends_with_code_2_and_is_named(text, args, parts, refused
 
 @pytest.mark.parametrize("recipe", ["vit_cifar10", "timm_cifar10"])
 def test_help_lists_every_option(recipe):
-    done = subprocess.run(
-        [sys.executable, RECIPES / f"{recipe}.py", "--help"], capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
+    done = run_python([RECIPES / f"{recipe}.py", "--help"])
     listed = set(done.stdout.replace(",", " ").split())
     for one in (TSCNCConfig, DataArguments):
         missing = [f.name for f in fields(one) if f.init and f"--{f.name}" not in listed]

@@ -1,11 +1,11 @@
 """The metric as a class, as a file, as a folder, in parts; figures against counting."""
 
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.processes import run_python
 
 
 evaluate = pytest.importorskip("evaluate", reason="evaluate is not installed (tscnc-hf[eval])")
@@ -38,8 +38,7 @@ def test_as_a_space_without_this_package(tmp_path):
         "import sys\nsys.modules['tscnc_hf'] = None\nimport evaluate\n"
         f"print(evaluate.load({str(folder)!r}).compute(**{GIVEN!r})['robust_accuracy'])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    done = run_python(["-c", code], cwd=tmp_path)
     assert float(done.stdout.split()[-1]) == pytest.approx(2 / 6)
 
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 import textwrap
 
@@ -10,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.processes import run_command
 from tscnc_hf.evaluation.attacks import make_attack
 from tscnc_hf.evaluation.measures import robustness
 from tscnc_hf.evaluation.measures.examples import adversarial_examples
@@ -192,8 +192,7 @@ def test_two_processes_give_the_same_report(tmp_path):
     one = [sys.executable, str(script), str(tmp_path / "one"), ""]
     two = [*launch, str(script), str(tmp_path / "two"), str(tmp_path / "state")]
     for command in (one, two, two):  # the second time both find the same in the folder, and wait for nobody
-        environment = os.environ | {"ACCELERATE_USE_CPU": "1"}
-        subprocess.run(command, check=True, timeout=120, capture_output=True, env=environment)
+        run_command(command, env=os.environ | {"ACCELERATE_USE_CPU": "1"})
     alone = json.loads((tmp_path / "one.0").read_text())
     assert 0 < alone["attacks"][2]["correct"] < 75
     assert [json.loads((tmp_path / f"two.{rank}").read_text()) for rank in (0, 1)] == [alone, alone]

@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.torch import load_file
 
+from tests.processes import run_command
 from tscnc_hf.training.trainer import TSCNCTrainer
 
 
@@ -61,8 +61,7 @@ def launch(name: str, folder: Path) -> Path:
     command += ["--per_device_train_batch_size", str(size)]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder), "CUDA_VISIBLE_DEVICES": ""}
     environment = {key: value for key, value in environment.items() if not key.startswith("ACCELERATE_")}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment, cwd=folder)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    run_command(command, env=environment, cwd=folder)
     return out
 
 

@@ -4,7 +4,6 @@ import io
 import json
 import math
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +14,8 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
+
+from tests.processes import run_command
 
 
 ROOT = Path(__file__).parents[2]
@@ -107,11 +108,7 @@ def runs(tmp_path_factory) -> tuple[Path, str]:
     (root / "users.py").write_text(ONE_AFTER_THE_OTHER)
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", RECIPES / "accelerate/single.yaml"]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(root / "hf"), "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [*command, root / "users.py", json.dumps(commands)],
-        capture_output=True, text=True, timeout=280, cwd=root, env=environment,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    done = run_command([*command, root / "users.py", json.dumps(commands)], cwd=root, env=environment)
     return root, done.stdout
 
 

@@ -1,13 +1,11 @@
 """`--push_to_hub` of a recipe against a stand-in for the Hub, and loading from it in a fresh cache."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
 
 from tests.hub import LocalHub
+from tests.processes import run_python
 
 
 ROOT = Path(__file__).parents[2]
@@ -32,7 +30,6 @@ torch.save((same, dense.state_dict()), sys.argv[2])
 
 def test_a_recipe_pushes_a_whole_folder_without_pickles(tmp_path):
     hub = LocalHub()
-    environment = os.environ | hub.environment(tmp_path / "home")
     options = {
         "output_dir": tmp_path / "my-model",
         "num_train_epochs": 2,
@@ -49,10 +46,9 @@ def test_a_recipe_pushes_a_whole_folder_without_pickles(tmp_path):
         "hub_always_push": "true",
         "use_cpu": "true",
     }
-    command = [sys.executable, "recipes/vit_cifar10.py", "--config", "recipes/configs/vit_digits_demo.yaml"]
+    command = ["recipes/vit_cifar10.py", "--config", "recipes/configs/vit_digits_demo.yaml"]
     command += [text for name, value in options.items() for text in (f"--{name}", str(value))]
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr[-3000:]
+    run_python(command, cwd=ROOT, environment=hub.environment(tmp_path / "home"))
 
     repo = "tester/my-model"
     assert PUBLISHED <= hub.files(repo) and "results.json" in hub.files(repo)
@@ -66,9 +62,7 @@ def test_a_recipe_pushes_a_whole_folder_without_pickles(tmp_path):
     assert "PGD-20" in card and "model-index" in card and f'from_pretrained("{repo}")' in card
     assert "python recipes/vit_cifar10.py --config" in card.replace(" \\\n    ", " ")  # not by accelerate launch
 
-    environment = os.environ | hub.environment(tmp_path / "fresh-home")
-    command = [sys.executable, "-c", LOAD, repo, str(tmp_path / "loaded.pt")]
-    subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=300)
+    run_python(["-c", LOAD, repo, tmp_path / "loaded.pt"], environment=hub.environment(tmp_path / "fresh-home"))
     same, loaded = torch.load(tmp_path / "loaded.pt")
     assert same
 

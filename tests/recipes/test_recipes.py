@@ -4,7 +4,6 @@ import io
 import json
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from tests.processes import run_command, run_python
 from tests.results_page import check_results
 from tscnc_hf import load_sparse
 from tscnc_hf.artifact.models.loading import logits_fn
@@ -92,9 +92,7 @@ def launch(recipe: str, options: str, folder: Path, *more: str) -> str:
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
     command += ["--mixed_precision", "no", "--dynamo_backend", "no", ROOT / "recipes" / f"{recipe}.py"]
     command += ["--config", config, "--output_dir", folder / recipe, *more]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment(folder), cwd=folder)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return done.stdout
+    return run_command(command, env=environment(folder), cwd=folder).stdout
 
 
 def write_parquet(folder: Path) -> Path:
@@ -159,13 +157,11 @@ assert not any(name.startswith("tscnc_hf.") for name in sys.modules)
 def stranger(runs, tmp_path_factory) -> dict[str, dict]:
     """What a process that cannot import this package finds in both folders."""
     sizes = {"vit_cifar10": [8, 8], "timm_cifar10": [10, 10]}
-    done = subprocess.run(
-        [sys.executable, "-c", STRANGER, *(str(runs[name][0]) for name in sizes)],
-        input="".join(json.dumps(size) + "\n" for size in sizes.values()),
-        capture_output=True, text=True, timeout=300, cwd=tmp_path_factory.mktemp("elsewhere"),
-        env=environment(tmp_path_factory.mktemp("cache")),
+    done = run_python(
+        ["-c", STRANGER, *(runs[name][0] for name in sizes)],
+        text="".join(json.dumps(size) + "\n" for size in sizes.values()),
+        cwd=tmp_path_factory.mktemp("elsewhere"), environment=environment(tmp_path_factory.mktemp("cache")),
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
     return dict(zip(sizes, map(json.loads, done.stdout.splitlines()), strict=True))
 
 
@@ -284,10 +280,7 @@ def test_a_recipe_goes_on_from_its_last_checkpoint(runs):
 
 
 def test_an_attack_that_does_not_exist_ends_before_training(tmp_path):
-    command = [sys.executable, ROOT / "recipes" / "vit_cifar10.py", "--dataset", "digits", "--test_attacks", "cw"]
-    done = subprocess.run(
-        [*command, "--output_dir", tmp_path / "out", "--use_cpu"],
-        capture_output=True, text=True, timeout=120, env=environment(tmp_path),
-    )  # fmt: skip
+    command = [ROOT / "recipes" / "vit_cifar10.py", "--dataset", "digits", "--test_attacks", "cw", "--use_cpu"]
+    done = run_python([*command, "--output_dir", tmp_path / "out"], status=None, environment=environment(tmp_path))
     assert done.returncode != 0 and "'cw' does not exist; known are clean, fgsm, pgd-K" in done.stderr
     assert not (tmp_path / "out").exists()

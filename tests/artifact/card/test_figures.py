@@ -3,6 +3,7 @@ import sys
 
 import pytest
 
+from tests.processes import run_command
 from tscnc_hf.artifact.card.figures import layer_figure, save_figure, short_names, training_figure
 from tscnc_hf.artifact.card.words import format_kappa, format_percent
 
@@ -179,11 +180,9 @@ def test_png_is_written_whole_or_not_at_all(tmp_path):
 
 
 def test_pyplot_is_not_imported():
-    import subprocess
-
     code = (
         "import sys; from tscnc_hf.artifact.card.figures import training_figure; "
         "assert 'matplotlib' not in sys.modules; "
         "training_figure([{'loss': 1.0, 'step': 1}]); assert 'matplotlib.pyplot' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    run_command([sys.executable, "-c", code])

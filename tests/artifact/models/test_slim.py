@@ -2,8 +2,6 @@
 where it cannot."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import timm
@@ -11,6 +9,7 @@ import torch
 from torch import nn
 from transformers import TimmWrapperConfig, TimmWrapperForImageClassification, ViTConfig, ViTForImageClassification
 
+from tests.processes import run_python
 from tscnc_hf import load_slim, load_sparse, save_sparse, slim
 from tscnc_hf.artifact.models.loading import load_model, load_weights
 from tscnc_hf.artifact.repository.recard import rebuild_card
@@ -115,7 +114,7 @@ def stock(tmp_path_factory):
             torch.save(x, folder / "x.pt")
             found[kind, sayable] = model, small, report, x, folder
     folders = [str(folder) for *_, folder in found.values()]
-    subprocess.run([sys.executable, "-c", STOCK, *folders], check=True, timeout=120)
+    run_python(["-c", STOCK, *folders])
     return found
 
 

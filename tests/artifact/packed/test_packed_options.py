@@ -2,7 +2,6 @@
 
 import builtins
 import json
-import subprocess
 import sys
 
 import pytest
@@ -10,6 +9,7 @@ import torch
 from transformers import AutoModelForImageClassification, ViTModel
 
 import tscnc_hf
+from tests.processes import run_command
 from tests.small_models import MODELS, assert_same_weights, logits, resnet, vit
 from tscnc_hf.artifact.models import loading
 from tscnc_hf.artifact.models.config import config_digest
@@ -228,7 +228,7 @@ def test_transformers_never_loads_another_model(tmp_path):
 
 def test_importing_the_package_loads_neither_torch_nor_transformers():
     code = "import sys, tscnc_hf; assert not {'torch', 'transformers'} & set(sys.modules), 'slow'"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    run_command([sys.executable, "-c", code])
 
 
 def test_versions_of_transformers_that_do_not_pass_the_model(tmp_path, monkeypatch):

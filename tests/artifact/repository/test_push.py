@@ -11,6 +11,7 @@ import torch
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import RepositoryNotFoundError
 
+from tests.processes import PATIENCE, run_python, started
 from tscnc_hf import load_sparse
 from tscnc_hf.artifact.models.saving import save_sparse
 from tscnc_hf.artifact.repository.push import push_folder
@@ -115,20 +116,20 @@ def test_a_push_killed_between_files_leaves_main_as_it_was_and_is_taken_up(folde
     (folder / "README.md").unlink()  # then the push writes one, with a figure
     tiny_vit[0].save_pretrained(folder)
     save_sparse(tiny_vit[0], folder)
-    sent_before, lock, process = len(uploads(hub)), threading.Lock(), None
+    sent_before, lock = len(uploads(hub)), threading.Lock()
 
     def kill_at_the_second(blob):
         with lock:
             if len(uploads(hub)) - sent_before >= 2 and process.poll() is None:
                 os.kill(process.pid, signal.SIGKILL)
-                process.wait(10)
+                process.wait()
                 raise ConnectionResetError
 
     hub.before_upload = kill_at_the_second
     command = [sys.executable, "-m", "tscnc_hf.cli", "push", str(folder), REPO]
     environment = os.environ | hub.environment(tmp_path / "home")
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    assert process.wait(120) == -signal.SIGKILL
+    with started(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        assert process.wait(PATIENCE) == -signal.SIGKILL
     hub.before_upload = None
     assert hub.commits(REPO)[-1] == before and hub.commits(REPO)[-1][2] == files
 
@@ -197,8 +198,7 @@ def test_only_config_and_packed_file_travel_and_logits_are_identical(folder, hub
         "with torch.no_grad(): torch.save(model(x).logits, sys.argv[2])"
     )
     before = len(hub.log)
-    command = [sys.executable, "-c", code, REPO, str(tmp_path / "logits.pt")]
-    subprocess.run(command, check=True, timeout=120, env=os.environ | hub.environment(tmp_path / "fresh"))
+    run_python(["-c", code, REPO, tmp_path / "logits.pt"], environment=hub.environment(tmp_path / "fresh"))
     fetched = [line for line in hub.log[before:] if line.startswith("GET") and "/resolve/" in line]
     assert {line.rsplit("/", 1)[-1] for line in fetched} == {"config.json", PACKED}
     sent = [line for line in hub.log[before:] if not line.startswith(("GET", "HEAD"))]

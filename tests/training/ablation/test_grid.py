@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import runpy
 import signal
 import subprocess
@@ -17,6 +16,7 @@ import yaml
 from safetensors.torch import load_file
 from scipy.stats import ttest_rel
 
+from tests.processes import PATIENCE, left_behind, run_python, started
 from tests.results_page import check_results
 from tscnc_hf.artifact.models.loading import load_sparse
 from tscnc_hf.training.ablation.comparison import comparison_markdown, paired_difference
@@ -191,9 +191,8 @@ def test_cells_are_trained_measured_resumed_and_reproduced(ablation, tmp_path):
         ablation(tmp_path, check="both-0.7-s0")
 
     (tmp_path / "rows.jsonl").write_text(before)
-    command = [sys.executable, RECIPES / "ablation_report.py", "--rows", tmp_path / "rows.jsonl", "--attack", "pgd-2"]
-    done = subprocess.run([*command, "--output", tmp_path / "report"], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    command = [RECIPES / "ablation_report.py", "--rows", tmp_path / "rows.jsonl", "--attack", "pgd-2"]
+    run_python([*command, "--output", tmp_path / "report"])
     assert "| 90 % | both | 1 |" in (tmp_path / "report" / "ablation.md").read_text()
     names = ("robustness", "conditioning", "robustness_over_conditioning")
     assert all((tmp_path / "report" / f"ablation_{name}.png").stat().st_size > 10_000 for name in names)
@@ -226,9 +225,8 @@ def test_a_time_limit_ends_it_and_it_goes_on_from_there(ablation, tmp_path):
     """Models are published as well; each row is that of a run which was not interrupted."""
     long = {"sparsities": "0.5", "arms": '{"plain": {}}', "max_steps": 120, "pretraining": '{"max_steps": 120}'}
     long |= {"save_strategy": "steps", "save_steps": 20, "save_total_limit": 1, "cpu_threads": 1, "test_limit": 12}
-    command = [sys.executable, RECIPES / "ablation.py", *options(tmp_path, **long), "--time_limit", "1"]
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment)
+    command = [RECIPES / "ablation.py", *options(tmp_path, **long), "--time_limit", "1"]
+    done = run_python(command, status=None, environment={"CUDA_VISIBLE_DEVICES": ""})
     assert done.returncode in (143, -signal.SIGTERM), done.stderr[-3000:]  # while training, or while measuring
     assert "dense-0-s0 ...\n" in done.stdout and "of 2 cells are finished, the same command goes on" in done.stdout
     kept = read_rows(tmp_path / "rows.jsonl") if (tmp_path / "rows.jsonl").exists() else []
@@ -249,32 +247,21 @@ def test_a_time_limit_ends_it_and_it_goes_on_from_there(ablation, tmp_path):
 
 def test_sigterm_leaves_no_worker_behind(tmp_path):
     command = [sys.executable, RECIPES / "ablation.py", *options(tmp_path, workers=2, max_steps=100_000)]
-    parent = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
-    for line in parent.stdout:  # the dense cell is over, two workers train
-        if line.startswith("[1/5]"):
-            break
-    time.sleep(1)
-    parent.terminate()
-    parent.terminate()
-    assert parent.wait(60) == 143 and len(read_rows(tmp_path / "rows.jsonl")) == 1
-    for _ in range(100):
-        try:
-            os.killpg(parent.pid, 0)  # the group has members as long as there is a worker
-        except ProcessLookupError:
-            return
-        time.sleep(0.1)
-    os.killpg(parent.pid, signal.SIGKILL)
-    raise AssertionError("workers outlived the run")
+    with started(command, stdout=subprocess.PIPE) as parent:
+        for line in parent.stdout:  # the dense cell is over, two workers train
+            if line.startswith("[1/5]"):
+                break
+        time.sleep(1)
+        parent.terminate()
+        parent.terminate()
+        assert parent.wait(PATIENCE) == 143 and len(read_rows(tmp_path / "rows.jsonl")) == 1
+        assert left_behind() == []
 
 
 def test_workers_give_the_rows_of_one_process(ablation, tmp_path):
     ablation(tmp_path / "one", sparsities="0.9", cpu_threads=1)
-    command = [sys.executable, RECIPES / "ablation.py", *options(tmp_path / "two", sparsities="0.9", workers=2)]
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [*command, "--cpu_threads", "1"], capture_output=True, text=True, timeout=280, env=environment
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    command = [RECIPES / "ablation.py", *options(tmp_path / "two", sparsities="0.9", workers=2)]
+    run_python([*command, "--cpu_threads", "1"], environment={"CUDA_VISIBLE_DEVICES": ""})
     one, two = ({(r["arm"], r["seed"]): r for r in read_rows(tmp_path / n / "rows.jsonl")} for n in ("one", "two"))
     assert one.keys() == two.keys() and len(one) == 3
     assert all(differences(one[key], two[key]) == {} for key in one)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification
 
 from tests.hub import LocalHub
+from tests.processes import run_command
 from tests.sharded_runs import CASES, CUT, REPOSITORY, run
 from tscnc_hf.artifact.models.loading import load_sparse
 from tscnc_hf.training.resume.sharding import check_optimizer_layout, check_sharding
@@ -40,8 +40,7 @@ def shared(tmp_path_factory, hub) -> dict:
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("ACCELERATE_", "FSDP_"))}
     environment |= {"ACCELERATE_USE_CPU": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
     environment |= hub.environment(folder / "home")
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment, cwd=folder)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    run_command(command, env=environment, cwd=folder)
     found = {}
     for case in (*CASES, "resumed"):
         ranks = [folder / f"{case}.{rank}" for rank in range(2)]
