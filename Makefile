@@ -8,15 +8,28 @@ PEERS := .peers
 PEER_PACKAGES := torchattacks==3.5.1 foolbox==3.3.4 eagerpy==0.30.0 GitPython gitdb smmap \
 	adversarial-robustness-toolbox==1.20.1 six
 
-.PHONY: docs demo test test-faults test-peers lint bench bench-constraints bench-slimming bench-adversary bench-packing \
-	bench-pruning bench-training bench-inputs clean
+# The oldest versions that pyproject.toml allows, in a folder of their own. Python 3.10 to 3.12 have wheels of them.
+OLDEST := .venv-oldest
+# Two processes, each with whole files: what the tests of a file share is made once. Long files are not kept for the end.
+PYTEST := -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+FAST := tests/method tests/data tests/artifact
+
+.PHONY: demo docs test test-fast test-oldest test-faults test-peers lint bench bench-constraints bench-slimming \
+	bench-adversary bench-packing bench-pruning bench-training bench-inputs clean
 
 demo: $(STAMP)
 	rm -rf outputs/vit-digits-demo/checkpoint-* outputs/vit-digits-demo-dense-twin/checkpoint-*  # of a demo before
 	$(BIN)/python recipes/vit_cifar10.py --config recipes/configs/vit_digits_demo.yaml
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python $(PYTEST)
+
+test-fast: $(STAMP)
+	$(BIN)/python $(PYTEST) $(FAST)
+
+# The fast tests, and a training that accumulates gradients.
+test-oldest: $(OLDEST)/.installed
+	$(OLDEST)/bin/python $(PYTEST) $(FAST) tests/training/test_layouts.py
 
 test-faults: $(STAMP)
 	$(BIN)/python -m pytest -m faults
@@ -65,9 +78,16 @@ $(VENV)/.docs-installed: pyproject.toml | $(STAMP)
 	$(BIN)/python -m pip install --quiet --editable '.[docs]'
 	touch $@
 
+$(OLDEST)/.installed: pyproject.toml
+	test -d $(OLDEST) || $(PYTHON) -m venv $(OLDEST)
+	grep -oE '"[A-Za-z0-9_-]+>=[0-9.]+"' pyproject.toml | grep -v setuptools | tr -d '"' | sed 's/>=/==/' \
+		> $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/python -m pip install --quiet --constraint $(OLDEST)/constraints.txt --editable '.[test]'
+	touch $@
+
 $(PEERS)/.installed: Makefile | $(STAMP)
 	$(BIN)/python -m pip install --quiet --upgrade --no-deps --target $(PEERS) $(PEER_PACKAGES)
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(PEERS) outputs build *.egg-info
+	rm -rf $(VENV) $(OLDEST) $(PEERS) outputs build *.egg-info

@@ -12,6 +12,7 @@ os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # no pool of processes that s
 
 import signal
 
+import psutil
 import pytest
 
 from tests.processes import adopt_orphans, end, left_behind
@@ -29,6 +30,7 @@ def _no_process_is_left():
     if left := left_behind():
         said = [f"{process.pid} ({' '.join(process.cmdline())[:200]})" for process in left]
         end(left)
+        psutil.wait_procs(left)
         pytest.fail(f"processes were left behind, and are killed: {', '.join(said)}")
 
 
