@@ -84,24 +84,32 @@ def _forked(function: Callable, args: tuple, environment: dict[str, str]) -> Non
     function(*args)
 
 
+@contextmanager
+def started_python(
+    arguments: list, streams=(os.devnull,) * 3, cwd: Path | None = None, environment: dict[str, str] | None = None
+) -> Iterator[multiprocessing.Process]:
+    """
+    What `python` makes of `arguments`: "-c" and code, "-m" and a module, or a script, and arguments of theirs. It has
+    done the imports of `PRELOADED`, has `streams` for standard input, output and error, and ends with the block.
+    """
+    process = fork(_python, [str(part) for part in arguments], cwd, streams, environment=environment)
+    try:
+        yield process
+    finally:
+        end(family(process.pid))
+        process.join()
+
+
 def run_python(
     arguments: list, status: int | None = 0, text: str = "", cwd: Path | None = None, environment: dict | None = None
 ) -> subprocess.CompletedProcess:
-    """
-    What `python` makes of `arguments`: "-c" and code, "-m" and a module, or a script, and arguments of theirs. As
-    `run_command`, in a process that has done the imports of `PRELOADED`; it reads `text`.
-    """
-    arguments = [str(part) for part in arguments]
+    """`started_python` as `run_command`; it reads `text`."""
     with tempfile.TemporaryDirectory() as folder:
         streams = [Path(folder, name) for name in ("in", "out", "err")]
         for path in streams:
             path.write_text(text if path.name == "in" else "")
-        process = fork(_python, arguments, cwd, streams, environment=environment)
-        try:
+        with started_python(arguments, streams, cwd, environment) as process:
             process.join(PATIENCE)
-        finally:
-            end(family(process.pid))
-            process.join()
         printed, errors = (path.read_text() for path in streams[1:])
     return _done(arguments, process.exitcode, printed, errors, status)
 

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -17,7 +16,7 @@ from transformers import (
     ViTImageProcessor,
 )
 
-from tests.processes import PATIENCE, run_command, run_python, started
+from tests.processes import PATIENCE, run_command, run_python, started_python
 from tests.results_page import check_results
 from tscnc_hf import evaluate_robustness
 from tscnc_hf.artifact.models.config import input_format
@@ -102,7 +101,7 @@ def test_killed_half_way_and_started_again(folders, tmp_path):
     command += ["digits", "--attacks", "clean", "pgd-100", "--epsilon", "0.001", "--batch_size", "10", "--n"]
     command += ["200", "--device", "cpu", "--cpu_threads", "1", "--output_dir"]
     run_python([*command, whole])
-    with started([sys.executable, *command, cut], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT):
+    with started_python([*command, cut]):
         deadline = time.monotonic() + PATIENCE
         while not (cut / "state" / "batch-000004.json").exists() and time.monotonic() < deadline:
             time.sleep(0.02)

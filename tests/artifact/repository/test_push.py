@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 import threading
 
 import pytest
@@ -11,7 +9,7 @@ import torch
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import RepositoryNotFoundError
 
-from tests.processes import PATIENCE, run_python, started
+from tests.processes import PATIENCE, family, run_python, started_python
 from tscnc_hf import load_sparse
 from tscnc_hf.artifact.models.saving import save_sparse
 from tscnc_hf.artifact.repository.push import push_folder
@@ -120,16 +118,15 @@ def test_a_push_killed_between_files_leaves_main_as_it_was_and_is_taken_up(folde
 
     def kill_at_the_second(blob):
         with lock:
-            if len(uploads(hub)) - sent_before >= 2 and process.poll() is None:
+            if len(uploads(hub)) - sent_before >= 2 and family(process.pid):
                 os.kill(process.pid, signal.SIGKILL)
-                process.wait()
                 raise ConnectionResetError
 
     hub.before_upload = kill_at_the_second
-    command = [sys.executable, "-m", "tscnc_hf.cli", "push", str(folder), REPO]
-    environment = os.environ | hub.environment(tmp_path / "home")
-    with started(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        assert process.wait(PATIENCE) == -signal.SIGKILL
+    command = ["-m", "tscnc_hf.cli", "push", folder, REPO]
+    with started_python(command, environment=hub.environment(tmp_path / "home")) as process:
+        process.join(PATIENCE)
+        assert process.exitcode == -signal.SIGKILL
     hub.before_upload = None
     assert hub.commits(REPO)[-1] == before and hub.commits(REPO)[-1][2] == files
 
