@@ -7,8 +7,8 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
-from test_figures import report_dicts, vit_names
 
+from tests.artifact.card.test_figures import report_dicts, vit_names
 from tscnc_hf.artifact.card.card import write_card
 from tscnc_hf.artifact.card.words import is_hub_id, without_paths
 
