@@ -48,8 +48,10 @@ def started(command: list, **options) -> Iterator[subprocess.Popen]:
     try:
         yield process
     finally:
-        end(family(process.pid))
+        members = family(process.pid)
+        end(members)
         process.wait()
+        psutil.wait_procs(members[1:], GRACE)
 
 
 def run_command(command: list, status: int | None = 0, **options) -> subprocess.CompletedProcess:

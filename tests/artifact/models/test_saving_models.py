@@ -1,9 +1,6 @@
 """What save_sparse and save_pretrained write, and what a stranger makes of it."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +11,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
+from tests.processes import run_python
 from tests.small_models import MODELS, assert_same_weights, logits, resnet, vit
 from tscnc_hf import SparseConfig
 from tscnc_hf.artifact.models.loading import load_sparse, load_weights
@@ -98,11 +96,7 @@ def test_a_stranger_without_the_package_loads_dense_folders_and_no_packed_one(tm
             packed = tmp_path / f"{folder.name}-{'-'.join(options)}"
             save_sparse(model, packed, **options)
             folders.append(packed)
-    done = subprocess.run(  # one process for all: importing transformers is what takes the time
-        [sys.executable, "-c", STRANGER, *map(str, folders)],
-        capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}, cwd=tmp_path,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    done = run_python(["-c", STRANGER, *folders], environment={"HF_HUB_OFFLINE": "1"}, cwd=tmp_path)
     *lines, blocked = done.stdout.splitlines()
     assert blocked == "blocked" and len(lines) == 3 + 3 * 2 + 3 * 3
     for model, line, library in zip(

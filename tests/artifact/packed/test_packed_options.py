@@ -9,7 +9,6 @@ import torch
 from transformers import AutoModelForImageClassification, ViTModel
 
 import tscnc_hf
-from tests.artifact.models.test_checkpoint import MODELS, assert_same_weights, logits, resnet, vit
 from tests.processes import run_command
 from tests.small_models import MODELS, assert_same_weights, logits, resnet, vit
 from tscnc_hf.artifact.models import loading

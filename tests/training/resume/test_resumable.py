@@ -3,8 +3,7 @@
 import json
 import os
 import signal
-import subprocess
-import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import TrainingArguments
 
+from tests.processes import PATIENCE, run_python, started_python
 from tscnc_hf.training.resume.checkpoints import damage
 from tscnc_hf.training.resume.resumable import ResumableTrainer
 
@@ -20,13 +20,11 @@ from tscnc_hf.training.resume.resumable import ResumableTrainer
 STEPS = 60
 # Nothing of ours but the trainer: a regression on numbers, with dropout and shuffling.
 SCRIPT = """
-import signal, sys, time
+import sys, time
 import torch
 from torch import nn
 from transformers import TrainingArguments, TrainerCallback
 from tscnc_hf.training.resume.resumable import ResumableTrainer
-
-signal.signal(signal.SIGINT, signal.default_int_handler)
 
 class Line(nn.Module):
     def __init__(self):
@@ -55,39 +53,25 @@ trainer.save_model()
 """
 
 
-def start(folder: Path, pause: float, *more: str) -> subprocess.Popen:
-    command = [sys.executable, "-c", SCRIPT, str(folder), "7", str(pause), *more]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-
-
-def finish(process: subprocess.Popen) -> str:
-    try:
-        _, said = process.communicate(timeout=600)
-    finally:
-        process.kill()
-    assert process.returncode == 0, said
-    return said
-
-
 def checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, None)])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 1)])
 def test_a_task_without_images_is_killed_and_goes_on_exactly(number, status, tmp_path):
-    finish(start(tmp_path / "whole", 0))
-    process, folder = start(tmp_path / "cut", 0.05), tmp_path / "cut"
-    try:
-        while not checkpoints(folder) and process.poll() is None:
-            os.sched_yield()
-        process.send_signal(number)
-        _, said = process.communicate(timeout=600)
-    finally:
-        process.kill()
-    assert process.returncode == status or (status is None and "KeyboardInterrupt" in said), said
+    run_python(["-c", SCRIPT, tmp_path / "whole", 7, 0])
+    folder, log = tmp_path / "cut", tmp_path / "log"
+    log.touch()
+    with started_python(["-c", SCRIPT, folder, 7, 0.05], (os.devnull, log, log)) as process:
+        while not checkpoints(folder) and process.is_alive():
+            time.sleep(0.01)
+        os.kill(process.pid, number)
+        process.join(PATIENCE)
+    assert process.exitcode == status, log.read_text()
+    assert ("KeyboardInterrupt" in log.read_text()) == (number == signal.SIGINT)
     last = checkpoints(folder)[-1]
     assert damage(last) is None and 5 <= int(last.name.split("-")[1]) < STEPS
-    finish(start(folder, 0, "resume"))
+    run_python(["-c", SCRIPT, folder, 7, 0, "resume"])
     for name in ("model.safetensors", f"checkpoint-{STEPS}/model.safetensors"):
         assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
     logs = [json.loads((one / f"checkpoint-{STEPS}/trainer_state.json").read_text())["log_history"]
