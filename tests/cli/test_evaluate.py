@@ -80,12 +80,12 @@ def test_dense_and_packed_give_the_figures_of_the_function(folders, tmp_path, di
 
 
 def test_the_command_line(folders, tmp_path):
-    """As a user starts it: the console script, options from a file, then `accelerate launch` of the recipe."""
+    """As a user starts it: the console script, options from a file, then `accelerate launch` of the module."""
     config = tmp_path / "evaluation.yaml"
     config.write_text("dataset: digits\nattacks: [clean, pgd-2]\nepsilon: 0.02\nn: 40\ncpu_threads: 1\n")
     common = ["--model", str(folders["packed"]), "--config", str(config), "--device", "cpu"]
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", str(ROOT / "recipes" / "evaluate.py")]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--module", "tscnc_hf.cli", "evaluate"]
     results = []
     for command, name in (([sys.executable, "-m", "tscnc_hf.cli", "evaluate"], "a"), (launch, "b")):
         command = [*command, *common, "--output_dir", str(tmp_path / name)]
