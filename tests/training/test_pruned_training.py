@@ -112,7 +112,6 @@ def test_the_same_with_accumulation(build, make_trainer):
 def test_under_autocast_with_a_best_model_and_an_average(way, build, make_trainer):
     options = SCHEDULE | WAYS[way] | {"bf16": True, "ema_decay": 0.9, "pruning_end": 0.5}
     options |= {"eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True}
-    # not "resnet": at 1 x 1 pixels, oneDNN's bf16 gradient of a strided convolution reads memory that nobody wrote
     trainer = make_trainer(build("resnet-stride-8"), metric_for_best_model="robust_accuracy", **options)
     trainer.train()
     assert trainer.state.best_global_step >= 8

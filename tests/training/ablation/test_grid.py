@@ -293,6 +293,8 @@ def test_files_of_settings_run(files, tmp_path, capsys):
     given |= {"only": only, "channels_last": "false", "logging_steps": 1}
     if merged["architecture"] == "vit":
         given |= {"model_args": TINY_VIT}
+    elif merged.get("bf16"):  # see the kind "resnet-stride-8" of tests/trainers.py
+        given |= {"model_args": json.dumps(json.loads(TINY["model_args"]) | {"output_stride": 8})}
     for name in ("attack", "arms"):
         del given[name]
     command = [text for name in files for text in ("--config", str(CONFIGS / name))]
