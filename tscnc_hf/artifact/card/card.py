@@ -12,26 +12,21 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.utils import yaml_dump
 
-from tscnc_hf.artifact.card import figures, robustness_figures
-from tscnc_hf.artifact.card.tables import KAPPAS, NOT_YET, evaluation_results, layer_table, results_table, size_table
-from tscnc_hf.artifact.card.words import (
-    attack_label,
-    format_kappa,
-    format_percent,
-    format_pixels,
-    is_hub_id,
-    plain,
-    settings_text,
-    used_settings,
-    without_paths,
-    wrapped_command,
-)
+from tscnc_hf.artifact.card import figures, robustness_figures, words
+from tscnc_hf.artifact.card.tables import KAPPAS, evaluation_results, layer_table, results_table, size_table
+from tscnc_hf.artifact.card.words import is_hub_id, plain, without_paths
 from tscnc_hf.artifact.files.atomic import atomic_file
 
 
 TEMPLATE = Path(__file__).parent / "model_card.md"
 CARD_MARK = "Written by tscnc_hf"  # in a comment of the template: who wrote a card, when it is to be overwritten
-TOTALS = ("rows", "prunable", "zeros", "sparsity", "parameters", "parameter_zeros", "parameter_sparsity")
+NEEDED = {  # what the card prints of each report
+    "sparsity": ("rows", "prunable", "zeros", "sparsity", "parameters", "parameter_zeros", "parameter_sparsity"),
+    "spectrum": ("rows", *KAPPAS.values()),
+    "robustness": ("threat_model", "attacks"),
+    "lipschitz": ("product_log10", "local_median", "local_max", "n", "epsilon", "steps"),
+    "gates": ("gates", "closed", "rows"),
+}
 
 
 def write_card(
@@ -95,31 +90,22 @@ def write_card(
     if not model_name or not str(model_name).strip():
         raise ValueError(f"model_name={model_name!r}: give a Hub id such as 'user/name', or the name of the folder")
     model_name = without_paths(str(model_name))
-    _check("sparsity", sparsity, TOTALS)
-    _check("spectrum", spectrum, ("rows", *KAPPAS.values()))
-    if robustness is not None:
-        _check("robustness", robustness, ("threat_model", "attacks"))
-    if lipschitz is not None:
-        _check("lipschitz", lipschitz, ("product_log10", "local_median", "local_max", "n", "epsilon", "steps"))
-    if gates is not None:
-        _check("gates", gates, ("gates", "closed", "rows"))
-    dense = {key: (dense or {}).get(key) for key in ("robustness", "sparsity", "spectrum", "lipschitz", "curve")}
+    reports = {"robustness": robustness, "sparsity": sparsity, "spectrum": spectrum, "lipschitz": lipschitz}
+    _check(reports | {"gates": gates})
+    dense = {key: (dense or {}).get(key) for key in (*reports, "curve")}
     config = {key: plain(value) for key, value in config.items() if _is_worth_keeping(key, value)}
-    settings = used_settings(config)
     dataset_hub, dataset = is_hub_id(dataset_name), without_paths(str(dataset_name)) if dataset_name else ""
 
     folder = Path(folder)
-    twin = dense if dense["spectrum"] else None
-    figures.save_figure(figures.layer_figure(sparsity, spectrum, twin), folder / "figures" / "layers.png")
-    training = figures.training_figure(log_history) if log_history else None
-    if training is not None:
-        figures.save_figure(training, folder / "figures" / "training.png")
-    if curve is not None:
-        drawn = robustness_figures.curve_figure(curve, dense["curve"])
-        figures.save_figure(drawn, folder / "figures" / "security_curve.png")
-    if examples is not None:
-        drawn = robustness_figures.examples_figure(**examples)
-        figures.save_figure(drawn, folder / "figures" / "adversarial_examples.png")
+    drawn = {
+        "layers": figures.layer_figure(sparsity, spectrum, dense),
+        "training": figures.training_figure(log_history or ()),
+        "security_curve": robustness_figures.curve_figure(curve, dense["curve"]) if curve else None,
+        "adversarial_examples": robustness_figures.examples_figure(**examples) if examples else None,
+    }
+    drawn = {name: figure for name, figure in drawn.items() if figure is not None}
+    for name, figure in drawn.items():
+        figures.save_figure(figure, folder / "figures" / f"{name}.png")
 
     card_data = ModelCardData(
         library_name="transformers",
@@ -137,18 +123,15 @@ def write_card(
         card_data,
         template_path=str(TEMPLATE),
         model_name=model_name,
-        robustness=robustness,
-        results=results_table(robustness, sparsity, spectrum, dense, lipschitz),
+        results=results_table(reports, dense),
         twin=any(dense.values()),
-        sparsity=sparsity,
-        spectrum=spectrum,
-        lipschitz=lipschitz,
+        **reports,
         gates=gates,
         curve=curve,
-        examples=examples is not None or "adversarial_examples" in kept_figures,
+        figures={*drawn, *kept_figures},
         layers=layer_table(sparsity, spectrum),
         config=config,
-        config_yaml=yaml_dump(settings, sort_keys=False).strip(),
+        config_yaml=yaml_dump(words.used_settings(config), sort_keys=False).strip(),
         dataset=dataset,
         dataset_hub=dataset_hub,
         split=dataset_split,
@@ -156,19 +139,13 @@ def write_card(
         base_model=without_paths(str(base_model)) if base_model else "",
         base_model_hub=is_hub_id(base_model),
         model_hub=is_hub_id(model_name),
-        command=wrapped_command(without_paths(command)) if command else "",
-        training_figure=training is not None or "training" in kept_figures,
+        command=words.wrapped_command(without_paths(command)) if command else "",
         sizes=size_table(sizes) if sizes else [],
         packed=bool(sizes) and 0 < sizes.get("sparse_bytes", 0) < sizes.get("dense_bytes", math.inf),
         own_widths=own_widths,
         versions=plain(versions or (robustness or {}).get("versions") or {}),
         notes=[without_paths(str(note)) for note in notes],
-        attack_label=attack_label,
-        settings=settings_text,
-        pixels=format_pixels,
-        percent=format_percent,
-        kappa=format_kappa,
-        not_yet=NOT_YET,
+        words=words,
     )
     text = re.sub(r"\n{3,}", "\n\n", str(card)).rstrip() + "\n"  # an absent part leaves no hole
     with atomic_file(folder / "README.md") as temporary:
@@ -188,10 +165,11 @@ def _is_worth_keeping(key: str, value: Any) -> bool:
     return value is not None and not key.endswith("token") and not (isinstance(value, float) and math.isnan(value))
 
 
-def _check(name: str, report: Mapping[str, Any], keys: Sequence[str]) -> None:
-    missing = [key for key in keys if key not in report]
-    if missing:
-        raise ValueError(
-            f"{name} lacks {', '.join(missing)} (it has {', '.join(map(str, report)) or 'nothing'}); "
-            "give `.to_dict()` of the report, or what was saved of it as JSON"
-        )
+def _check(reports: Mapping[str, Mapping[str, Any] | None]) -> None:
+    for name, report in reports.items():
+        missing = [key for key in NEEDED[name] if report is not None and key not in report]
+        if missing:
+            raise ValueError(
+                f"{name} lacks {', '.join(missing)} (it has {', '.join(map(str, report)) or 'nothing'}); "
+                "give `.to_dict()` of the report, or what was saved of it as JSON"
+            )

@@ -8,7 +8,15 @@ from typing import Any
 
 from huggingface_hub import EvalResult
 
-from tscnc_hf.artifact.card.words import attack_label, by_layer, format_bytes, format_kappa, format_percent, number
+from tscnc_hf.artifact.card.words import (
+    NOT_YET,
+    attack_label,
+    by_layer,
+    format_bytes,
+    format_kappa,
+    format_percent,
+    number,
+)
 
 
 KAPPAS = {
@@ -17,7 +25,6 @@ KAPPAS = {
     "Median condition number": "median_condition_number",
     "Largest condition number": "max_condition_number",
 }
-NOT_YET = "not evaluated yet"
 
 
 def evaluation_results(
@@ -26,13 +33,11 @@ def evaluation_results(
     """The entries of model-index: one an attack and their worst case, two sparsities, two condition numbers."""
     same = dict(task_type="image-classification", task_name="Image classification")
     same |= dict(dataset_type=dataset, dataset_name=dataset, dataset_split=split)
-    threat = (robustness or {}).get("threat_model", {})
+    robustness = robustness or {}
+    threat, worst = robustness.get("threat_model", {}), robustness.get("worst_case")
     ball = f"{threat.get('norm', 'linf')}, epsilon {threat.get('epsilon')}"
-    attacks = list((robustness or {}).get("attacks", ()))
-    if worst := (robustness or {}).get("worst_case"):
-        attacks.append(worst)
     results = []
-    for attack in attacks:
+    for attack in [*robustness.get("attacks", ()), *([worst] if worst else [])]:
         name, args = "Clean accuracy", {"attack": attack["name"]}
         if attack is worst:
             name = f"Robust accuracy, worst case of the attacks ({ball})"
@@ -58,38 +63,33 @@ def evaluation_results(
     return results
 
 
-def results_table(
-    robustness: Mapping[str, Any] | None,
-    sparsity: Mapping,
-    spectrum: Mapping,
-    dense: Mapping[str, Any],
-    lipschitz: Mapping | None = None,
-) -> list[tuple[str, list[str]]]:
-    """Rows of the results table: what is measured, then this model and, if it is there, the dense twin before it."""
-    columns = [(robustness, sparsity, spectrum, lipschitz)]
-    if any(dense.values()):
-        columns.insert(0, (dense["robustness"], dense["sparsity"], dense["spectrum"], dense.get("lipschitz")))
-    by_name = [{attack["name"]: attack for attack in (column[0] or {}).get("attacks", ())} for column in columns]
+def results_table(own: Mapping[str, Any], dense: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
+    """
+    Rows of the results table: what is measured, then this model and, if it is there, the dense twin before it. Both
+    are {"robustness", "sparsity", "spectrum", "lipschitz"}, None where there is no such report.
+    """
+    columns = [dense, own] if any(dense.values()) else [own]
+    robustness = [column["robustness"] or {} for column in columns]
+    by_name = [{attack["name"]: attack for attack in report.get("attacks", ())} for report in robustness]
     names = list(dict.fromkeys(name for attacks in reversed(by_name) for name in attacks)) or ["clean"]
     rows = []
     for name in names:
         label = "Clean accuracy" if name == "clean" else f"Accuracy under {attack_label(name)}"
         rows.append((label, [_accuracy(attacks.get(name)) for attacks in by_name]))
-    worst = [(column[0] or {}).get("worst_case") for column in columns]
+    worst = [report.get("worst_case") for report in robustness]
     if any(worst):
         rows.append(("Worst case of these attacks", [_accuracy(attack) for attack in worst]))
-
-    def line(label: str, index: int, text: Any) -> None:
-        rows.append((label, [NOT_YET if column[index] is None else text(column[index]) for column in columns]))
-
-    line("Sparsity of the prunable weights", 1, lambda report: format_percent(report["sparsity"]))
-    line("Sparsity of all parameters", 1, lambda report: format_percent(report["parameter_sparsity"]))
-    for label, key in KAPPAS.items():
-        line(label, 2, lambda report, key=key: format_kappa(report.get(key)))
-    line("Rank-deficient matrices", 2, lambda report: f"{report.get('rank_deficient', 0)} of {len(report['rows'])}")
-    if lipschitz is not None:
-        line("Local Lipschitz constant, median", 3, lambda report: f"at least {report['local_median']:.4g}")
-        line("Product of layer norms, log10", 3, lambda report: f"{number(report['product_log10']):.2f}")
+    lines = [
+        ("Sparsity of the prunable weights", "sparsity", lambda report: format_percent(report["sparsity"])),
+        ("Sparsity of all parameters", "sparsity", lambda report: format_percent(report["parameter_sparsity"])),
+        *((label, "spectrum", lambda report, key=key: format_kappa(report.get(key))) for label, key in KAPPAS.items()),
+        ("Rank-deficient matrices", "spectrum", lambda r: f"{r.get('rank_deficient', 0)} of {len(r['rows'])}"),
+        ("Local Lipschitz constant, median", "lipschitz", lambda report: f"at least {report['local_median']:.4g}"),
+        ("Product of layer norms, log10", "lipschitz", lambda report: f"{number(report['product_log10']):.2f}"),
+    ]
+    for label, name, text in lines:
+        if name != "lipschitz" or own[name] is not None:
+            rows.append((label, [NOT_YET if column[name] is None else text(column[name]) for column in columns]))
     return rows
 
 

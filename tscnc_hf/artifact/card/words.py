@@ -12,9 +12,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 
-BLOCK_INDEX = re.compile(r"\[\d+\]$")
-
-
+NOT_YET = "not evaluated yet"
 # an absolute path, POSIX or Windows; not the slash of 8/255, of a URL, of a relative path or of a closing tag
 ABSOLUTE_PATH = re.compile(r"(?<![\w.<:/\\])(?:file://|~|[A-Za-z]:)?[/\\](?:[^\s\"'/\\]+[/\\]+)*([^\s\"'/\\]+)")
 
@@ -61,24 +59,22 @@ def settings_text(parameters: Mapping[str, Any]) -> str:
 
 def used_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that had an effect, given the others: no attack steps of a one-step attack, no ridge of no CNC."""
-    off: list[str] = []
-    if config.get("objective") == "natural" or config.get("adversary") == "none":
-        off += ["adversary", "attack_step", "epsilon_warmup", "awp_", "fold_batch_norm"]
-    if config.get("adversary") in ("fgsm-rs", "n-fgsm"):
-        off.append("attack_steps")
-    if config.get("objective") not in ("trades", "mart", None):
-        off.append("trades_beta")
-    if not config.get("awp_gamma", True):
-        off.append("awp_")
-    if not config.get("tsc_weight", True):
-        off.append("tsc_a")
-    if config.get("tsc_on", "gates") != "gates":
-        off.append("gate_")
-    if not config.get("cnc_weight", True):
-        off += ["cnc_form", "cnc_ridge", "cnc_interval"]
-    if not config.get("target_sparsity", True):
-        off += [key for key in config if key.startswith("pruning_") and key != "pruning_exclude"]
-    return {key: value for key, value in config.items() if not key.startswith(tuple(off))}
+    objective, adversary = config.get("objective"), config.get("adversary")
+    clean = objective == "natural" or adversary == "none"
+    without_effect = {  # beginnings of options, where one of them is off
+        ("adversary", "attack_step", "epsilon_warmup", "awp_", "fold_batch_norm"): clean,
+        ("attack_steps",): adversary in ("fgsm-rs", "n-fgsm"),
+        ("trades_beta",): objective not in ("trades", "mart", None),
+        ("awp_",): not config.get("awp_gamma", True),
+        ("tsc_a",): not config.get("tsc_weight", True),
+        ("gate_",): config.get("tsc_on", "gates") != "gates",
+        ("cnc_form", "cnc_ridge", "cnc_interval"): not config.get("cnc_weight", True),
+        tuple(key for key in config if key.startswith("pruning_") and key != "pruning_exclude"): (
+            not config.get("target_sparsity", True)
+        ),
+    }
+    off = tuple(start for starts, is_off in without_effect.items() if is_off for start in starts)
+    return {key: value for key, value in config.items() if not key.startswith(off)}
 
 
 def wrapped_command(command: str, width: int = 100) -> str:
@@ -102,11 +98,6 @@ def format_bytes(count: int) -> str:
 def number(value: Any) -> float:
     """A float of a JSON figure: "inf" and "nan" are read as such, None as nan."""
     return math.nan if value is None else float(value)
-
-
-def layer_name(row_name: str) -> str:
-    """Name of the layer that a spectrum row belongs to: "blocks.0.qkv.weight[1]" -> "blocks.0.qkv.weight"."""
-    return BLOCK_INDEX.sub("", row_name)
 
 
 def format_kappa(value: Any) -> str:
@@ -135,8 +126,8 @@ def format_percent(fraction: Any) -> str:
 
 
 def by_layer(spectrum: Mapping[str, Any] | None) -> dict[str, list[Mapping[str, Any]]]:
-    """Spectrum rows of each layer, in order; a fused or grouped layer has several."""
+    """Spectrum rows of each layer, in order; a fused or grouped layer has several, named "qkv[0]", "qkv[1]", ..."""
     layers: dict[str, list[Mapping[str, Any]]] = {}
     for row in (spectrum or {}).get("rows", ()):
-        layers.setdefault(layer_name(row["name"]), []).append(row)
+        layers.setdefault(re.sub(r"\[\d+\]$", "", row["name"]), []).append(row)
     return layers
