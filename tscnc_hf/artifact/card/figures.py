@@ -7,6 +7,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 # Okabe and Ito's palette: told apart under every common colour blindness, and here also by shape.
 BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 SKY, INK, MUTED, GREY, LIGHT, BAND = "#A9D3EE", "#1F2933", "#66727F", "#97A1AB", "#C9D0D8", "#F4F6F8"
+PERCENT = [0, 0.25, 0.5, 0.75, 1], ["0", "25", "50", "75", "100 %"]  # ticks and what they say
 DASHED: dict[str, Any] = dict(color=BLUE, lw=1, ls=(0, (4, 3)), alpha=0.6)
 HALO = dict(fc="white", ec="none", pad=0.8, alpha=0.85)  # keeps a line from crossing the letters
 LINES = (BLUE, ORANGE, GREEN, PURPLE, INK, MUTED)
@@ -81,9 +83,7 @@ def layer_figure(
     kappa = fig.add_axes((left / WIDTH, low, wide / WIDTH, tall), label="condition")
     zeros = fig.add_axes(((left + wide + gap) / WIDTH, low, narrow / WIDTH, tall), label="zeros")
     for axes in (kappa, zeros):
-        _bare(axes, labels, tall_figure)
-        _bands(axes, labels)
-
+        _prepare(axes, labels, ticks_on_top=tall_figure)
     _draw_condition_numbers(kappa, names, matrices, twin)
     median = number(spectrum.get("median_effective_condition_number"))
     if math.isfinite(median) and median > 0:
@@ -95,7 +95,7 @@ def layer_figure(
     values = [rows[names[i]]["sparsity"] for i in drawn]
     zeros.barh(drawn, values, height=0.62, color=SKY, zorder=2)
     zeros.set_xlim(0, 1)
-    zeros.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "25", "50", "75", "100 %"])
+    zeros.set_xticks(*PERCENT)
     zeros.set_xlabel("weights that are zero", fontsize=9, color=MUTED)
     zeros.axvline(sparsity["sparsity"], zorder=2.5, **DASHED)
     for i, value in zip(drawn, values, strict=True):
@@ -112,25 +112,18 @@ def layer_figure(
     return fig
 
 
-def _bare(axes: Axes, labels: Sequence[str], ticks_on_top: bool) -> None:
+def _prepare(axes: Axes, labels: Sequence[str], ticks_on_top: bool) -> None:
     axes.set_ylim(len(labels) - 0.5, -0.5)  # the first layer on top, as the image meets it
     axes.set_yticks([])
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0, labelsize=8.5, labelcolor=MUTED, labeltop=ticks_on_top, which="both")
     axes.grid(axis="x", color=LIGHT, lw=0.6)
     axes.set_axisbelow(True)
-
-
-def _bands(axes: Axes, labels: Sequence[str]) -> None:
-    """A light band behind every other block, so that the eye keeps its line."""
-    blocks = [re.match(r"(.*?\.\d+)\.", label + ".") for label in labels]
-    keys = [m.group(1) if m else label for m, label in zip(blocks, labels, strict=True)]
-    shade, start = False, 0
-    for i in range(1, len(keys) + 1):
-        if i == len(keys) or keys[i] != keys[start]:
-            if shade:
-                axes.axhspan(start - 0.5, i - 0.5, color=BAND, lw=0, zorder=0)
-            shade, start = not shade, i
+    end = -0.5
+    for index, (_, block) in enumerate(groupby(labels, lambda label: re.sub(r"(\.\d+)\..*", r"\1", label))):
+        start, end = end, end + len(list(block))
+        if index % 2:  # a light band behind every other block, so that the eye keeps its line
+            axes.axhspan(start, end, color=BAND, lw=0, zorder=0)
 
 
 def _draw_condition_numbers(axes: Axes, names: Sequence[str], matrices: Mapping, twin: Mapping) -> None:
@@ -238,16 +231,22 @@ def training_figure(log_history: Iterable[Mapping[str, Any]]) -> Figure | None:
                 axes.set_yscale("log")
         else:
             axes.set_ylim(-0.03, 1.03)
-            axes.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0", "25", "50", "75", "100 %"])
-        axes.set_title(title, loc="left", fontsize=10.5, fontweight="bold", color=INK)
-        if len(keys) > 1:  # beside the panel, where no curve can run under it
-            axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, fontsize=9, labelcolor=INK)
-        axes.grid(color=LIGHT, lw=0.6)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.spines[["left", "bottom"]].set_color(LIGHT)
-        axes.tick_params(length=0, labelsize=8.5, labelcolor=MUTED)
+            axes.set_yticks(*PERCENT)
+        finish_panel(axes, title, legend=len(keys) > 1)
     grid[-1].set_xlabel("optimiser step", fontsize=9, color=MUTED)
     return fig
+
+
+def finish_panel(axes: Axes, title: str, label: str = "", legend: bool = False) -> None:
+    """The look of a panel with curves, its title and the label of its x axis."""
+    axes.set_title(title, loc="left", fontsize=10.5, fontweight="bold", color=INK)
+    axes.set_xlabel(label, fontsize=9, color=MUTED)
+    if legend:  # beside the panel, where no curve can run under it
+        axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, fontsize=9, labelcolor=INK)
+    axes.grid(color=LIGHT, lw=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(LIGHT)
+    axes.tick_params(which="both", length=0, labelsize=8.5, labelcolor=MUTED)
 
 
 def save_figure(fig: Figure, path: str | os.PathLike[str]) -> Path:

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from tscnc_hf.artifact.card.figures import BLUE, GREEN, GREY, INK, LIGHT, MUTED, ORANGE, WIDTH
+from tscnc_hf.artifact.card.figures import BLUE, GREEN, GREY, INK, MUTED, ORANGE, PERCENT, WIDTH, finish_panel
 from tscnc_hf.artifact.card.words import attack_label, format_percent, format_pixels
 
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import Tensor
+
+
+NORMS = {"linf": "L-infinity", "l2": "L2"}
 
 
 def curve_figure(curve: Mapping[str, Any], dense: Mapping[str, Any] | None = None) -> Figure:
@@ -33,17 +36,10 @@ def curve_figure(curve: Mapping[str, Any], dense: Mapping[str, Any] | None = Non
         at = dict(xytext=(3, 6), textcoords="offset points", fontsize=8, color=INK)
         axes.annotate(format_percent(point["accuracy"]), (255 * point["epsilon"], point["accuracy"]), **at)
     axes.set_ylim(-0.03, 1.08)
-    axes.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0", "25", "50", "75", "100 %"])
-    norm = {"linf": "L-infinity", "l2": "L2"}.get(curve["norm"], curve["norm"])
-    axes.set_xlabel(f"radius of the attack ({norm}), in steps of 1/255", fontsize=9, color=MUTED)
+    axes.set_yticks(*PERCENT)
+    label = f"radius of the attack ({NORMS.get(curve['norm'], curve['norm'])}), in steps of 1/255"
     title = f"accuracy under {attack_label(curve['attack'])}, {curve['n']} images"
-    axes.set_title(title, loc="left", fontsize=10.5, fontweight="bold", color=INK)
-    if dense is not None:
-        axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, fontsize=9, labelcolor=INK)
-    axes.grid(color=LIGHT, lw=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(LIGHT)
-    axes.tick_params(length=0, labelsize=8.5, labelcolor=MUTED)
+    finish_panel(axes, title, label, legend=dense is not None)
     return fig
 
 
@@ -83,7 +79,7 @@ def examples_figure(
     for column, (true, guess) in enumerate(zip(truth, guesses, strict=True)):
         grid[0][column].set_title(true, fontsize=9, color=INK)
         grid[1][column].set_title(guess, fontsize=9, color=GREEN if guess == true else ORANGE)
-    ball = {"linf": "L-infinity", "l2": "L2"}.get(norm, norm)
+    ball = NORMS.get(norm, norm)
     held = sum(true == guess for true, guess in zip(truth, guesses, strict=True))
     title = f"{attack_label(attack)} within {format_pixels(epsilon)}, {ball}: {held} of {count} still named correctly"
     fig.suptitle(title, fontsize=10.5, fontweight="bold", color=INK, x=0.01, ha="left")

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from tscnc_hf.artifact.card.figures import INK, LIGHT, LINES, MUTED, WIDTH
+from tscnc_hf.artifact.card.figures import INK, LINES, WIDTH, finish_panel
 from tscnc_hf.artifact.card.words import format_kappa, number
 
 
@@ -111,12 +111,7 @@ def _legend(fig: Figure, panels: Sequence[Axes]) -> None:
 def _finish(axes: Axes, title: str, label: str, condition_numbers: Axis | None = None) -> None:
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    axes.set_title(title, loc="left", fontsize=10.5, fontweight="bold", color=INK)
-    axes.set_xlabel(label, fontsize=9, color=MUTED)
-    axes.grid(color=LIGHT, lw=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(LIGHT)
-    axes.tick_params(which="both", length=0, labelsize=8.5, labelcolor=MUTED)
+    finish_panel(axes, title, label)
     if condition_numbers is not None:  # as numbers, where powers of ten would stand
         condition_numbers.set_major_locator(LogLocator(subs=(1, 2, 5)))
         condition_numbers.set_major_formatter(lambda kappa, _: format_kappa(kappa))
