@@ -13,7 +13,7 @@ from tscnc_hf import SparseConfig, slim
 from tscnc_hf.artifact.models import loading
 from tscnc_hf.artifact.models.building import timm_model
 from tscnc_hf.artifact.models.config import config_digest, read_config
-from tscnc_hf.artifact.models.loading import load_classifier, load_model, load_slim, load_sparse, load_weights
+from tscnc_hf.artifact.models.loading import load_model, load_slim, load_sparse, load_weights
 from tscnc_hf.artifact.models.saving import disk_state, save_sparse
 from tscnc_hf.artifact.packed.file import SPARSE_FILE, read_sparse_file, write_sparse_file
 from tscnc_hf.artifact.repository.push import push_folder
@@ -366,7 +366,7 @@ def test_damaged_dense_files_are_errors_that_name_them(damage, tmp_path):
         path.unlink()
     else:
         path.write_bytes(path.read_bytes()[: 1000 if damage == "truncated" else 0])
-    for load in (load_slim, load_classifier, into(vit), as_repository):
+    for load in (load_slim, into(vit), as_repository):
         with pytest.raises((ValueError, FileNotFoundError, OSError), match=str(tmp_path)):
             load(tmp_path)
 
@@ -413,7 +413,7 @@ def test_buffers_that_a_model_computes_itself_are_no_weights(tmp_path):
     computed = {name: tensor.clone() for name, tensor in model.named_buffers() if name not in weights}
     assert any(name.endswith("attn_mask") for name in computed)
     save_file(weights | computed, tmp_path / "model.safetensors", {"format": "pt"})
-    assert_same_weights(load_classifier(tmp_path), model)
+    assert_same_weights(load_slim(tmp_path), model)
 
 
 # ---- a new head ----
@@ -424,11 +424,11 @@ def test_a_backbone_with_a_pooler_gets_a_head(tmp_path):
     backbone.save_pretrained(tmp_path)
     assert any(name.startswith("pooler") for name in load_file(tmp_path / "model.safetensors"))
     with pytest.raises(ValueError, match="missing: classifier.*unexpected: .*pooler"):
-        load_classifier(tmp_path)
-    model = load_classifier(tmp_path, NAMES, new_head=True)
+        load_slim(tmp_path)
+    model = load_slim(tmp_path, NAMES, new_head=True)
     state = backbone.state_dict()
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.vit.state_dict().items())
-    assert load_classifier(tmp_path, NAMES[:3]).num_labels == 3
+    assert load_slim(tmp_path, NAMES[:3]).num_labels == 3
 
 
 def test_a_new_head_is_no_licence_for_other_weights(tmp_path):
@@ -436,10 +436,10 @@ def test_a_new_head_is_no_licence_for_other_weights(tmp_path):
     vit(hidden_size=32).save_pretrained(tmp_path)
     path, classes = tmp_path / "model.safetensors", [str(number) for number in range(32)]
     good = load_file(path)
-    assert load_classifier(tmp_path, classes).classifier.weight.shape == (32, 32)
+    assert load_slim(tmp_path, classes).classifier.weight.shape == (32, 32)
     less = {name: tensor for name, tensor in good.items() if name != "vit.layernorm.weight"}
     more = good | {"vit.encoder.layer.2.output.dense.bias": torch.ones(32)}
     for changed, message in ((less, "1 missing: vit.layernorm.weight"), (more, "1 unexpected: vit.*layer.*2")):
         save_file(changed, path, {"format": "pt"})
         with pytest.raises(ValueError, match=message):
-            load_classifier(tmp_path, classes)
+            load_slim(tmp_path, classes)

@@ -1,6 +1,6 @@
 """A name or folder to a module, whatever lies there: dense weights, packed ones, layers narrower than the config says.
 
-Every way in ends in `build_exactly` or `load_exactly`: a weight that is missing, unexpected or of another shape is an
+Every way in ends in `build_exactly` or `load_weights`: a weight that is missing, unexpected or of another shape is an
 error that names it. Keys on disk are not those in memory (ViT renames most of its parameters when it is saved), so a
 `PreTrainedModel` is always read through transformers' own conversion.
 """
@@ -50,28 +50,12 @@ def logits_fn(model: nn.Module, processing_class: object | None = None) -> Logit
 def load_model(
     name_or_folder: str | os.PathLike, class_names: Sequence[str] | None = None, **options: Any
 ) -> tuple[PreTrainedModel, object]:
-    """A classifier and its image processor. Arguments and errors: `load_classifier`."""
-    model = load_classifier(name_or_folder, class_names, **options)
+    """A classifier and its image processor. Arguments and errors: `load_slim`."""
+    model = load_slim(name_or_folder, class_names, **options)
     return model, AutoImageProcessor.from_pretrained(name_or_folder, **_hub(options))
 
 
-def load_slim(name_or_folder: str | os.PathLike, **options: Any) -> PreTrainedModel:
-    """
-    An image classifier, from a folder or the Hub, also one whose widths are recorded. Its dense weights are read, or
-    the packed file where there are none.
-
-    Args:
-        options: of `from_pretrained`, such as `revision`, `token` or `dtype`; not `ignore_mismatched_sizes`.
-
-    Raises:
-        OSError: there is no such model, or it has no weights.
-        ValueError: recorded widths that the model cannot have; weights that are missing, unexpected or of another
-            shape; the model is no image classifier; a damaged file.
-    """
-    return load_classifier(name_or_folder, **options)
-
-
-def load_classifier(
+def load_slim(
     name_or_folder: str | os.PathLike,
     class_names: Sequence[str] | None = None,
     *,
@@ -79,18 +63,19 @@ def load_classifier(
     **options: Any,
 ) -> PreTrainedModel:
     """
-    An image classifier from the Hub or a folder, in eval mode. The packed file is read where there are no dense
-    weights beside it. Config and weights are of one commit.
+    An image classifier from a folder or the Hub, in eval mode, also one whose widths are recorded. Its dense weights
+    are read, or the packed file where there are none. Config and weights are of one commit.
 
     Args:
         class_names (`Sequence[str]`, *optional*): of the data set; another number of classes gets a new head.
         new_head (`bool`): give the model a head for `class_names` even if it has as many, or none.
-        options: of `from_pretrained`.
+        options: of `from_pretrained`, such as `revision`, `token` or `dtype`; not `ignore_mismatched_sizes`.
 
     Raises:
         OSError: there is no such model, or it has no weights.
-        ValueError: weights are missing, unexpected or of another shape, but for a new head and the one in its place;
-            a packed file is to get a new head; the model is no image classifier; a damaged file.
+        ValueError: recorded widths that the model cannot have; weights that are missing, unexpected or of another
+            shape, but for a new head and the one in its place; a packed file is to get a new head; the model is no
+            image classifier; a damaged file.
     """
     given = dict(options)
     hub = _hub(options)
@@ -145,7 +130,7 @@ def load_weights(model: nn.Module, folder: str | os.PathLike) -> None:
     The model keeps its device and dtype; values are only rounded if its dtype is narrower than the file's. A
     `PreTrainedModel` is read through transformers' key conversion, with the model's own config; any other module must
     have the file's names. Checked before anything is copied, so that an error leaves the model as it was. The global
-    random state is not touched.
+    random state is not touched. A model that FSDP2 has sharded takes its parts; every process calls this.
 
     Raises:
         FileNotFoundError: the folder has no weights.
@@ -154,7 +139,16 @@ def load_weights(model: nn.Module, folder: str | os.PathLike) -> None:
     state = read_weights(Path(folder))
     if isinstance(model, PreTrainedModel):
         state = build_exactly(unsharded_class(model), copy.deepcopy(model.config), folder, state).state_dict()
-    load_exactly(model, state, folder)
+    own = model.state_dict()
+    both = own.keys() & state.keys()
+    shapes = {name: (tuple(state[name].shape), tuple(own[name].shape)) for name in both}
+    mismatched = [f"{name} {stored} for {wanted}" for name, (stored, wanted) in shapes.items() if stored != wanted]
+    _raise_if_different(folder, type(model).__name__, own.keys() - both, state.keys() - both, mismatched)
+    if not is_sharded(model):
+        model.load_state_dict(state, strict=True)
+        return
+    for name, tensor in own.items():  # they share memory with the parameters
+        copy_whole_(tensor, state[name])
 
 
 def build_exactly(
@@ -212,29 +206,6 @@ def build_exactly(
     return model
 
 
-def load_exactly(model: nn.Module, state: dict[str, torch.Tensor], source: str | os.PathLike) -> None:
-    """Strict `load_state_dict` that checks names and shapes first, so that an error leaves the model untouched.
-
-    A model that FSDP2 has sharded takes its parts of the whole tensors that every process gives.
-
-    Raises:
-        ValueError: missing, unexpected or mismatched keys; `source` is for the message.
-    """
-    own = model.state_dict()
-    both = own.keys() & state.keys()
-    mismatched = [
-        f"{name} {tuple(state[name].shape)} for {tuple(own[name].shape)}"
-        for name in both
-        if state[name].shape != own[name].shape
-    ]
-    _raise_if_different(source, type(model).__name__, own.keys() - both, state.keys() - both, mismatched)
-    if not is_sharded(model):
-        model.load_state_dict(state, strict=True)
-        return
-    for name, tensor in own.items():  # they share memory with the parameters
-        copy_whole_(tensor, state[name])
-
-
 def _hub(options: dict[str, Any]) -> dict[str, Any]:
     return {key: options[key] for key in HUB_OPTIONS if key in options}
 
@@ -279,30 +250,20 @@ def _load_packed(source: str | os.PathLike, **options: Any) -> PreTrainedModel:
     options = {key: value for key, value in options.items() if key not in HUB_OPTIONS}
     config = options.pop("config", None) or read_config(folder)
     found = class_of(config)
-    tensors = read_sparse_file(path, digest, _elements(found, config))
+    # A file with another number of elements by a factor of two is not even decoded. Within it, which leaves room for
+    # tied weights, names and shapes are compared, with better words.
+    count = sum(tensor.numel() for tensor in _empty(found, config).state_dict().values())
+    tensors = read_sparse_file(path, digest, (math.ceil(count / 2), 2 * count))
     values = sum(map(count_nonzero, tensors.values()))  # now: the model may share memory with the tensors
     model = build_exactly(found, config, path, tensors, **options)
-    _check_zeros(model, values, path)
+    state = model.state_dict()
+    untied = {(tensor.data_ptr(), tensor.shape): tensor for tensor in state.values()}  # a file has a tied weight once
+    counts = [sum(map(count_nonzero, weights.values())) for weights in (state, untied)]
+    if values not in counts:
+        raise ValueError(f"{path} holds {values} values that are not zero, the model built from it {counts[1]}.")
     # transformers leaves the text "None" here, which a model card would then name as the base model
     model.config.name_or_path = model.name_or_path = str(source)
     return model
-
-
-def _elements(model_class: type[PreTrainedModel], config: Any) -> tuple[int, int]:
-    """Between how many and how many elements a file for this model has: wrong by a factor, it is not even decoded.
-
-    Within the factor of two, which leaves room for tied weights, names and shapes are compared, with better words.
-    """
-    count = sum(tensor.numel() for tensor in _empty(model_class, config).state_dict().values())
-    return math.ceil(count / 2), 2 * count
-
-
-def _check_zeros(model: PreTrainedModel, values: int, source: Path) -> None:
-    state = model.state_dict()
-    untied = {(tensor.data_ptr(), tensor.shape): tensor for tensor in state.values()}  # a file has a tied weight once
-    found = [sum(map(count_nonzero, weights.values())) for weights in (state, untied)]
-    if values not in found:
-        raise ValueError(f"{source} holds {values} values that are not zero, the model built from it {found[1]}.")
 
 
 def _locate(source: str | os.PathLike, revision: str | None = None, subfolder: str = "", **hub: Any) -> Path:
