@@ -6,29 +6,17 @@ import hashlib
 import json
 import mmap
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 
 COMPACT = json.JSONEncoder(separators=(",", ":")).encode
-
-
 DOWNLOAD_AGAIN = "Download the file or save it again."
-# what safetensors, torch and json raise for bytes that somebody else wrote
-READ_ERRORS = (
-    SafetensorError,
-    ArithmeticError,
-    AttributeError,
-    LookupError,
-    MemoryError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
 SMALL = 1 << 14  # bytes of a tensor that is copied and not mapped
 # safetensors' names, as far as torch has them
 STORED_DTYPES = {
@@ -39,21 +27,28 @@ STORED_DTYPES = {
 }  # fmt: skip
 
 
-def read_safetensors(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """(tensors, metadata) of any safetensors file; FileNotFoundError if it is not there, ValueError if unreadable."""
-    require_file(path)
+@contextmanager
+def reading(path: str | os.PathLike) -> Iterator[None]:
+    """Inside, what is wrong with a safetensors file is a ValueError that names it; FileNotFoundError without it."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such file.")
     try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
-    except READ_ERRORS as error:
+        yield
+    except Exception as error:  # of safetensors, torch or json, on bytes that somebody else wrote
         raise unreadable(path, error) from error
+
+
+def read_safetensors(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """(tensors, metadata) of any safetensors file. Errors: `reading`."""
+    with reading(path), safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
 
 
 def mapped_tensors(path: str | os.PathLike) -> dict[str, torch.Tensor]:
     """The tensors of a file that safetensors has found whole, in mapped memory: the fastest way to all of them.
 
     Raises:
-        one of READ_ERRORS: something in the header does not fit after all, or is of a dtype that torch does not have.
+        Whatever it is (`reading`): something in the header does not fit after all, or torch does not have its dtype.
     """
     tensors = {}
     with open(path, "rb") as file:
@@ -68,20 +63,13 @@ def mapped_tensors(path: str | os.PathLike) -> dict[str, torch.Tensor]:
 
 def _part(file: BinaryIO, offset: int, length: int, dtype: torch.dtype) -> torch.Tensor:
     """A mapping of its own for each large tensor, so that its memory is let go when it is."""
-    skipped = 0
     if length < SMALL:
         file.seek(offset)
-        data = bytearray(file.read(length))
-    else:
-        skipped = offset % mmap.ALLOCATIONGRANULARITY
-        # torch wants memory that may be written to; the file is not
-        data = mmap.mmap(file.fileno(), skipped + length, offset=offset - skipped, access=mmap.ACCESS_COPY)
+        return torch.frombuffer(bytearray(file.read(length)), dtype=dtype)
+    skipped = offset % mmap.ALLOCATIONGRANULARITY
+    # torch wants memory that may be written to; the file is not
+    data = mmap.mmap(file.fileno(), skipped + length, offset=offset - skipped, access=mmap.ACCESS_COPY)
     return torch.frombuffer(data, dtype=dtype, count=length // dtype.itemsize, offset=skipped)
-
-
-def require_file(path: str | os.PathLike) -> None:
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such file.")
 
 
 def unreadable(path: str | os.PathLike, error: Exception) -> ValueError:

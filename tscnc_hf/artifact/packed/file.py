@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,26 +19,15 @@ from safetensors.torch import save_file
 from tscnc_hf.artifact.files.atomic import atomic_file
 from tscnc_hf.artifact.files.tensor_file import (
     DOWNLOAD_AGAIN,
-    READ_ERRORS,
     dtype_name,
     mapped_tensors,
     own_copy,
-    require_file,
+    reading,
     tensors_digest,
-    unreadable,
 )
+from tscnc_hf.artifact.packed import index as packed_index
 from tscnc_hf.artifact.packed.gaps import encode_gaps
-from tscnc_hf.artifact.packed.index import (
-    GAPS,
-    MOST_INDEX_BYTES,
-    PACKED_DTYPES,
-    Entry,
-    header_text,
-    may_claim,
-    read_index,
-    unpack_one,
-    value_shape,
-)
+from tscnc_hf.artifact.packed.index import GAPS, PACKED_DTYPES
 from tscnc_hf.artifact.packed.zstd import COMPRESSIONS, compress, to_planes, zstandard
 
 
@@ -59,9 +50,7 @@ def pack_tensors(
 
     Args:
         tensors: name -> tensor of any shape, dtype and device, contiguous or not, tied or not. Not changed.
-        compression: "zstd" compresses gaps and values further, without loss; needs zstandard.
-        value_dtype: "fp16" or "bf16" ROUNDS the values of packed tensors of wider dtypes; values that become zero are
-            zeros then. Tensors that stay dense are not rounded. None keeps every bit.
+        compression, value_dtype: as in `tscnc_hf.save_sparse`. Values that are zero once they are rounded are zeros.
         config: digest of the config.json that goes with the tensors (`config_digest`).
 
     Returns:
@@ -73,7 +62,13 @@ def pack_tensors(
             would not be in `value_dtype`; a `value_dtype` that rounds nothing.
         ImportError: zstandard is not installed.
     """
-    value_dtype = _check_options(compression, value_dtype)
+    if compression is not None and compression not in COMPRESSIONS:
+        raise ValueError(f"compression={compression!r}; use one of {COMPRESSIONS} or None.")
+    if value_dtype not in (None, *VALUE_DTYPES):
+        raise ValueError(f"value_dtype={value_dtype!r}; use one of {[*VALUE_DTYPES]} or None, which keeps every bit.")
+    if compression:
+        zstandard()
+    value_dtype = VALUE_DTYPES.get(value_dtype)
     stored: dict[str, torch.Tensor] = {}
     index: dict[str, dict] = {}
     wider = 0
@@ -93,10 +88,10 @@ def pack_tensors(
     if value_dtype and not wider:
         raise ValueError(f"value_dtype={value_dtype!r} rounds nothing: no tensor is float32 or float64. Leave it out.")
     text = json.dumps(index, sort_keys=True, separators=(",", ":"))
-    if len(text) > MOST_INDEX_BYTES or len(stored) > MOST_TENSORS:
+    if len(text) > packed_index.MOST_INDEX_BYTES or len(stored) > MOST_TENSORS:
         raise ValueError(f"{len(tensors)} tensors: too many for one packed file ({MOST_TENSORS} at most).")
     metadata = {"format": FORMAT, "version": VERSION, "index": text, "config": config}
-    return stored, {**metadata, "sha256": tensors_digest(header_text(metadata), stored)}
+    return stored, {**metadata, "sha256": tensors_digest(packed_index.header_text(metadata), stored)}
 
 
 def unpack_tensors(
@@ -120,17 +115,29 @@ def unpack_tensors(
         ImportError: the file is compressed and zstandard is not installed.
     """
     metadata = _check_metadata(metadata)
-    packed_index = read_index(metadata["index"])
+    entries = packed_index.read_index(metadata["index"])
     for name in [*packed]:
         packed[name] = packed[name].detach().cpu().contiguous()
-    if tensors_digest(header_text(metadata), packed) != metadata["sha256"]:
+    if tensors_digest(packed_index.header_text(metadata), packed) != metadata["sha256"]:
         raise ValueError("the SHA-256 digest does not fit the contents: the file or its index is damaged.")
     if config is not None and metadata["config"] not in ("", config):
         raise ValueError(
             "it was saved with another config.json than the one beside it (number of heads, activation, labels, ...): "
             "the two would make a model that nobody trained. Pack the model again with tscnc_hf.save_sparse."
         )
-    return _decode(packed, packed_index, elements)
+    for name, entry in entries.items():
+        packed_index.may_claim(name, entry, packed.get(name), packed.get(name + GAPS))
+    parts = {*entries, *(name + GAPS for name in entries)}
+    total = sum(entry.numel for entry in entries.values())
+    total += sum(tensor.numel() for name, tensor in packed.items() if name not in parts)
+    if elements is not None and not elements[0] <= total <= elements[1]:
+        raise ValueError(f"it holds {total} elements; the model has between {elements[0]} and {elements[1]}.")
+    order, tensors = list(packed), {}
+    for name in sorted(entries, key=lambda name: -entries[name].bytes):
+        tensors[name] = packed_index.unpack_one(name, entries[name], packed.pop(name), packed.pop(name + GAPS))
+    for name in [*packed]:
+        tensors[name] = own_copy(packed.pop(name))
+    return {name: tensors[name] for name in order if name in tensors}
 
 
 def write_sparse_file(tensors: dict[str, torch.Tensor], path: str | os.PathLike, **options: Any) -> Path:
@@ -144,53 +151,40 @@ def write_sparse_file(tensors: dict[str, torch.Tensor], path: str | os.PathLike,
 def read_sparse_file(
     path: str | os.PathLike, config: str | None = None, elements: tuple[int, int] | None = None
 ) -> dict[str, torch.Tensor]:
-    """The tensors of a packed file, on the CPU, bit for bit what was packed. Arguments: `unpack_tensors`.
+    """The tensors of a packed file, on the CPU, bit for bit what was packed. Arguments and errors: `unpack_tensors`.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is truncated, damaged or no packed checkpoint; the message names it.
-        ImportError: the file is compressed and zstandard is not installed.
+        FileNotFoundError: there is no such file. A ValueError, also of a truncated file, names it.
     """
     metadata = read_sparse_metadata(path)
-    try:
+    with reading(path):
         packed = mapped_tensors(path)
-    except READ_ERRORS as error:
-        raise unreadable(path, error) from error
-    try:
+    with _named(path):
         return unpack_tensors(packed, metadata, config, elements)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error} {DOWNLOAD_AGAIN}") from error
 
 
 def read_sparse_metadata(path: str | os.PathLike) -> dict[str, str]:
     """The metadata of a packed file, of a known version but with no digest checked. Errors: `read_sparse_file`."""
-    require_file(path)
-    try:
+    with reading(path):
         with open(path, "rb") as file:
             header = file.read(int.from_bytes(file.read(8), "little") if os.path.getsize(path) > 8 else 0)
         with safe_open(path, framework="pt") as file:
             metadata, count = file.metadata() or {}, len(file.keys())
-    except READ_ERRORS as error:
-        raise unreadable(path, error) from error
-    try:
+    with _named(path):
         if not header.rstrip(b" ").endswith(b"}"):  # padding that is not: nobody would notice a flipped byte in it
             raise ValueError("the header is damaged.")
         if count > MOST_TENSORS:
             raise ValueError(f"it has {count} tensors; at most {MOST_TENSORS} are allowed.")
         return _check_metadata(metadata)
+
+
+@contextmanager
+def _named(path: str | os.PathLike) -> Iterator[None]:
+    """Inside, a ValueError names the file."""
+    try:
+        yield
     except ValueError as error:
         raise ValueError(f"{path}: {error} {DOWNLOAD_AGAIN}") from error
-
-
-def _check_options(compression: str | None, value_dtype: str | None) -> str | None:
-    """torch's name of `value_dtype`."""
-    if compression is not None and compression not in COMPRESSIONS:
-        raise ValueError(f"compression={compression!r}; use one of {COMPRESSIONS} or None.")
-    if value_dtype is not None and value_dtype not in VALUE_DTYPES:
-        raise ValueError(f"value_dtype={value_dtype!r}; use one of {[*VALUE_DTYPES]} or None, which keeps every bit.")
-    if compression:
-        zstandard()
-    return VALUE_DTYPES[value_dtype] if value_dtype else None
 
 
 def _check_metadata(metadata: dict[str, str] | None) -> dict[str, str]:
@@ -205,26 +199,6 @@ def _check_metadata(metadata: dict[str, str] | None) -> dict[str, str]:
     if set(metadata) != set(METADATA):
         raise ValueError(f"metadata has the keys {sorted(metadata)}; expected {', '.join(METADATA)}.")
     return metadata
-
-
-def _decode(
-    packed: dict[str, torch.Tensor], index: dict[str, Entry], elements: tuple[int, int] | None
-) -> dict[str, torch.Tensor]:
-    for name, entry in index.items():
-        may_claim(name, entry, packed.get(name), packed.get(name + GAPS))
-    _check_elements(packed, index, elements)
-    order, names = list(packed), sorted(index, key=lambda name: -index[name].bytes)
-    tensors = {name: unpack_one(name, index[name], packed.pop(name), packed.pop(name + GAPS)) for name in names}
-    for name in [*packed]:
-        tensors[name] = own_copy(packed.pop(name))
-    return {name: tensors[name] for name in order if name in tensors}
-
-
-def _check_elements(packed: dict, index: dict, elements: tuple[int, int] | None) -> None:
-    dense = sum(t.numel() for name, t in packed.items() if name not in index and name.removesuffix(GAPS) not in index)
-    total = dense + sum(entry.numel for entry in index.values())
-    if elements is not None and not elements[0] <= total <= elements[1]:
-        raise ValueError(f"it holds {total} elements; the model has between {elements[0]} and {elements[1]}.")
 
 
 def _pack_one(
@@ -254,7 +228,7 @@ def _pack_one(
                 gaps = torch.from_numpy(frames[1])
     if values.nbytes + len(gaps) >= dense.nbytes:
         return None
-    return values.reshape(value_shape(entry["shape"], len(values))), gaps, entry
+    return values.reshape(packed_index.value_shape(entry["shape"], len(values))), gaps, entry
 
 
 def _rounded(name: str, flat: torch.Tensor, value_dtype: str) -> torch.Tensor:

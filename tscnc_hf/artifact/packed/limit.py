@@ -37,16 +37,12 @@ def storage_limit(tensors: dict[str, torch.Tensor]) -> int:
 
     Source: ours; the entropy bound is the usual one of the pruning literature.
     """
-    return sum(_tensor_limit(tensor) for tensor in tensors.values())
-
-
-def _tensor_limit(tensor: torch.Tensor) -> int:
-    dense = tensor.numel() * tensor.element_size()
-    if not tensor.is_floating_point() or not tensor.numel():
-        return dense
-    n, k = tensor.numel(), count_nonzero(tensor)
-    if k in (0, n):
-        return k * tensor.element_size()
-    p = k / n
-    entropy = -p * math.log2(p) - (1 - p) * math.log2(1 - p)
-    return min(dense, math.ceil(n * entropy / 8) + k * tensor.element_size())
+    limit = 0
+    for tensor in tensors.values():
+        width, n = tensor.element_size(), tensor.numel()
+        k, entropy = n, 0.0
+        if tensor.is_floating_point() and n:
+            k = count_nonzero(tensor)
+            entropy = -sum(p * math.log2(p) for p in (k / n, 1 - k / n) if p)
+        limit += min(n * width, math.ceil(n * entropy / 8) + k * width)
+    return limit

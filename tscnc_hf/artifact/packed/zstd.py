@@ -50,12 +50,9 @@ def decompress(frame: np.ndarray, size: int) -> np.ndarray:
         stated = module.frame_content_size(frame[:18])  # of -1 if it does not say
         if stated != size:
             raise ValueError(f"a zstd frame states {stated} bytes where the index has {size}.")
-        data = module.ZstdDecompressor().decompress(frame, max_output_size=size, allow_extra_data=False)
+        return np.frombuffer(module.ZstdDecompressor().decompress(frame, allow_extra_data=False), np.uint8)
     except module.ZstdError as error:
         raise ValueError(f"a zstd frame cannot be decoded ({error}).") from error
-    if len(data) != size:
-        raise ValueError(f"a zstd frame held {len(data)} bytes where the index has {size}.")
-    return np.frombuffer(data, np.uint8)
 
 
 def to_planes(values: np.ndarray) -> np.ndarray:
