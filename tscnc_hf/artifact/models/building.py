@@ -100,12 +100,10 @@ def timm_model(
         raise ValueError(
             f"timm's {name} does not take model_args={model_args}: {type(error).__name__} {error}"
         ) from error
+    preprocessing = {"mean": [MEAN] * channels, "std": [STD] * channels, "interpolation": "bilinear"}
+    preprocessing |= {"crop_pct": 1.0, "crop_mode": "center"}
     if pretrained:
-        keys = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
-        preprocessing = {key: source.pretrained_cfg[key] for key in keys if key in source.pretrained_cfg}
-    else:
-        preprocessing = {"mean": [MEAN] * channels, "std": [STD] * channels, "interpolation": "bilinear"}
-        preprocessing |= {"crop_pct": 1.0, "crop_mode": "center"}
+        preprocessing = {key: source.pretrained_cfg[key] for key in preprocessing if key in source.pretrained_cfg}
     config = TimmWrapperConfig(
         architecture=name,
         model_args=model_args,

@@ -10,14 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers import (
-    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
-    AutoConfig,
-    AutoImageProcessor,
-    PreTrainedConfig,
-    PreTrainedModel,
-    TimmWrapperConfig,
-)
+from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING as CLASSIFIERS
+from transformers import AutoConfig, AutoImageProcessor, PreTrainedConfig, PreTrainedModel, TimmWrapperConfig
 
 
 CONFIG_FILE = "config.json"
@@ -107,12 +101,12 @@ def class_of(config: PreTrainedConfig, classifier: bool = True) -> type[PreTrain
             found = getattr(transformers, name, None)  # a name of transformers itself, never one of the repository
             if isinstance(found, type) and issubclass(found, PreTrainedModel):
                 return found
-    if type(config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
+    if type(config) not in CLASSIFIERS:
         raise ValueError(
             f"config.json describes {type(config).__name__} with the architectures {names}, for which transformers "
             f"has {'no image classifier' if classifier else 'no model class'}. A class of your own can be registered: "
             "AutoModelForImageClassification.register(config_class, model_class)."
         )
-    found = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING[type(config)]
+    found = CLASSIFIERS[type(config)]
     classes = found if isinstance(found, (tuple, list)) else [found]
     return next((one for one in classes if one.__name__ in names), classes[0])

@@ -46,15 +46,13 @@ def load_for_finetuning(
     if not kept:
         model, processor = load_model(name_or_folder, class_names, new_head=True)
     renamed = kept and old != new and not has_no_names(new)
-    if renamed:
-        head = f"head for {len(old)} classes kept, renamed from {', '.join(old[:3])} ... to {', '.join(new[:3])} ..."
-    elif kept:
-        head = f"head for {len(old)} classes kept"
+    if kept:
+        names = f", renamed from {', '.join(old[:3])} ... to {', '.join(new[:3])} ..." if renamed else ""
+        head = f"head for {len(old)} classes kept{names}"
     else:
         head = f"new head for {len(new)} classes" + (had_none or f" in place of one for {len(old)}")
     if renamed or not kept:
-        for key, value in label_fields(class_names).items():
-            setattr(model.config, key, value)
+        model.config.update(label_fields(class_names))
     side, channels = input_format(model, processor)
     _check_size(model, 1 if channels == "grey" else 3, image_size)
     size = f"images of {image_size[0]}x{image_size[1]}"

@@ -58,21 +58,20 @@ class HandOut(ConversionOps):
 class SparseHfQuantizer(HfQuantizer):
     """Reads `model.sparse.safetensors`. Errors are those of `load_sparse`; a model that is not it is one, too."""
 
-    requires_calibration = True
+    requires_calibration = is_trainable = True
 
     def __init__(self, quantization_config: SparseConfig, **kwargs: Any):
         super().__init__(quantization_config, **(kwargs | {"pre_quantized": True}))
-        self.path, self.model = Path(), None
-        self.state: dict[str, torch.Tensor] = {}
+        self.path, self.model, self.state = Path(), None, {}
 
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
-        files = [Path(file) for file in checkpoint_files or ()]
-        if [file.name for file in files] != [SPARSE_FILE]:
+        names = [Path(file).name for file in checkpoint_files or ()]
+        if names != [SPARSE_FILE]:
             raise ValueError(
-                f"SparseConfig reads {SPARSE_FILE}, but the weights asked for are {[file.name for file in files]}. "
+                f"SparseConfig reads {SPARSE_FILE}, but the weights asked for are {names}. "
                 'Pass variant="sparse" with it, or leave quantization_config out for the dense weights.'
             )
-        self.path, self.model = files[0], model
+        self.path, self.model = Path(checkpoint_files[0]), model
 
     def update_weight_conversions(self, weight_conversions, model=None):  # which not all versions pass
         model, self.model = self.model, None
@@ -99,8 +98,4 @@ class SparseHfQuantizer(HfQuantizer):
         return model
 
     def is_serializable(self) -> bool:
-        return True
-
-    @property
-    def is_trainable(self) -> bool:
         return True

@@ -30,8 +30,9 @@ def slim(
     """
     Cut dead channels, hidden units and attention heads out for good: `small, report = slim(model)`.
 
-    What is dead, what is left alone, and the arguments: `tscnc_hf.method.units.slimming.cut_dead_units`. The outputs
-    in evaluation mode are those of the model (up to rounding; the report has the difference in float64).
+    What is dead, what is left alone, the arguments and what they may not be (ValueError):
+    `tscnc_hf.method.units.slimming.cut_dead_units`. The outputs in evaluation mode are those of the model (up to
+    rounding; the report has the difference in float64).
 
     Of a transformers model, the config of the copy is made true as well. Where the config's own fields can say the new
     widths (`report.config == "config"`: `intermediate_size`, `num_attention_heads` and `head_dim` of a ViT;
@@ -42,15 +43,10 @@ def slim(
 
     Returns:
         The smaller copy and its `SlimReport`.
-
-    Raises:
-        ValueError: see `cut_dead_units`.
     """
     slimmed, report = cut_dead_units(model, example_inputs, multiple_of, uniform, kinds)
-    if isinstance(slimmed, PreTrainedModel) and report.removed:
-        report = replace(report, config=_make_config_true_(slimmed))
-    elif isinstance(slimmed, PreTrainedModel):
-        report = replace(report, config="as before")
+    if isinstance(slimmed, PreTrainedModel):
+        report = replace(report, config=_make_config_true_(slimmed) if report.removed else "as before")
     return slimmed, report
 
 
@@ -61,11 +57,9 @@ def _make_config_true_(model: PreTrainedModel) -> str:
     wanted = layer_widths(model)
     for edits in ({}, *_candidates(config, model, wanted)):
         edited = copy.deepcopy(config)
-        for key, value in edits.items():
-            setattr(edited, key, value)
+        edited.update(edits)
         if _widths_of(type(model), edited) == wanted:
-            for key, value in edits.items():
-                setattr(model.config, key, value)
+            model.config.update(edits)
             record_widths_(model.config, {})
             return "config"
     with torch.device("meta"):
@@ -85,12 +79,12 @@ def _widths_of(model_class: type[PreTrainedModel], config: Any) -> Widths | None
 
 def _candidates(config: Any, model: PreTrainedModel, widths: Widths) -> Iterator[dict[str, Any]]:
     """Changes of a config that may describe the widths; whether one does is seen by building the model."""
-    heads = {count for new in widths.values() for key, count in new.items() if key in HEAD_COUNTS}
     hidden = {new["in_features"] for name, new in widths.items() if name.endswith(("fc2", "output.dense"))}
     if isinstance(config, TimmWrapperConfig):
         for arguments in _timm_candidates(model, widths, hidden):
             yield {"model_args": (config.model_args or {}) | arguments}
         return
+    heads = {count for new in widths.values() for key, count in new.items() if key in HEAD_COUNTS}
     edits: dict[str, Any] = {}
     if len(hidden) == 1 and hasattr(config, "intermediate_size"):
         edits["intermediate_size"] = hidden.pop()
@@ -107,10 +101,9 @@ def _timm_candidates(model: PreTrainedModel, widths: Widths, hidden: set[int]) -
         units, width = hidden.pop(), inputs.pop()
         ratio = units / width
         yield {"mlp_ratio": ratio if int(width * ratio) == units else math.nextafter(ratio, math.inf)}
-    first = next(
-        (m for m in model.modules() if hasattr(m, "conv1") and hasattr(m, "conv2") and hasattr(m, "bn2")), None
-    )
-    if first is not None and hasattr(first, "conv3"):
-        yield {"base_width": 64 * 4 * first.conv2.out_channels / first.conv3.out_channels}
-    elif first is not None:
-        yield {"block_reduce_first": first.conv2.out_channels // first.conv1.out_channels}
+    for first in (m for m in model.modules() if hasattr(m, "conv1") and hasattr(m, "conv2") and hasattr(m, "bn2")):
+        if hasattr(first, "conv3"):
+            yield {"base_width": 64 * 4 * first.conv2.out_channels / first.conv3.out_channels}
+        else:
+            yield {"block_reduce_first": first.conv2.out_channels // first.conv1.out_channels}
+        break

@@ -47,7 +47,7 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
         expected = {name for name, where in shard_of.items() if where == shard}
         if found.keys() != expected:
             raise ValueError(f"{folder / shard}: {differences(expected - found.keys(), found.keys() - expected)}.")
-        tensors.update(found)
+        tensors |= found
     return tensors
 
 
@@ -71,9 +71,9 @@ def same_tensors(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -
 
 
 def differences(missing: Any, unexpected: Any, mismatched: Any = ()) -> str:
-    parts = []
-    for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", mismatched)):
-        if names:
-            listed = ", ".join(sorted(names)[:5]) + (", ..." if len(names) > 5 else "")
-            parts.append(f"{len(names)} {what}: {listed}")
-    return "; ".join(parts)
+    lists = {"missing": missing, "unexpected": unexpected, "of another shape": mismatched}
+    return "; ".join(
+        f"{len(names)} {what}: {', '.join(sorted(names)[:5])}{', ...' if len(names) > 5 else ''}"
+        for what, names in lists.items()
+        if names
+    )
