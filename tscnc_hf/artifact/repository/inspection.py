@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard
-from torch import nn
 
 from tscnc_hf.artifact.card.words import by_layer, format_bytes, format_kappa, format_pixels, number, without_paths
+from tscnc_hf.artifact.files.tensor_file import dtype_name
 from tscnc_hf.artifact.models.narrowed import recorded_widths
 from tscnc_hf.artifact.packed.limit import storage_limit
 from tscnc_hf.artifact.repository.repository import (
@@ -45,67 +45,55 @@ def inspect_model(repository: Repository, layers: bool = False, spectrum: bool =
         FileNotFoundError: no weights, or no config.json.
         ValueError: damaged files, or weights that do not fit config.json.
     """
-    folder = repository.folder
     model, tensors = read_model(repository)
-    results = read_json(folder / RESULTS_FILE)
-    method = method_settings(folder, model.config)
+    config, results = model.config, read_json(repository.folder / RESULTS_FILE)
+    method = method_settings(repository.folder, config)
     sparsity = sparsity_report(model, method.get("pruning_exclude") or ()).to_dict()
+    timm_name = getattr(config, "architecture", None)
     found: dict[str, Any] = {
         "model": without_paths(repository.name),
         "commit": repository.commit,
-        **_architecture(model),
+        "architecture": type(model).__name__ + (f" ({timm_name})" if timm_name else ""),
+        "classes": config.num_labels if "Classification" in type(model).__name__ else None,
+        "dtype": dtype_name(model.dtype),
         "parameters": sparsity["parameters"],
-        "sparsity": sparsity if layers else {key: value for key, value in sparsity.items() if key != "rows"},
+        "sparsity": sparsity,
     }
     if spectrum:
         report = spectral_report(model)
-        whole = report.to_dict() | {
-            "matrices": len(report.rows),
-            "lost_ranks": sum(row.full_rank - row.rank for row in report.rows),
-        }
-        hidden = () if layers else ("rows",)
-        found["spectrum"] = {key: value for key, value in whole.items() if value is not None and key not in hidden}
+        whole = {key: value for key, value in report.to_dict().items() if value is not None}
+        lost = sum(row.full_rank - row.rank for row in report.rows)
+        found["spectrum"] = whole | {"matrices": len(report.rows), "lost_ranks": lost}
+    if not layers:
+        for name in ("sparsity", "spectrum"):
+            found.get(name, {}).pop("rows", None)
     found["sizes"] = repository.sizes | {"limit_bytes": storage_limit(tensors)}
-    found["metrics"], found["metrics_from"] = known_metrics(folder, results)
-    found |= {"method": method, "gates": results.get("gates"), "narrowed": sorted(recorded_widths(model.config))}
+    found["metrics"], found["metrics_from"] = _known_metrics(repository.folder, results)
+    found |= {"method": method, "gates": results.get("gates"), "narrowed": sorted(recorded_widths(config))}
     return {key: value for key, value in found.items() if value not in (None, {}, [])}
 
 
-def known_metrics(folder: Path, results: Mapping[str, Any] | None = None) -> tuple[list[dict], str | None]:
+def _known_metrics(folder: Path, results: Mapping[str, Any]) -> tuple[list[dict], str | None]:
     """What a repository says of its accuracy, and in which file: results.json, or the model-index of its card."""
-    results = read_json(folder / RESULTS_FILE) if results is None else results
     robustness = results.get("robustness") or {}
     if robustness.get("attacks"):
-        threat = {key: robustness.get("threat_model", {}).get(key) for key in ("norm", "epsilon")}
-        rows = [*robustness["attacks"], *([robustness["worst_case"]] if robustness.get("worst_case") else [])]
-        kept = ("low", "high", "n")
-        metrics = [
-            {"name": f"accuracy, {row['name']}", "value": row["accuracy"], **{key: row.get(key) for key in kept}}
-            | ({} if row["name"] == "clean" else threat)
-            for row in rows
-        ]
+        threat, worst = robustness.get("threat_model", {}), robustness.get("worst_case")
+        metrics = []
+        for row in [*robustness["attacks"], *([worst] if worst else [])]:
+            figures = {"value": row["accuracy"]} | {key: row.get(key) for key in ("low", "high", "n")}
+            ball = {} if row["name"] == "clean" else {key: threat.get(key) for key in ("norm", "epsilon")}
+            metrics.append({"name": f"accuracy, {row['name']}", **figures, **ball})
         return metrics, RESULTS_FILE
     if not (folder / CARD_FILE).is_file():
         return [], None
     try:
-        card = ModelCard.load(folder / CARD_FILE, ignore_metadata_errors=True)
-        entries = card.data.eval_results or []
+        entries = ModelCard.load(folder / CARD_FILE, ignore_metadata_errors=True).data.eval_results or []
     except Exception as error:  # of a YAML parser, on text that somebody else wrote
         raise ValueError(f"{folder / CARD_FILE}: its front matter can not be read ({error})") from error
     metrics = [
         {"name": e.metric_name or e.metric_type, "value": e.metric_value, "dataset": e.dataset_name} for e in entries
     ]
     return metrics, CARD_FILE if metrics else None
-
-
-def _architecture(model: nn.Module) -> dict[str, Any]:
-    config = model.config
-    timm_name = getattr(config, "architecture", None)
-    return {
-        "architecture": type(model).__name__ + (f" ({timm_name})" if timm_name else ""),
-        "classes": config.num_labels if "Classification" in type(model).__name__ else None,
-        "dtype": str(model.dtype).removeprefix("torch."),
-    }
 
 
 def summary_rows(found: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -62,15 +62,15 @@ def push_folder(
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     files = {name: folder / name for name in published_files(folder)}
     if checkpoint is not None:
-        inside = {path.relative_to(checkpoint).as_posix(): path for path in sorted(Path(checkpoint).rglob("*"))}
-        files = {
-            f"{checkpoint_path}/{name}": path
-            for name, path in inside.items()
-            if path.is_file() and path.name != "training_args.bin"
-        } | files
-    others = [name for name in api.list_repo_files(repo_id, revision=revision) if name not in files]
-    replaced = [name for name in others if _is_replaced(name, checkpoint_path if checkpoint is not None else None)]
-    operations = [*(CommitOperationDelete(name) for name in replaced)]
+        inside = (path for path in sorted(Path(checkpoint).rglob("*")) if path.is_file())
+        kept = [path for path in inside if path.name != "training_args.bin"]
+        files = {f"{checkpoint_path}/{path.relative_to(checkpoint).as_posix()}": path for path in kept} | files
+    operations = []
+    for name in api.list_repo_files(repo_id, revision=revision):
+        weights = is_dense_file(name) or name == SPARSE_FILE or name in OLD_WEIGHTS
+        replaced = weights or (checkpoint is not None and name.startswith(f"{checkpoint_path}/"))
+        if replaced and name not in files:
+            operations.append(CommitOperationDelete(name))
     operations += [CommitOperationAdd(name, path) for name, path in files.items()]
     try:
         return api.create_commit(repo_id, operations, commit_message=message, revision=revision)
@@ -78,8 +78,3 @@ def push_folder(
         raise OSError(
             f"{error} ({error.__cause__}) {repo_id} is as it was before. Push again: what arrived is not sent twice"
         ) from error
-
-
-def _is_replaced(name: str, checkpoint_path: str | None) -> bool:
-    weights = is_dense_file(name) or name == SPARSE_FILE or name in OLD_WEIGHTS
-    return weights or (checkpoint_path is not None and name.startswith(f"{checkpoint_path}/"))

@@ -12,14 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi, constants, snapshot_download
-from huggingface_hub.errors import (
-    HFValidationError,
-    HTTPError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub import HfApi, constants, errors, snapshot_download
 from transformers import PreTrainedModel
 
 from tscnc_hf.artifact.models.config import CONFIG_FILE, class_of, config_digest, read_config
@@ -78,7 +71,7 @@ def talking_to_the_hub() -> Iterator[None]:
     """Inside, a connection that fails is a ConnectionError, and so an OSError as all that the Hub itself answers."""
     try:
         yield
-    except HTTPError as error:
+    except errors.HTTPError as error:
         if isinstance(error, OSError):
             raise
         raise ConnectionError(f"the Hub at {constants.ENDPOINT} can not be reached: {error}") from error
@@ -108,16 +101,16 @@ def open_repository(
         raise FileNotFoundError(f"{folder} is a file; give the folder that holds it")
     try:
         info = HfApi(token=token).model_info(str(source), revision=revision, files_metadata=True)
-    except HFValidationError:
+    except errors.HFValidationError:
         raise FileNotFoundError(f"{str(source)!r} is neither a folder here nor a model id (owner/name)") from None
-    except RevisionNotFoundError:
+    except errors.RevisionNotFoundError:
         raise FileNotFoundError(f"{source} on the Hub has no revision {revision!r}") from None
-    except RepositoryNotFoundError:
+    except errors.RepositoryNotFoundError:
         raise FileNotFoundError(
             f"there is no folder {str(source)!r} here, and no such model on the Hub that you may read; a private one "
             "needs a token (hf auth login, or HF_TOKEN)"
         ) from None
-    except OfflineModeIsEnabled:
+    except errors.OfflineModeIsEnabled:
         folder = Path(snapshot_download(str(source), revision=revision, local_files_only=True))
         return Repository(str(source), folder, folder.name, folder_sizes(folder))
     files = {file.rfilename: file.size or 0 for file in info.siblings or ()}
