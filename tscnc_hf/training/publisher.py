@@ -86,8 +86,7 @@ class Publisher:
         sizes = folder_sizes(folder) if folder.is_dir() else {}
         if sizes:
             sizes["limit_bytes"] = storage_limit(read_tensors(folder))
-        named = not all(name.startswith("LABEL_") for name in names)
-        defaults = {"dataset_name": None, "class_names": names if named else None, "sizes": sizes or None}
+        defaults = {"dataset_name": None, "class_names": names, "sizes": sizes or None}
         defaults["own_widths"] = bool(recorded_widths(getattr(model, "config", None)))
         if not options.get("base_model"):  # else that model's licence decides, and nobody has said which it is
             defaults["license"] = "apache-2.0"

@@ -66,13 +66,13 @@ def write_card(
         config: the flat training configuration; tokens, empty values and folders of this machine are left out.
         dataset_name: a Hub id ("user/name"), or a plain name or a local folder, which stays out of `datasets`; None
             where it is not known.
+        class_names: not shown where they are those of transformers ("LABEL_0").
         base_model: the model that training started from, if any; only a Hub id reaches the metadata.
         license: an identifier of the Hub, such as "apache-2.0".
         command: the command line that trained the model.
         log_history: `trainer.state.log_history`.
-        lipschitz: `LipschitzReport.to_dict()`, if it was measured.
-        gates: `GateReport.to_dict()` of the gates that were folded into the weights, if there were any.
-        curve: `SecurityCurve.to_dict()`, drawn as figures/security_curve.png.
+        lipschitz, gates, curve: `to_dict()` of a `LipschitzReport`, of the `GateReport` of gates that were folded into
+            the weights, and of a `SecurityCurve`, where there are such.
         examples: keyword arguments of `examples_figure`, drawn as figures/adversarial_examples.png.
         kept_figures: "training", "adversarial_examples": figures that lie there and are shown as they are.
         dense: the `{"robustness", "sparsity", "spectrum", "lipschitz", "curve"}` of a dense twin.
@@ -93,8 +93,12 @@ def write_card(
     reports = {"robustness": robustness, "sparsity": sparsity, "spectrum": spectrum, "lipschitz": lipschitz}
     _check(reports | {"gates": gates})
     dense = {key: (dense or {}).get(key) for key in (*reports, "curve")}
-    config = {key: plain(value) for key, value in config.items() if _is_worth_keeping(key, value)}
-    dataset_hub, dataset = is_hub_id(dataset_name), without_paths(str(dataset_name)) if dataset_name else ""
+    # neither None nor NaN, and no token
+    kept = {key: value for key, value in config.items() if value is not None and value == value}
+    config = {key: plain(value) for key, value in kept.items() if not key.endswith("token")}
+    dataset = without_paths(str(dataset_name)) if dataset_name else ""
+
+    classes = [str(name) for name in class_names or ()]
 
     folder = Path(folder)
     drawn = {
@@ -112,7 +116,7 @@ def write_card(
         pipeline_tag="image-classification",
         license=license,
         base_model=base_model if is_hub_id(base_model) else None,
-        datasets=[dataset] if dataset_hub else None,
+        datasets=[dataset] if is_hub_id(dataset) else None,
         metrics=["accuracy"] if robustness else None,
         tags=[*_tags(robustness, sparsity, config), *tags],
         model_name=model_name,
@@ -133,12 +137,9 @@ def write_card(
         config=config,
         config_yaml=yaml_dump(words.used_settings(config), sort_keys=False).strip(),
         dataset=dataset,
-        dataset_hub=dataset_hub,
         split=dataset_split,
-        classes=[str(name) for name in class_names or ()],
+        classes=[] if all(name.startswith("LABEL_") for name in classes) else classes,
         base_model=without_paths(str(base_model)) if base_model else "",
-        base_model_hub=is_hub_id(base_model),
-        model_hub=is_hub_id(model_name),
         command=words.wrapped_command(without_paths(command)) if command else "",
         sizes=size_table(sizes) if sizes else [],
         packed=bool(sizes) and 0 < sizes.get("sparse_bytes", 0) < sizes.get("dense_bytes", math.inf),
@@ -159,10 +160,6 @@ def _tags(robustness: Mapping[str, Any] | None, sparsity: Mapping[str, Any], con
     tags += ["image-classification"] + (["robustness"] if robustness or config else [])
     tags += ["pruning", "sparse"] if sparsity["sparsity"] > 0 else []
     return tags + (["adversarial-training"] if config.get("objective", "natural") != "natural" else [])
-
-
-def _is_worth_keeping(key: str, value: Any) -> bool:
-    return value is not None and not key.endswith("token") and not (isinstance(value, float) and math.isnan(value))
 
 
 def _check(reports: Mapping[str, Mapping[str, Any] | None]) -> None:

@@ -93,11 +93,11 @@ def layer_figure(
 
     drawn = [i for i, name in enumerate(names) if name in rows]
     values = [rows[names[i]]["sparsity"] for i in drawn]
-    zeros.barh(drawn, values, height=0.62, color=SKY, zorder=2)
+    zeros.barh(drawn, values, height=0.62, color=SKY, zorder=2, label="zeros")
     zeros.set_xlim(0, 1)
     zeros.set_xticks(*PERCENT)
     zeros.set_xlabel("weights that are zero", fontsize=9, color=MUTED)
-    zeros.axvline(sparsity["sparsity"], zorder=2.5, **DASHED)
+    zeros.axvline(sparsity["sparsity"], zorder=2.5, label="median / overall", **DASHED)
     for i, value in zip(drawn, values, strict=True):
         # a column beside the panel, where no bar can run into it; 48 points is the width of "100.0 %" and some air
         at = dict(xytext=(48, 0), textcoords="offset points", ha="right", va="center", annotation_clip=False)
@@ -108,7 +108,7 @@ def layer_figure(
     _headline(fig, sparsity, spectrum, dense, height)
     look = dict(frameon=False, fontsize=8.5, labelcolor=INK, handletextpad=0.4, columnspacing=1.6, borderaxespad=0)
     corner = (0.2 / WIDTH, 1 - 0.78 / height)
-    fig.legend(handles=_legend(matrices, twin), loc="upper left", bbox_to_anchor=corner, ncols=5, borderpad=0, **look)
+    fig.legend(loc="upper left", bbox_to_anchor=corner, ncols=5, borderpad=0, **look)
     return fig
 
 
@@ -130,7 +130,7 @@ def _draw_condition_numbers(axes: Axes, names: Sequence[str], matrices: Mapping,
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     axes.set_xscale("log")
-    seen, notes = [], []
+    seen, notes, twins, whole, short = [], [], [], [], []
     for i, name in enumerate(names):
         before = [number(row["effective_condition_number"]) for row in twin.get(name, ())]
         now = [(number(row["effective_condition_number"]), row) for row in matrices.get(name, ())]
@@ -138,16 +138,22 @@ def _draw_condition_numbers(axes: Axes, names: Sequence[str], matrices: Mapping,
         seen += finite
         if before and now and len(finite) > 1:
             axes.plot([min(finite), max(finite)], [i, i], color=LIGHT, lw=2.2, solid_capstyle="round", zorder=2)
-        axes.plot(before, [i] * len(before), "o", ms=4.5, color=GREY, zorder=3)
-        whole = [v for v, row in now if row["rank"] >= row["full_rank"]]
-        short = [(v, row) for v, row in now if row["rank"] < row["full_rank"]]
-        axes.plot(whole, [i] * len(whole), "o", ms=6.5, color=BLUE, mec="white", mew=0.8, zorder=5)
-        axes.plot([v for v, _ in short], [i] * len(short), "D", ms=6, mfc="white", mec=ORANGE, mew=1.6, zorder=5)
-        if short:
-            worst = min((row for _, row in short), key=lambda row: row["rank"] / row["full_rank"])
+        lacking = [row for _, row in now if row["rank"] < row["full_rank"]]
+        twins += [(value, i) for value in before]
+        for value, row in now:
+            (short if row in lacking else whole).append((value, i))
+        if lacking:
+            worst = min(lacking, key=lambda row: row["rank"] / row["full_rank"])
             text = f"rank {worst['rank']}/{worst['full_rank']}" if worst["rank"] else "all zero"
-            text += f", {len(short)} of {len(now)} blocks" if len(now) > 1 else ""
+            text += f", {len(lacking)} of {len(now)} blocks" if len(now) > 1 else ""
             notes.append((i, max(finite, default=0.0), text))
+    for points, label, look in (
+        (whole, "full rank", dict(marker="o", ms=6.5, color=BLUE, mec="white", mew=0.8, zorder=5)),
+        (short, "rank deficient (over the non-zero part)", dict(marker="D", ms=6, mfc="white", mec=ORANGE, mew=1.6)),
+        (twins, "dense twin", dict(marker="o", ms=4.5, color=GREY, zorder=3)),
+    ):
+        if points:
+            axes.plot(*zip(*points, strict=True), label=label, **{"ls": "", "zorder": 5} | look)
     low, high = (min(seen), max(seen)) if seen else (1.0, 10.0)
     low, high = math.floor(math.log10(low) * 4 - 0.3) / 4, math.log10(high) + 0.08
     high = max(high, low + 1)  # a decade at least, or the axis has no number on it
@@ -178,22 +184,6 @@ def _headline(fig: Figure, sparsity: Mapping, spectrum: Mapping, dense: Mapping 
     ]
     fig.text(0.2 / WIDTH, 1 - 0.16 / height, title, fontsize=12.5, fontweight="bold", color=INK, va="top")
     fig.text(0.2 / WIDTH, 1 - 0.46 / height, "  ·  ".join(facts), fontsize=9, color=MUTED, va="top")
-
-
-def _legend(matrices: Mapping, twin: Mapping) -> list:
-    from matplotlib.lines import Line2D
-    from matplotlib.patches import Patch
-
-    rows = [row for layer in matrices.values() for row in layer]
-    dot, diamond = dict(marker="o", ls=""), dict(marker="D", ls="", ms=6, mfc="white", mec=ORANGE, mew=1.6)
-    handles = [Line2D([], [], ms=6.5, color=BLUE, label="full rank", **dot)]
-    if any(row["rank"] < row["full_rank"] for row in rows):
-        handles.append(Line2D([], [], label="rank deficient (over the non-zero part)", **diamond))
-    if twin:
-        handles.append(Line2D([], [], ms=4.5, color=GREY, label="dense twin", **dot))
-    handles.append(Patch(color=SKY, label="zeros"))
-    handles.append(Line2D([], [], label="median / overall", **DASHED))
-    return handles
 
 
 def training_figure(log_history: Iterable[Mapping[str, Any]]) -> Figure | None:

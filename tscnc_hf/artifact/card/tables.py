@@ -39,11 +39,9 @@ def evaluation_results(
     results = []
     for attack in [*robustness.get("attacks", ()), *([worst] if worst else [])]:
         name, args = "Clean accuracy", {"attack": attack["name"]}
-        if attack is worst:
-            name = f"Robust accuracy, worst case of the attacks ({ball})"
-        elif attack["name"] != "clean":
-            name = f"Robust accuracy under {attack_label(attack['name'])} ({ball})"
         if attack["name"] != "clean":
+            which = ", worst case of the attacks" if attack is worst else f" under {attack_label(attack['name'])}"
+            name = f"Robust accuracy{which} ({ball})"
             args |= {**threat, **attack.get("parameters", {})}
         args |= {"n": attack["n"], "correct": attack["correct"], "interval_95": [attack["low"], attack["high"]]}
         results.append(

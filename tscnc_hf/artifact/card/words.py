@@ -103,13 +103,10 @@ def number(value: Any) -> float:
 def format_kappa(value: Any) -> str:
     """A condition number for people: three significant digits, "∞" when infinite, "n/a" when undefined."""
     value = number(value)
-    if math.isnan(value):
-        return "n/a"
-    if math.isinf(value):
-        return "∞"
+    if not math.isfinite(value):
+        return "n/a" if math.isnan(value) else "∞"
     if value >= 1e6:
-        mantissa, exponent = f"{value:.3g}".split("e")
-        return f"{mantissa}e{int(exponent)}"
+        return re.sub(r"e\+0*", "e", f"{value:.3g}")
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 

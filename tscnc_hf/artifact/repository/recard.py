@@ -37,9 +37,9 @@ RUN_FACTS = ("dataset_name", "base_model", "license", "tags", "command", "versio
 KEPT_FIGURES = ("training", "adversarial_examples")  # drawn from what no file holds
 
 
-def is_own_card(path: Path) -> bool:
-    """Whether this library wrote the README.md."""
-    return CARD_MARK in path.read_text(encoding="utf-8")
+def of_another_author(path: Path) -> bool:
+    """Whether there is a README.md that this library did not write."""
+    return path.is_file() and CARD_MARK not in path.read_text(encoding="utf-8")
 
 
 def rebuild_card(
@@ -65,7 +65,7 @@ def rebuild_card(
         ValueError: the results are of other weights; damaged files; weights that do not fit config.json.
     """
     folder, target = repository.folder, output_folder(repository, output, "the card goes")
-    if (target / CARD_FILE).is_file() and not overwrite and not is_own_card(target / CARD_FILE):
+    if not overwrite and of_another_author(target / CARD_FILE):
         raise FileExistsError(
             f"{target / CARD_FILE} was not written by this library: give another --output, or --overwrite"
         )
@@ -91,7 +91,7 @@ def rebuild_card(
             "robustness": results.get("robustness"),
             **measured,
             "config": {key: value for key, value in method.items() if key not in (*RUN_FACTS, KEY)},
-            "class_names": None if all(name.startswith("LABEL_") for name in names) else names,
+            "class_names": names,
             "sizes": repository.sizes | {"limit_bytes": storage_limit(tensors)},
             "kept_figures": kept,
             "own_widths": bool(recorded_widths(model.config)),
@@ -120,7 +120,7 @@ def publish(folder: str | os.PathLike, repo_id: str, **options: Any) -> CommitIn
         raise ValueError(f"{folder} is on the Hub already; push takes a folder here")
     if "/" not in repo_id:
         repo_id = f"{HfApi(token=options.get('token')).whoami()['name']}/{repo_id}"
-    if (repository.folder / CARD_FILE).is_file() and not is_own_card(repository.folder / CARD_FILE):
+    if of_another_author(repository.folder / CARD_FILE):
         read_model(repository)
     else:
         rebuild_card(repository, model_name=repo_id)
