@@ -91,7 +91,7 @@ def load_slim(
         if has_weights(Path(name_or_folder)):
             raise
         try:
-            model = _load_packed(name_or_folder, **given)
+            model = load_sparse(name_or_folder, **given)
         except FileNotFoundError:
             raise no_dense_weights from None
     if new_head:
@@ -107,12 +107,16 @@ def load_sparse(
     revision: str | None = None,
     token: str | bool | None = None,
     device: str | torch.device = "cpu",
+    **options: Any,
 ) -> PreTrainedModel:
     """The model of a packed checkpoint: an ordinary dense `PreTrainedModel`, in eval mode, bit for bit what was saved.
 
     Only config.json and `model.sparse.safetensors` are read, or downloaded (from one commit) if `folder_or_hub_id` is
     not a folder here; `revision` and `token` are for the Hub. Checked are the digest of the file, that it was saved
     with this config.json, all names and shapes, and the number of zeros in the finished model.
+
+    Args:
+        options: of `from_pretrained`, such as `dtype` or `subfolder`.
 
     Raises:
         FileNotFoundError: there is no packed file, or no such folder and no such model on the Hub.
@@ -121,7 +125,27 @@ def load_sparse(
         ImportError: the file is compressed, and zstandard is not installed.
         OSError: the Hub can not be reached or refuses (huggingface_hub's own errors).
     """
-    return _load_packed(folder_or_hub_id, revision=revision, token=token).to(device)
+    folder = _locate(folder_or_hub_id, revision=revision, token=token, **_hub(options))
+    path = folder / SPARSE_FILE
+    read_sparse_metadata(path)  # what is no packed file is told first
+    digest = config_digest(folder)
+    options = {key: value for key, value in options.items() if key not in HUB_OPTIONS}
+    config = options.pop("config", None) or read_config(folder)
+    found = class_of(config)
+    # A file with another number of elements by a factor of two is not even decoded. Within it, which leaves room for
+    # tied weights, names and shapes are compared, with better words.
+    count = sum(tensor.numel() for tensor in _empty(found, config).state_dict().values())
+    tensors = read_sparse_file(path, digest, (math.ceil(count / 2), 2 * count))
+    values = sum(map(count_nonzero, tensors.values()))  # now: the model may share memory with the tensors
+    model = build_exactly(found, config, path, tensors, **options)
+    state = model.state_dict()
+    untied = {(tensor.data_ptr(), tensor.shape): tensor for tensor in state.values()}  # a file has a tied weight once
+    counts = [sum(map(count_nonzero, weights.values())) for weights in (state, untied)]
+    if values not in counts:
+        raise ValueError(f"{path} holds {values} values that are not zero, the model built from it {counts[1]}.")
+    # transformers leaves the text "None" here, which a model card would then name as the base model
+    model.config.name_or_path = model.name_or_path = str(folder_or_hub_id)
+    return model.to(device)
 
 
 def load_weights(model: nn.Module, folder: str | os.PathLike) -> None:
@@ -240,30 +264,6 @@ def _is_beside_the_layers(key: str, model: PreTrainedModel) -> bool:
     around = model.base_model if key.startswith(prefix) else model
     children = {name for part in (around, model.base_model) for name, _ in part.named_children()}
     return key.removeprefix(prefix).split(".")[0] not in children
-
-
-def _load_packed(source: str | os.PathLike, **options: Any) -> PreTrainedModel:
-    folder = _locate(source, **_hub(options))
-    path = folder / SPARSE_FILE
-    read_sparse_metadata(path)  # what is no packed file is told first
-    digest = config_digest(folder)
-    options = {key: value for key, value in options.items() if key not in HUB_OPTIONS}
-    config = options.pop("config", None) or read_config(folder)
-    found = class_of(config)
-    # A file with another number of elements by a factor of two is not even decoded. Within it, which leaves room for
-    # tied weights, names and shapes are compared, with better words.
-    count = sum(tensor.numel() for tensor in _empty(found, config).state_dict().values())
-    tensors = read_sparse_file(path, digest, (math.ceil(count / 2), 2 * count))
-    values = sum(map(count_nonzero, tensors.values()))  # now: the model may share memory with the tensors
-    model = build_exactly(found, config, path, tensors, **options)
-    state = model.state_dict()
-    untied = {(tensor.data_ptr(), tensor.shape): tensor for tensor in state.values()}  # a file has a tied weight once
-    counts = [sum(map(count_nonzero, weights.values())) for weights in (state, untied)]
-    if values not in counts:
-        raise ValueError(f"{path} holds {values} values that are not zero, the model built from it {counts[1]}.")
-    # transformers leaves the text "None" here, which a model card would then name as the base model
-    model.config.name_or_path = model.name_or_path = str(source)
-    return model
 
 
 def _locate(source: str | os.PathLike, revision: str | None = None, subfolder: str = "", **hub: Any) -> Path:

@@ -28,6 +28,7 @@ from tscnc_hf.artifact.files.tensor_file import (
 from tscnc_hf.artifact.packed import index as packed_index
 from tscnc_hf.artifact.packed.gaps import encode_gaps
 from tscnc_hf.artifact.packed.index import GAPS, PACKED_DTYPES
+from tscnc_hf.artifact.packed.limit import BIT_PATTERNS
 from tscnc_hf.artifact.packed.zstd import COMPRESSIONS, compress, to_planes, zstandard
 
 
@@ -76,8 +77,7 @@ def pack_tensors(
         if not isinstance(tensor, torch.Tensor) or tensor.is_meta or tensor.layout != torch.strided:
             raise ValueError(f"{name!r} is {type(tensor).__name__}, not a strided tensor with data: nothing to pack.")
         dense = own_copy(tensor)
-        kind = dtype_name(dense.dtype)
-        if kind in PACKED_DTYPES and dense.numel() and name + GAPS not in tensors:
+        if dtype_name(dense.dtype) in PACKED_DTYPES and dense.numel() and name + GAPS not in tensors:
             narrower = value_dtype if dense.element_size() > 2 else None
             wider += narrower is not None
             packed = _pack_one(name, dense, narrower, compression is not None)
@@ -205,13 +205,12 @@ def _pack_one(
     name: str, dense: torch.Tensor, value_dtype: str | None, compressed: bool
 ) -> tuple[torch.Tensor, torch.Tensor, dict] | None:
     """(values, gaps, index entry) of a contiguous CPU tensor; None if it is smaller as it is."""
-    kind = dtype_name(dense.dtype)
-    entry: dict[str, Any] = {"shape": list(dense.shape), "dtype": kind}
+    entry: dict[str, Any] = {"shape": list(dense.shape), "dtype": dtype_name(dense.dtype)}
     flat = dense.reshape(-1)
     if value_dtype:
         entry["value_dtype"] = value_dtype
         flat = _rounded(name, flat, value_dtype)
-    bits = PACKED_DTYPES[dtype_name(flat.dtype)][1]
+    bits = BIT_PATTERNS[flat.element_size()]
     positions = flat.view(bits).nonzero().reshape(-1)
     entry["nnz"] = len(positions)
     values, gaps = flat[positions], encode_gaps(positions, flat.numel())
@@ -232,7 +231,7 @@ def _pack_one(
 
 
 def _rounded(name: str, flat: torch.Tensor, value_dtype: str) -> torch.Tensor:
-    rounded = flat.to(PACKED_DTYPES[value_dtype][0])
+    rounded = flat.to(PACKED_DTYPES[value_dtype])
     overflown = flat[rounded.isfinite() != flat.isfinite()]
     if len(overflown):
         raise ValueError(

@@ -11,17 +11,12 @@ import torch
 
 from tscnc_hf.artifact.files.tensor_file import dtype_name
 from tscnc_hf.artifact.packed.gaps import SKIP, decode_gaps, measure_gaps
+from tscnc_hf.artifact.packed.limit import BIT_PATTERNS
 from tscnc_hf.artifact.packed.zstd import decompress, from_planes
 
 
 GAPS = ".tscnc_gaps"
-# dtype name -> (dtype, integer dtype of the same width, in which "all bits zero" and exact copies are plain)
-PACKED_DTYPES = {
-    "float64": (torch.float64, torch.int64),
-    "float32": (torch.float32, torch.int32),
-    "float16": (torch.float16, torch.int16),
-    "bfloat16": (torch.bfloat16, torch.int16),
-}
+PACKED_DTYPES = {dtype_name(dtype): dtype for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)}
 NEEDED = {"shape", "dtype", "nnz"}
 ALLOWED = NEEDED | {"value_dtype", "values", "gaps", "gap_bytes"}
 MOST_INDEX_BYTES = 1 << 24
@@ -48,7 +43,7 @@ class Entry:
     @property
     def bytes(self) -> int:
         """Of the dense tensor."""
-        return self.numel * PACKED_DTYPES[self.dtype][0].itemsize
+        return self.numel * PACKED_DTYPES[self.dtype].itemsize
 
 
 def header_text(metadata: dict[str, str]) -> str:
@@ -83,7 +78,7 @@ def may_claim(name: str, entry: Entry, values: torch.Tensor | None, gaps: torch.
     """
     if values is None or gaps is None:
         raise ValueError(f"{name!r} is in the index but {name!r} or {name + GAPS!r} is not stored.")
-    dtype = torch.uint8 if entry.values_compressed else PACKED_DTYPES[entry.value_dtype][0]
+    dtype = torch.uint8 if entry.values_compressed else PACKED_DTYPES[entry.value_dtype]
     length = values.numel()
     shape = value_shape(entry.shape, length)
     if (values.dtype, gaps.dtype, gaps.ndim) != (dtype, torch.uint8, 1) or tuple(values.shape) != shape:
@@ -111,8 +106,8 @@ def unpack_one(name: str, entry: Entry, values: torch.Tensor, gaps: torch.Tensor
         ValueError: damaged or contradicting parts.
         ImportError: they are compressed and zstandard is not installed.
     """
-    dtype, bits = PACKED_DTYPES[entry.dtype]
-    stored_dtype, stored_bits = PACKED_DTYPES[entry.value_dtype]
+    dtype, stored_dtype = PACKED_DTYPES[entry.dtype], PACKED_DTYPES[entry.value_dtype]
+    bits, stored_bits = BIT_PATTERNS[dtype.itemsize], BIT_PATTERNS[stored_dtype.itemsize]
     try:
         gap_bytes = decompress(gaps.numpy(), entry.gap_bytes) if entry.gaps_compressed else gaps.numpy()
         count, covered = measure_gaps(gap_bytes)
@@ -153,8 +148,7 @@ def _read_entry(name: str, entry: object) -> Entry:
     if dtype not in [*PACKED_DTYPES]:
         raise ValueError(f"index entry of {name!r}: dtype {dtype!r}, expected one of {[*PACKED_DTYPES]}.")
     value_dtype = entry.get("value_dtype", dtype)
-    width = PACKED_DTYPES[dtype][0].itemsize
-    if value_dtype != dtype and (value_dtype not in ["float16", "bfloat16"] or width == 2):
+    if value_dtype != dtype and (value_dtype not in ["float16", "bfloat16"] or PACKED_DTYPES[dtype].itemsize == 2):
         raise ValueError(f"index entry of {name!r}: value_dtype {value_dtype!r} is no narrower dtype than {dtype}.")
     codings = (entry.get("values", "zstd"), entry.get("gaps", "zstd"))
     if codings != ("zstd", "zstd") or (coding is None) != ("gap_bytes" not in entry):

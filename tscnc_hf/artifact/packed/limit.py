@@ -7,6 +7,7 @@ import math
 import torch
 
 
+# bytes of an element -> integer dtype in which "all bits zero" and exact copies are plain
 BIT_PATTERNS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 

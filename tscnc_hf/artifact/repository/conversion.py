@@ -78,17 +78,15 @@ def unpack(repository: Repository, output: str | os.PathLike | None = None) -> P
 def _refuse_other_model(folder: Path, target: Path, tensors: dict[str, torch.Tensor]) -> None:
     if (target / CONFIG_FILE).is_file() and config_digest(target) != config_digest(folder):
         raise FileExistsError(f"{target} holds the {CONFIG_FILE} of another model; give another folder")
-    if has_weights(target) or (target / SPARSE_FILE).is_file():
-        if not same_tensors(read_tensors(target), tensors):
-            raise FileExistsError(f"{target} holds other weights than would be written; give another folder")
+    there = has_weights(target) or (target / SPARSE_FILE).is_file()
+    if there and not same_tensors(read_tensors(target), tensors):
+        raise FileExistsError(f"{target} holds other weights than would be written; give another folder")
 
 
 def _copy_side_files(source: Path, target: Path, left_out: tuple[str, ...] = ()) -> None:
     """Everything that is published but weights; what is there already stays. The config last: now it can be loaded."""
-    if source.resolve() == target.resolve():
-        return
     names = [name for name in published_files(source) if not (is_dense_file(name) or name == SPARSE_FILE)]
     for name in sorted(names, key=lambda name: name == CONFIG_FILE):
-        if not name.startswith(left_out or ("\0",)) and not (target / name).is_file():
+        if not name.startswith(left_out) and not (target / name).is_file():
             with atomic_file(target / name) as temporary:
                 shutil.copyfile(source / name, temporary)

@@ -69,20 +69,20 @@ def rebuild_card(
         raise FileExistsError(
             f"{target / CARD_FILE} was not written by this library: give another --output, or --overwrite"
         )
-    if results_file is not None and not Path(results_file).is_file():
-        raise FileNotFoundError(f"{results_file}: no such file")
+    source = folder / RESULTS_FILE if results_file is None else Path(results_file)
+    if results_file is not None and not source.is_file():
+        raise FileNotFoundError(f"{source}: no such file")
     model, tensors = read_model(repository)
-    results = read_json(folder / RESULTS_FILE if results_file is None else Path(results_file))
+    results = read_json(source)
     method = method_settings(folder, model.config)
     measured = {
         "sparsity": sparsity_report(model, method.get("pruning_exclude") or ()).to_dict(),
         "spectrum": spectral_report(model).to_dict(),
     }
     if results:
-        _check_results(results, model, results_file or folder / RESULTS_FILE)
+        _check_results(results, model, source)
     known = {"dataset_name": results.get("dataset")} | _facts_of_card(folder / CARD_FILE)
     known |= {key: method[key] for key in RUN_FACTS if method.get(key)}
-    kept = [name for name in KEPT_FIGURES if _keep_figure(folder, target, name)]
     names = [str(name) for name in (getattr(model.config, "id2label", None) or {}).values()]
     path = write_card(
         target,
@@ -93,7 +93,7 @@ def rebuild_card(
             "config": {key: value for key, value in method.items() if key not in (*RUN_FACTS, KEY)},
             "class_names": names,
             "sizes": repository.sizes | {"limit_bytes": storage_limit(tensors)},
-            "kept_figures": kept,
+            "kept_figures": [name for name in KEPT_FIGURES if _keep_figure(folder, target, name)],
             "own_widths": bool(recorded_widths(model.config)),
             **{key: results.get(key) for key in ("lipschitz", "gates", "curve", "dense")},
             **known,
