@@ -20,8 +20,8 @@ from tscnc_hf.artifact.files.atomic import atomic_file
 from tscnc_hf.artifact.files.tensor_file import (
     DOWNLOAD_AGAIN,
     dtype_name,
-    mapped_tensors,
     own_copy,
+    read_safetensors,
     reading,
     tensors_digest,
 )
@@ -157,8 +157,7 @@ def read_sparse_file(
         FileNotFoundError: there is no such file. A ValueError, also of a truncated file, names it.
     """
     metadata = read_sparse_metadata(path)
-    with reading(path):
-        packed = mapped_tensors(path)
+    packed, _ = read_safetensors(path)
     with _named(path):
         return unpack_tensors(packed, metadata, config, elements)
 
