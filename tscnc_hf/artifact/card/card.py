@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.utils import yaml_dump
 
 from tscnc_hf.artifact.card import figures, robustness_figures, words
-from tscnc_hf.artifact.card.tables import KAPPAS, evaluation_results, layer_table, results_table, size_table
+from tscnc_hf.artifact.card.tables import KAPPAS, NOT_YET, evaluation_results, layer_table, results_table, size_table
 from tscnc_hf.artifact.card.words import is_hub_id, plain, without_paths
 from tscnc_hf.artifact.files.atomic import atomic_file
 
@@ -91,7 +91,13 @@ def write_card(
         raise ValueError(f"model_name={model_name!r}: give a Hub id such as 'user/name', or the name of the folder")
     model_name = without_paths(str(model_name))
     reports = {"robustness": robustness, "sparsity": sparsity, "spectrum": spectrum, "lipschitz": lipschitz}
-    _check(reports | {"gates": gates})
+    reports |= {"gates": gates}
+    for name, report in reports.items():
+        if missing := [key for key in NEEDED[name] if report is not None and key not in report]:
+            raise ValueError(
+                f"{name} lacks {', '.join(missing)} (it has {', '.join(map(str, report)) or 'nothing'}); "
+                "give `.to_dict()` of the report, or what was saved of it as JSON"
+            )
     dense = {key: (dense or {}).get(key) for key in (*reports, "curve")}
     # neither None nor NaN, and no token
     kept = {key: value for key, value in config.items() if value is not None and value == value}
@@ -130,7 +136,6 @@ def write_card(
         results=results_table(reports, dense),
         twin=any(dense.values()),
         **reports,
-        gates=gates,
         curve=curve,
         figures={*drawn, *kept_figures},
         layers=layer_table(sparsity, spectrum),
@@ -146,6 +151,7 @@ def write_card(
         own_widths=own_widths,
         versions=plain(versions or (robustness or {}).get("versions") or {}),
         notes=[without_paths(str(note)) for note in notes],
+        not_yet=NOT_YET,
         words=words,
     )
     text = re.sub(r"\n{3,}", "\n\n", str(card)).rstrip() + "\n"  # an absent part leaves no hole
@@ -160,13 +166,3 @@ def _tags(robustness: Mapping[str, Any] | None, sparsity: Mapping[str, Any], con
     tags += ["image-classification"] + (["robustness"] if robustness or config else [])
     tags += ["pruning", "sparse"] if sparsity["sparsity"] > 0 else []
     return tags + (["adversarial-training"] if config.get("objective", "natural") != "natural" else [])
-
-
-def _check(reports: Mapping[str, Mapping[str, Any] | None]) -> None:
-    for name, report in reports.items():
-        missing = [key for key in NEEDED[name] if report is not None and key not in report]
-        if missing:
-            raise ValueError(
-                f"{name} lacks {', '.join(missing)} (it has {', '.join(map(str, report)) or 'nothing'}); "
-                "give `.to_dict()` of the report, or what was saved of it as JSON"
-            )

@@ -8,15 +8,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult
 
-from tscnc_hf.artifact.card.words import (
-    NOT_YET,
-    attack_label,
-    by_layer,
-    format_bytes,
-    format_kappa,
-    format_percent,
-    number,
-)
+from tscnc_hf.artifact.card.words import attack_label, by_layer, format_bytes, format_kappa, format_percent, number
 
 
 KAPPAS = {
@@ -25,6 +17,7 @@ KAPPAS = {
     "Median condition number": "median_condition_number",
     "Largest condition number": "max_condition_number",
 }
+NOT_YET = "not evaluated yet"
 
 
 def evaluation_results(
@@ -127,5 +120,5 @@ def size_table(sizes: Mapping[str, int]) -> list[tuple[str, str, str]]:
         "limit_bytes": "what a lossless file needs at least, values stored raw",
     }
     dense = sizes.get("dense_bytes")
-    shares = {key: f"{100 * sizes[key] / dense:.1f} %" if dense else "" for key in names if key in sizes}
-    return [(names[key], format_bytes(sizes[key]), share) for key, share in shares.items()]
+    there = {what: sizes[key] for key, what in names.items() if key in sizes}
+    return [(what, format_bytes(n), f"{100 * n / dense:.1f} %" if dense else "") for what, n in there.items()]

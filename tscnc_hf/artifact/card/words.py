@@ -12,7 +12,6 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 
-NOT_YET = "not evaluated yet"
 # an absolute path, POSIX or Windows; not the slash of 8/255, of a URL, of a relative path or of a closing tag
 ABSOLUTE_PATH = re.compile(r"(?<![\w.<:/\\])(?:file://|~|[A-Za-z]:)?[/\\](?:[^\s\"'/\\]+[/\\]+)*([^\s\"'/\\]+)")
 
