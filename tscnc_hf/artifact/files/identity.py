@@ -66,9 +66,8 @@ class RunIdentity:
             missing = usual if part == "options" else {}
             pairs = {n: (before.get(n, missing.get(n)), after.get(n, missing.get(n))) for n in {**before, **after}}
             names = [name for name, (was, is_now) in pairs.items() if was != is_now]
-            asked = [name for name in names if name.startswith(ASKED)]
-            if len(names) > len(asked):
-                names = [*asked, *(name for name in names if name not in asked)]
+            if not all(name.startswith(ASKED) for name in names):
+                names.sort(key=lambda name: not name.startswith(ASKED))
                 found += [Difference(part, name.removeprefix(ASKED), *pairs[name]) for name in names]
         return found
 

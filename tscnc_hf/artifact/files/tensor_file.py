@@ -28,6 +28,15 @@ def reading(path: str | os.PathLike) -> Iterator[None]:
         raise unreadable(path, error) from error
 
 
+@contextmanager
+def naming(path: str | os.PathLike) -> Iterator[None]:
+    """Inside, a ValueError names the file and says what to do."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path}: {error} {DOWNLOAD_AGAIN}") from error
+
+
 def read_safetensors(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """(tensors, metadata) of any safetensors file. Errors: `reading`."""
     with reading(path), safe_open(path, framework="pt") as file:

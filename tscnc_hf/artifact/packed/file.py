@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from tscnc_hf.artifact.files.atomic import atomic_file
-from tscnc_hf.artifact.files.tensor_file import (
-    DOWNLOAD_AGAIN,
-    dtype_name,
-    own_copy,
-    read_safetensors,
-    reading,
-    tensors_digest,
-)
+from tscnc_hf.artifact.files.tensor_file import dtype_name, naming, own_copy, read_safetensors, reading, tensors_digest
 from tscnc_hf.artifact.packed import index as packed_index
 from tscnc_hf.artifact.packed.gaps import encode_gaps
 from tscnc_hf.artifact.packed.index import GAPS, PACKED_DTYPES
@@ -158,7 +149,7 @@ def read_sparse_file(
     """
     metadata = read_sparse_metadata(path)
     packed, _ = read_safetensors(path)
-    with _named(path):
+    with naming(path):
         return unpack_tensors(packed, metadata, config, elements)
 
 
@@ -169,21 +160,12 @@ def read_sparse_metadata(path: str | os.PathLike) -> dict[str, str]:
             header = file.read(int.from_bytes(file.read(8), "little") if os.path.getsize(path) > 8 else 0)
         with safe_open(path, framework="pt") as file:
             metadata, count = file.metadata() or {}, len(file.keys())
-    with _named(path):
+    with naming(path):
         if not header.rstrip(b" ").endswith(b"}"):  # padding that is not: nobody would notice a flipped byte in it
             raise ValueError("the header is damaged.")
         if count > MOST_TENSORS:
             raise ValueError(f"it has {count} tensors; at most {MOST_TENSORS} are allowed.")
         return _check_metadata(metadata)
-
-
-@contextmanager
-def _named(path: str | os.PathLike) -> Iterator[None]:
-    """Inside, a ValueError names the file."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{path}: {error} {DOWNLOAD_AGAIN}") from error
 
 
 def _check_metadata(metadata: dict[str, str] | None) -> dict[str, str]:
@@ -207,8 +189,14 @@ def _pack_one(
     entry: dict[str, Any] = {"shape": list(dense.shape), "dtype": dtype_name(dense.dtype)}
     flat = dense.reshape(-1)
     if value_dtype:
-        entry["value_dtype"] = value_dtype
-        flat = _rounded(name, flat, value_dtype)
+        entry["value_dtype"], wide = value_dtype, flat
+        flat = wide.to(PACKED_DTYPES[value_dtype])
+        overflown = wide[flat.isfinite() != wide.isfinite()]
+        if len(overflown):
+            raise ValueError(
+                f"{name!r}: {len(overflown)} values are too large for {value_dtype}, the first is {overflown[0]:.3g}. "
+                'Use value_dtype="bf16", or none.'
+            )
     bits = BIT_PATTERNS[flat.element_size()]
     positions = flat.view(bits).nonzero().reshape(-1)
     entry["nnz"] = len(positions)
@@ -227,14 +215,3 @@ def _pack_one(
     if values.nbytes + len(gaps) >= dense.nbytes:
         return None
     return values.reshape(packed_index.value_shape(entry["shape"], len(values))), gaps, entry
-
-
-def _rounded(name: str, flat: torch.Tensor, value_dtype: str) -> torch.Tensor:
-    rounded = flat.to(PACKED_DTYPES[value_dtype])
-    overflown = flat[rounded.isfinite() != flat.isfinite()]
-    if len(overflown):
-        raise ValueError(
-            f"{name!r}: {len(overflown)} values are too large for {value_dtype}, the first is {overflown[0]:.3g}. Use "
-            'value_dtype="bf16", or none.'
-        )
-    return rounded
