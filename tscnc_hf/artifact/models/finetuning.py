@@ -54,26 +54,19 @@ def load_for_finetuning(
     if renamed or not kept:
         model.config.update(label_fields(class_names))
     side, channels = input_format(model, processor)
-    _check_size(model, 1 if channels == "grey" else 3, image_size)
-    size = f"images of {image_size[0]}x{image_size[1]}"
-    if image_size != (side, side):
-        processor = _take_size_(model, processor, image_size)
-        size += f", of {side}x{side} so far" if side else ""
-    return model, processor, f"{head}; {size}"
-
-
-def _check_size(model: PreTrainedModel, channels: int, image_size: tuple[int, int]) -> None:
-    training = model.training
     try:
-        with torch.no_grad():
-            model.eval()(pixel_values=torch.zeros(1, channels, *image_size))
+        with torch.no_grad():  # the model comes in eval mode
+            model(pixel_values=torch.zeros(1, 1 if channels == "grey" else 3, *image_size))
     except (ValueError, RuntimeError, AssertionError) as error:
         raise ValueError(
             f"images of {image_size[0]}x{image_size[1]} pixels do not go through the model: {error} Leave image_size "
             "out: images are then resized to what the model takes"
         ) from error
-    finally:
-        model.train(training)
+    size = f"images of {image_size[0]}x{image_size[1]}"
+    if image_size != (side, side):
+        processor = _take_size_(model, processor, image_size)
+        size += f", of {side}x{side} so far" if side else ""
+    return model, processor, f"{head}; {size}"
 
 
 def _take_size_(model: PreTrainedModel, processor: object, image_size: tuple[int, int]) -> object:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -58,23 +59,15 @@ def _make_config_true_(model: PreTrainedModel) -> str:
     for edits in ({}, *_candidates(config, model, wanted)):
         edited = copy.deepcopy(config)
         edited.update(edits)
-        if _widths_of(type(model), edited) == wanted:
-            model.config.update(edits)
-            record_widths_(model.config, {})
-            return "config"
+        with suppress(ValueError, TypeError, RuntimeError, AssertionError), torch.device("meta"):  # not all are models
+            if layer_widths(type(model)(edited)) == wanted:
+                model.config.update(edits)
+                record_widths_(model.config, {})
+                return "config"
     with torch.device("meta"):
         built = type(model)(config)
     record_widths_(model.config, changed_widths(built, model))
     return "recorded"
-
-
-def _widths_of(model_class: type[PreTrainedModel], config: Any) -> Widths | None:
-    """Of a model that the config builds; None if it builds none."""
-    try:
-        with torch.device("meta"):
-            return layer_widths(model_class(config))
-    except (ValueError, TypeError, RuntimeError, AssertionError):
-        return None
 
 
 def _candidates(config: Any, model: PreTrainedModel, widths: Widths) -> Iterator[dict[str, Any]]:

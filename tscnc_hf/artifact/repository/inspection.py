@@ -103,8 +103,8 @@ def summary_rows(found: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("model", found["model"] + (f" at {found['commit'][:8]}" if "commit" in found else "")),
         ("architecture", found["architecture"] + (f", {found['classes']} classes" if "classes" in found else "")),
         ("parameters", f"{found['parameters']:,} in {found['dtype']}"),
-        ("zeros", _share(sparsity["zeros"], sparsity["prunable"], "prunable weights")),
-        ("", _share(sparsity["parameter_zeros"], sparsity["parameters"], "parameters")),
+        ("zeros", f"{sparsity['sparsity']:.2%} of {sparsity['prunable']:,} prunable weights"),
+        ("", f"{sparsity['parameter_sparsity']:.2%} of {sparsity['parameters']:,} parameters"),
     ]
     if spectrum := found.get("spectrum"):
         kappas = [format_kappa(spectrum.get(f"{which}_effective_condition_number")) for which in ("median", "max")]
@@ -138,10 +138,6 @@ def layer_rows(found: Mapping[str, Any]) -> list[tuple[str, ...]]:
             rank = f"{sum(view['rank'] for view in views)} of {sum(view['full_rank'] for view in views)}"
         table.append((row["name"], " x ".join(map(str, row["shape"])), f"{row['sparsity']:.2%}", kappa, rank))
     return table
-
-
-def _share(part: int, whole: int, what: str) -> str:
-    return f"{part / max(whole, 1):.2%} of {whole:,} {what}"
 
 
 def _metric(metric: Mapping[str, Any]) -> str:
