@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from tscnc_hf.method.matrices import CONVOLUTIONS, full_tensor, weight_matrices
+from tscnc_hf.method.reports.report import Report, markdown_table
 
 
 # products of two activations, where no weight takes part (in anything but a linear layer or convolution)
@@ -37,7 +38,7 @@ class LayerFlops:
 
 
 @dataclass(frozen=True)
-class FlopsReport:
+class FlopsReport(Report):
     """
     Multiply-accumulates of one forward pass; a FLOP count is twice that (one multiplication, one addition).
 
@@ -56,6 +57,8 @@ class FlopsReport:
     macs: int
     sparse_macs: int
 
+    SUMMARY = ("flops", "sparse_flops")
+
     @property
     def flops(self) -> int:
         return 2 * self.macs
@@ -64,21 +67,11 @@ class FlopsReport:
     def sparse_flops(self) -> int:
         return 2 * self.sparse_macs
 
-    def to_dict(self) -> dict:
-        return {
-            "input_shape": list(self.input_shape),
-            "macs": self.macs,
-            "sparse_macs": self.sparse_macs,
-            "flops": self.flops,
-            "sparse_flops": self.sparse_flops,
-            "rows": [asdict(row) for row in self.rows],
-        }
-
     def to_markdown(self) -> str:
-        lines = ["| layer | MACs | non-zero weights | MACs of those |", "| --- | ---: | ---: | ---: |"]
-        lines += [f"| `{r.name}` | {r.macs:,} | {r.nonzero:.2%} | {r.sparse_macs:,} |" for r in self.rows]
+        rows = [(f"`{r.name}`", f"{r.macs:,}", f"{r.nonzero:.2%}", f"{r.sparse_macs:,}") for r in self.rows]
         share = self.sparse_macs / max(self.macs, 1)
-        return "\n".join([*lines, f"| all | {self.macs:,} | {share:.2%} of the MACs | {self.sparse_macs:,} |"])
+        rows.append(("all", f"{self.macs:,}", f"{share:.2%} of the MACs", f"{self.sparse_macs:,}"))
+        return markdown_table(("layer", "MACs", "non-zero weights", "MACs of those"), rows)
 
 
 @torch.no_grad()

@@ -17,11 +17,12 @@ from torch.nn.modules.conv import _ConvNd
 from tscnc_hf.method.adversarial.losses import pixel_gradient
 from tscnc_hf.method.adversarial.pixels import LogitsFn
 from tscnc_hf.method.matrices import full_tensor, weight_matrices
+from tscnc_hf.method.reports.report import Report
 from tscnc_hf.method.reports.spectrum import singular_values
 
 
 @dataclass(frozen=True)
-class LipschitzProduct:
+class LipschitzProduct(Report):
     """
     Attributes:
         log10: decimal logarithm of the product of `bounds`; minus infinity when a layer is all zero.
@@ -32,10 +33,6 @@ class LipschitzProduct:
     log10: float
     bounds: dict[str, float]
     unknown: tuple[str, ...]
-
-    def to_dict(self) -> dict:
-        log10 = self.log10 if math.isfinite(self.log10) else str(self.log10)
-        return {"log10": log10, "bounds": dict(self.bounds), "unknown": list(self.unknown)}
 
 
 @torch.no_grad()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from torch import nn
 
 from tscnc_hf.method.matrices import full_tensor, weight_matrices
+from tscnc_hf.method.reports.report import Report, by, markdown_table
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class LayerSparsity:
 
 
 @dataclass(frozen=True)
-class SparsityReport:
+class SparsityReport(Report):
     """
     Zeros per prunable weight and in all. Fractions are fractions of zeros.
 
@@ -40,21 +41,19 @@ class SparsityReport:
     parameter_zeros: int
     parameter_sparsity: float
 
-    def to_dict(self) -> dict:
-        return asdict(self) | {"rows": [asdict(row) | {"shape": list(row.shape)} for row in self.rows]}
-
     def to_markdown(self) -> str:
-        lines = ["| weight | shape | zeros | sparsity |", "| --- | --- | ---: | ---: |"]
-        lines += [
-            f"| `{row.name}` | {' x '.join(map(str, row.shape))} | {row.zeros:,} of {row.numel:,} "
-            f"| {row.sparsity:.2%} |"
-            for row in self.rows
+        rows = [
+            (f"`{r.name}`", by(r.shape), f"{r.zeros:,} of {r.numel:,}", f"{r.sparsity:.2%}") for r in self.rows
+        ] + [
+            ("all prunable", "", f"{self.zeros:,} of {self.prunable:,}", f"{self.sparsity:.2%}"),
+            (
+                "all parameters",
+                "",
+                f"{self.parameter_zeros:,} of {self.parameters:,}",
+                f"{self.parameter_sparsity:.2%}",
+            ),
         ]
-        lines.append(f"| all prunable | | {self.zeros:,} of {self.prunable:,} | {self.sparsity:.2%} |")
-        lines.append(
-            f"| all parameters | | {self.parameter_zeros:,} of {self.parameters:,} | {self.parameter_sparsity:.2%} |"
-        )
-        return "\n".join(lines)
+        return markdown_table(("weight", "shape", "zeros", "sparsity"), rows, text=("shape",))
 
 
 def sparsity_report(model: nn.Module, exclude: Sequence[str] = ()) -> SparsityReport:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from tscnc_hf.method.matrices import weight_matrices
+from tscnc_hf.method.reports.report import Report, by, markdown_table
 
 
 # Singular values below this fraction of the largest count as zero.
@@ -48,62 +49,39 @@ class MatrixSpectrum:
     cnc: float
 
 
+def _over_rows(figure: Callable, column: str) -> property:
+    return property(lambda report: figure([getattr(row, column) for row in report.rows]) if report.rows else math.nan)
+
+
 @dataclass(frozen=True)
-class SpectralReport:
+class SpectralReport(Report):
     """The spectrum of every weight matrix with at least two rows and two columns."""
 
     rows: tuple[MatrixSpectrum, ...]
 
-    @property
-    def median_condition_number(self) -> float:
-        return statistics.median(row.condition_number for row in self.rows) if self.rows else math.nan
-
-    @property
-    def max_condition_number(self) -> float:
-        return max((row.condition_number for row in self.rows), default=math.nan)
-
-    @property
-    def median_effective_condition_number(self) -> float:
-        return statistics.median(row.effective_condition_number for row in self.rows) if self.rows else math.nan
-
-    @property
-    def max_effective_condition_number(self) -> float:
-        return max((row.effective_condition_number for row in self.rows), default=math.nan)
+    median_condition_number = _over_rows(statistics.median, "condition_number")
+    max_condition_number = _over_rows(max, "condition_number")
+    median_effective_condition_number = _over_rows(statistics.median, "effective_condition_number")
+    max_effective_condition_number = _over_rows(max, "effective_condition_number")
+    SUMMARY = (
+        "median_condition_number", "max_condition_number",
+        "median_effective_condition_number", "max_effective_condition_number", "rank_deficient",
+    )  # fmt: skip
 
     @property
     def rank_deficient(self) -> int:
         """Number of matrices whose rank is below min(r, c)."""
         return sum(row.rank < row.full_rank for row in self.rows)
 
-    def summary(self) -> dict[str, float]:
-        return {
-            "median_condition_number": self.median_condition_number,
-            "max_condition_number": self.max_condition_number,
-            "median_effective_condition_number": self.median_effective_condition_number,
-            "max_effective_condition_number": self.max_effective_condition_number,
-            "rank_deficient": self.rank_deficient,
-        }
-
-    def to_dict(self) -> dict:
-        """Plain JSON types; infinity is the string "inf", and what a model without matrices does not have is None."""
-        rows = [asdict(row) | {"shape": list(row.shape)} for row in self.rows]
-        return {key: _plain(value) for key, value in self.summary().items()} | {
-            "rows": [{key: _plain(value) for key, value in row.items()} for row in rows]
-        }
-
     def to_markdown(self) -> str:
-        lines = [
-            "| matrix | shape | sigma max | kappa | effective kappa | rank "
-            "| dead rows | dead columns | stable rank | cnc |",
-            "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-        ]
-        for row in self.rows:
-            lines.append(
-                f"| `{row.name}` | {row.shape[0]} x {row.shape[1]} | {row.sigma_max:.3g} | {row.condition_number:.3g} "
-                f"| {row.effective_condition_number:.3g} | {row.rank} of {row.full_rank} | {row.dead_rows} "
-                f"| {row.dead_columns} | {row.stable_rank:.1f} | {row.cnc:.3f} |"
-            )
-        return "\n".join(lines)
+        rows = [
+            (f"`{r.name}`", by(r.shape), f"{r.sigma_max:.3g}", f"{r.condition_number:.3g}",
+             f"{r.effective_condition_number:.3g}", f"{r.rank} of {r.full_rank}", r.dead_rows, r.dead_columns,
+             f"{r.stable_rank:.1f}", f"{r.cnc:.3f}")
+            for r in self.rows
+        ]  # fmt: skip
+        head = ("matrix", "shape", "sigma max", "kappa", "effective kappa", "rank", "dead rows", "dead columns")
+        return markdown_table((*head, "stable rank", "cnc"), rows, text=("shape",))
 
 
 def singular_values(matrix: Tensor, method: str = "svd") -> Tensor:
@@ -170,9 +148,3 @@ def spectral_report(model: nn.Module, exclude: Sequence[str] = (), method: str =
             name = record.name if len(matrices) == 1 else f"{record.name}[{index}]"
             rows.append(matrix_spectrum(name, matrix, method))
     return SpectralReport(tuple(rows))
-
-
-def _plain(value):
-    if not isinstance(value, float) or math.isfinite(value):
-        return value
-    return None if math.isnan(value) else "inf"

@@ -12,13 +12,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from tscnc_hf.method.constraints import transformed_l1
 from tscnc_hf.method.matrices import CONVOLUTIONS, full_tensor
+from tscnc_hf.method.reports.report import Report, markdown_table
 from tscnc_hf.method.sharding import replicated
 from tscnc_hf.method.units.sites import GateSite, gate_sites, make_site
 
@@ -266,10 +267,12 @@ class GateRow:
 
 
 @dataclass(frozen=True)
-class GateReport:
+class GateReport(Report):
     """All gates of a model; fractions are of gates."""
 
     rows: tuple[GateRow, ...]
+
+    SUMMARY = ("gates", "closed")
 
     @property
     def gates(self) -> int:
@@ -279,17 +282,10 @@ class GateReport:
     def closed(self) -> int:
         return sum(row.closed for row in self.rows)
 
-    def to_dict(self) -> dict:
-        rows = [asdict(row) | {"removable": list(row.removable)} for row in self.rows]
-        return {"gates": self.gates, "closed": self.closed, "rows": rows}
-
     def to_markdown(self) -> str:
-        lines = [
-            "| read by | gates | closed | expected open | channels a gate |",
-            "| --- | ---: | ---: | ---: | ---: |",
-        ]
-        lines += [f"| `{r.name}` | {r.gates} | {r.closed} | {r.expected_open:.1f} | {r.channels} |" for r in self.rows]
-        return "\n".join([*lines, f"| all | {self.gates} | {self.closed} | | |"])
+        rows = [(f"`{r.name}`", r.gates, r.closed, f"{r.expected_open:.1f}", r.channels) for r in self.rows]
+        rows.append(("all", self.gates, self.closed, "", ""))
+        return markdown_table(("read by", "gates", "closed", "expected open", "channels a gate"), rows)
 
 
 @torch.no_grad()

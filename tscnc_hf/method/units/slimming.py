@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from fractions import Fraction
 
 import torch
 from torch import Tensor, nn
 
 from tscnc_hf.method.reports.flops import flops_report
+from tscnc_hf.method.reports.report import Report, by, markdown_table
 from tscnc_hf.method.units.dead import DeadUnits, find_dead_units, logits_of
 from tscnc_hf.method.units.gates import fold_gates_
 from tscnc_hf.method.units.groups import KINDS
@@ -265,7 +266,7 @@ class SlimRow:
 
 
 @dataclass(frozen=True)
-class SlimReport:
+class SlimReport(Report):
     """
     What was cut out of a model and what it costs now.
 
@@ -288,37 +289,20 @@ class SlimReport:
     difference: float
     config: str = ""
 
+    SUMMARY = ("removed",)
+
     @property
     def removed(self) -> int:
         return sum(row.units - row.kept for row in self.rows)
 
-    def to_dict(self) -> dict:
-        return asdict(self) | {
-            "rows": [asdict(row) for row in self.rows],
-            "input_shape": list(self.input_shape),
-            "removed": self.removed,
-        }
-
     def to_markdown(self) -> str:
-        lines = [
-            "| read by | kind | units | kept | cut: unread | cut: constant | dead but left | why |",
-            "| --- | --- | ---: | ---: | ---: | ---: | ---: | --- |",
+        head = ("read by", "kind", "units", "kept", "cut: unread", "cut: constant", "dead but left", "why")
+        rows = [(f"`{r.name}`", r.kind, r.units, r.kept, r.unread, r.constant, r.left, r.why) for r in self.rows]
+        sums = [
+            ("units", sum(row.units for row in self.rows), sum(row.kept for row in self.rows)),
+            ("parameters", self.parameters_before, self.parameters_after),
+            (f"MACs, input {by(self.input_shape)}", self.macs_before, self.macs_after),
         ]
-        lines += [
-            f"| `{r.name}` | {r.kind} | {r.units} | {r.kept} | {r.unread} | {r.constant} | {r.left} | {r.why} |"
-            for r in self.rows
-        ]
-        units, kept = sum(row.units for row in self.rows), sum(row.kept for row in self.rows)
-        lines += [
-            "",
-            "| | before | after | ratio |",
-            "| --- | ---: | ---: | ---: |",
-            _line("units", units, kept),
-            _line("parameters", self.parameters_before, self.parameters_after),
-            _line(f"MACs, input {' x '.join(map(str, self.input_shape))}", self.macs_before, self.macs_after),
-        ]
-        return "\n".join(lines)
-
-
-def _line(name: str, before: int, after: int) -> str:
-    return f"| {name} | {before:,} | {after:,} | {before / max(after, 1):.2f} |"
+        ratios = [(name, f"{a:,}", f"{b:,}", f"{a / max(b, 1):.2f}") for name, a, b in sums]
+        after = markdown_table(("", "before", "after", "ratio"), ratios)
+        return f"{markdown_table(head, rows, text=('kind', 'why'))}\n\n{after}"
