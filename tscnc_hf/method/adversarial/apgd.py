@@ -38,16 +38,11 @@ def apgd(
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """
-    APGD, untargeted.
+    APGD, untargeted. Arguments as in `pgd`, but:
 
     Args:
-        x (`Tensor`): pixels (b, c, h, w) in [0, 1], float.
-        y (`Tensor`): labels (b,), int64.
-        epsilon (`float`): radius in pixel units.
         steps (`int`): gradient steps, at least 1.
-        norm (`str`): "linf" or "l2".
         loss (`str`): "cross-entropy" (APGD-CE), "dlr" (APGD-DLR) or "cw".
-        early_stop (`bool`): leave an image alone once it is misclassified, so that the others get cheaper.
         start (`Tensor`, *optional*): pixels to start from, projected; by default on the surface of the ball.
 
     Returns:

@@ -1,6 +1,8 @@
-"""Training objectives: each a pure function that returns a dict of named scalar terms, whose sum is the loss."""
+"""Training objectives: pure functions that return a dict of named scalar terms, whose sum is the loss."""
 
 from __future__ import annotations
+
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -10,54 +12,6 @@ from tscnc_hf.method.adversarial.pixels import LogitsFn
 
 
 OBJECTIVES = ("natural", "pgd-at", "trades", "mart")
-
-
-def natural(forward: LogitsFn, x: Tensor, y: Tensor, label_smoothing: float = 0.0) -> dict[str, Tensor]:
-    """Cross-entropy on the clean images: {"natural_loss"}."""
-    return {"natural_loss": F.cross_entropy(forward(x), y, label_smoothing=label_smoothing)}
-
-
-def pgd_at(forward: LogitsFn, x_adv: Tensor, y: Tensor, label_smoothing: float = 0.0) -> dict[str, Tensor]:
-    """Cross-entropy on the adversarial images only (Madry et al. 2018): {"robust_loss"}."""
-    return {"robust_loss": F.cross_entropy(forward(x_adv), y, label_smoothing=label_smoothing)}
-
-
-def trades(
-    forward: LogitsFn, x: Tensor, x_adv: Tensor, y: Tensor, beta: float, label_smoothing: float = 0.0
-) -> dict[str, Tensor]:
-    """
-    TRADES (Zhang et al. 2019): {"natural_loss": CE(f(x), y), "robust_loss": beta * KL(f(x) || f(x_adv))}, batch means.
-
-    Clean and adversarial images go through one concatenated forward, so batch-norm statistics are those of both.
-    """
-    clean, adversarial = forward(torch.cat([x, x_adv])).chunk(2)
-    divergence = F.kl_div(
-        F.log_softmax(adversarial, dim=-1), F.log_softmax(clean, dim=-1), reduction="batchmean", log_target=True
-    )
-    return {
-        "natural_loss": F.cross_entropy(clean, y, label_smoothing=label_smoothing),
-        "robust_loss": beta * divergence,
-    }
-
-
-def mart(
-    forward: LogitsFn, x: Tensor, x_adv: Tensor, y: Tensor, beta: float, label_smoothing: float = 0.0
-) -> dict[str, Tensor]:
-    """
-    MART (Wang et al. 2020), batch means: {"robust_loss": BCE(f(x_adv), y), "consistency_loss": beta * KL(f(x) ||
-    f(x_adv)) (1 - p_y(x))}, where BCE adds to the cross-entropy -log(1 - p) of the likeliest wrong class (equation 8).
-
-    Images that are wrong when clean weigh more in the second term. One concatenated forward, as in `trades`.
-    """
-    clean, adversarial = forward(torch.cat([x, x_adv])).chunk(2)
-    log_clean, log_adv = F.log_softmax(clean, dim=-1), F.log_softmax(adversarial, dim=-1)
-    wrong = log_adv.scatter(-1, y[:, None], -torch.inf).argmax(-1, keepdim=True)
-    # log(1 - p) as a sum over the other classes: finite and with a gradient where p rounds to 1
-    others = log_adv.scatter(-1, wrong, -torch.inf).logsumexp(-1)
-    divergence = F.kl_div(log_adv, log_clean, reduction="none", log_target=True).sum(-1)
-    doubt = 1 - log_clean.gather(-1, y[:, None]).squeeze(-1).exp()
-    boosted = F.cross_entropy(adversarial, y, label_smoothing=label_smoothing) - others.mean()
-    return {"robust_loss": boosted, "consistency_loss": beta * (divergence * doubt).mean()}
 
 
 def objective_terms(
@@ -71,21 +25,42 @@ def objective_terms(
     label_smoothing: float = 0.0,
 ) -> dict[str, Tensor]:
     """
-    The terms of a named objective (`OBJECTIVES`).
+    The terms of a named objective, batch means:
+    * "natural": {"natural_loss": CE(f(x), y)};
+    * "pgd-at" (Madry et al. 2018): {"robust_loss": CE(f(x_adv), y)};
+    * "trades" (Zhang et al. 2019): {"natural_loss": CE(f(x), y), "robust_loss": beta * KL(f(x) || f(x_adv))};
+    * "mart" (Wang et al. 2020): {"robust_loss": BCE(f(x_adv), y), "consistency_loss": beta * KL(f(x) || f(x_adv))
+      (1 - p_y(x))}, where BCE adds to the cross-entropy -log(1 - p) of the likeliest wrong class (equation 8). Images
+      that are wrong when clean weigh more in the second term.
+
+    With "trades" and "mart", clean and adversarial images go through one concatenated forward, so batch-norm
+    statistics are those of both.
 
     Args:
         forward (`Callable`): pixels in [0, 1] (b, c, h, w) -> logits (b, k), the model in training mode.
         x, x_adv (`Tensor`): clean and adversarial pixels; `x_adv` None falls back on x (epsilon = 0).
         y (`Tensor`): labels (b,), int64.
         beta (`float`): weight of the divergence in TRADES and MART.
+
+    Raises:
+        ValueError: unknown objective.
     """
-    if objective == "natural":
-        return natural(forward, x, y, label_smoothing)
+    if objective not in OBJECTIVES:
+        raise ValueError(f"objective={objective!r} is unknown; use one of {', '.join(OBJECTIVES)}")
+    cross_entropy = partial(F.cross_entropy, target=y, label_smoothing=label_smoothing)
     x_adv = x if x_adv is None else x_adv
-    if objective == "pgd-at":
-        return pgd_at(forward, x_adv, y, label_smoothing)
+    if objective in ("natural", "pgd-at"):
+        name, images = ("natural_loss", x) if objective == "natural" else ("robust_loss", x_adv)
+        return {name: cross_entropy(forward(images))}
+    clean, adversarial = forward(torch.cat([x, x_adv])).chunk(2)
+    log_clean, log_adv = F.log_softmax(clean, dim=-1), F.log_softmax(adversarial, dim=-1)
     if objective == "trades":
-        return trades(forward, x, x_adv, y, beta, label_smoothing)
-    if objective == "mart":
-        return mart(forward, x, x_adv, y, beta, label_smoothing)
-    raise ValueError(f"objective={objective!r} is unknown; use one of {', '.join(OBJECTIVES)}")
+        divergence = F.kl_div(log_adv, log_clean, reduction="batchmean", log_target=True)
+        return {"natural_loss": cross_entropy(clean), "robust_loss": beta * divergence}
+    wrong = log_adv.scatter(-1, y[:, None], -torch.inf).argmax(-1, keepdim=True)
+    # log(1 - p) as a sum over the other classes: finite and with a gradient where p rounds to 1
+    others = log_adv.scatter(-1, wrong, -torch.inf).logsumexp(-1)
+    divergence = F.kl_div(log_adv, log_clean, reduction="none", log_target=True).sum(-1)
+    doubt = 1 - log_clean.gather(-1, y[:, None]).squeeze(-1).exp()
+    boosted = cross_entropy(adversarial) - others.mean()
+    return {"robust_loss": boosted, "consistency_loss": beta * (divergence * doubt).mean()}

@@ -28,49 +28,37 @@ ADVERSARIES = ("none", "fgsm-rs", "n-fgsm", "pgd", "cw-pgd", "kl-pgd")
 
 def _ascend(
     logits_fn: LogitsFn,
-    loss: Callable[[Tensor], Tensor],
-    start: Tensor,
-    x: Tensor,
-    epsilon: float,
-    step_size: float,
-    steps: int,
-    norm: str = "linf",
-) -> Tensor:
-    """Steepest ascent on `loss(logits)` (b,) inside the epsilon ball around x and inside [0, 1]."""
-    x_adv = start.detach()
-    if norm == "linf":  # in place: this loop is most of the time that training takes
-        lower, upper = (x - epsilon).clamp_(min=0), (x + epsilon).clamp_(max=1)
-        for _ in range(steps):
-            gradient, _, _ = pixel_gradient(logits_fn, loss, x_adv)
-            x_adv = torch.add(x_adv, gradient.sign_(), alpha=step_size)
-            torch.minimum(torch.maximum(x_adv, lower, out=x_adv), upper, out=x_adv)
-        return x_adv
-    for _ in range(steps):
-        gradient, _, _ = pixel_gradient(logits_fn, loss, x_adv)
-        x_adv = project(x_adv + step_size * steepest(gradient, norm), x, epsilon, norm)
-    return x_adv
-
-
-def _ascend_until_wrong(
-    logits_fn: LogitsFn,
     loss: Callable[[Tensor, Tensor], Tensor],
+    target: Tensor,
     start: Tensor,
     x: Tensor,
-    y: Tensor,
     epsilon: float,
     step_size: float,
     steps: int,
     norm: str,
+    early_stop: bool = False,
 ) -> Tensor:
-    """As `_ascend`, but an image stays as it is from its first misclassified iterate on: the rest gets cheaper."""
-    x_adv, left = start.detach().clone(), torch.arange(len(x), device=x.device)
+    """
+    Steepest ascent on `loss(logits, target)` (b,) inside the epsilon ball around x and inside [0, 1]. With
+    `early_stop` the targets are labels, and an image stays as it is from its first misclassified iterate on.
+    """
+    x_adv = start.detach()
+    if norm == "linf" and not early_stop:  # in place: this loop is most of the time that training takes
+        lower, upper = (x - epsilon).clamp_(min=0), (x + epsilon).clamp_(max=1)
+        for _ in range(steps):
+            gradient, _, _ = pixel_gradient(logits_fn, lambda z: loss(z, target), x_adv)
+            x_adv = torch.add(x_adv, gradient.sign_(), alpha=step_size)
+            torch.minimum(torch.maximum(x_adv, lower, out=x_adv), upper, out=x_adv)
+        return x_adv
+    x_adv, left = x_adv.clone(), torch.arange(len(x), device=x.device) if early_stop else slice(None)
     for _ in range(steps):
-        labels = y[left]
-        gradient, _, logits = pixel_gradient(logits_fn, lambda z, labels=labels: loss(z, labels), x_adv[left])
-        right = logits.argmax(-1) == labels
-        left, gradient = left[right], gradient[right]
-        if len(left) == 0:
-            break
+        now = target[left]
+        gradient, _, logits = pixel_gradient(logits_fn, lambda z, now=now: loss(z, now), x_adv[left])
+        if early_stop:
+            right = logits.argmax(-1) == now
+            left, gradient = left[right], gradient[right]
+            if len(left) == 0:
+                break
         moved = x_adv[left] + step_size * steepest(gradient, norm)
         x_adv[left] = project(moved, x[left], epsilon, norm)
     return x_adv
@@ -87,17 +75,8 @@ def fgsm_rs(
     generator: Noise | None = None,
 ) -> Tensor:
     """
-    One step from a uniform random start (FGSM-RS, Wong, Rice and Kolter 2020).
-
-    Args:
-        x (`Tensor`): pixels (b, c, h, w) in [0, 1], float.
-        y (`Tensor`): labels (b,), int64.
-        epsilon (`float`): radius in pixel units.
-        step_size (`float`, *optional*): defaults to 1.25 epsilon, as in the paper.
-        norm (`str`): "linf", as in the paper, or "l2".
-
-    Returns:
-        `Tensor`: pixels within epsilon of x and within [0, 1].
+    One step from a uniform random start (FGSM-RS, Wong, Rice and Kolter 2020): arguments and result as in `pgd`, but
+    `step_size` defaults to 1.25 epsilon, as in the paper, which is about "linf".
     """
     step_size = 1.25 * epsilon if step_size is None else step_size
     return pgd(logits_fn, x, y, epsilon=epsilon, steps=1, step_size=step_size, norm=norm, generator=generator)
@@ -171,9 +150,7 @@ def pgd(
     step_size, value_of = epsilon / 4 if step_size is None else step_size, margin(loss)
     if start is None:
         start = uniform_start(x, epsilon, norm, generator) if random_start else x.clone()
-    if early_stop:
-        return _ascend_until_wrong(logits_fn, value_of, start, x, y, epsilon, step_size, steps, norm)
-    return _ascend(logits_fn, lambda z: value_of(z, y), start, x, epsilon, step_size, steps, norm)
+    return _ascend(logits_fn, value_of, y, start, x, epsilon, step_size, steps, norm, early_stop)
 
 
 def kl_pgd(
@@ -197,11 +174,11 @@ def kl_pgd(
     with torch.no_grad():
         target = F.log_softmax(logits_fn(x), dim=-1)
 
-    def divergence(logits: Tensor) -> Tensor:
+    def divergence(logits: Tensor, target: Tensor) -> Tensor:
         return F.kl_div(F.log_softmax(logits, dim=-1), target, reduction="none", log_target=True).sum(-1)
 
     start = (x + 0.001 * normal_like(x, generator)).clamp_(0, 1)
-    return _ascend(logits_fn, divergence, start, x, epsilon, step_size, steps, norm)
+    return _ascend(logits_fn, divergence, target, start, x, epsilon, step_size, steps, norm)
 
 
 def craft(
@@ -224,6 +201,8 @@ def craft(
     """
     if adversary == "none" or epsilon == 0:
         return None
+    if adversary not in ADVERSARIES:
+        raise ValueError(f"adversary={adversary!r} is unknown; use one of {', '.join(ADVERSARIES)}")
     options = {"epsilon": epsilon, "step_size": step_size, "generator": generator}
     if adversary == "n-fgsm":
         if norm != "linf":
@@ -233,7 +212,6 @@ def craft(
         return fgsm_rs(logits_fn, x, y, norm=norm, **options)
     if adversary == "kl-pgd":
         return kl_pgd(logits_fn, x, y, steps=steps, norm=norm, **options)
-    losses = {"pgd": "cross-entropy", "cw-pgd": "cw"}
-    if adversary not in losses:
-        raise ValueError(f"adversary={adversary!r} is unknown; use one of {', '.join(ADVERSARIES)}")
-    return pgd(logits_fn, x, y, steps=steps, norm=norm, loss=losses[adversary], **options)
+    return pgd(
+        logits_fn, x, y, steps=steps, norm=norm, loss="cw" if adversary == "cw-pgd" else "cross-entropy", **options
+    )
