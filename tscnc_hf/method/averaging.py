@@ -46,11 +46,9 @@ class WeightAverage:
         for name, mask in (masks or {}).items():
             self.tensors[name].mul_(mask.view_as(self.tensors[name])).add_(0.0)  # no negative zeros
 
-    @torch.no_grad()
     def copy_to_(self, model: nn.Module) -> None:
         """Give the average to the model, for good."""
-        for name, tensor in _tensors(model).items():
-            tensor.copy_(self.tensors[name])
+        _copy_(model, self.tensors)
 
     @contextmanager
     def swapped(self, model: nn.Module) -> Iterator[None]:
@@ -60,9 +58,7 @@ class WeightAverage:
         try:
             yield
         finally:
-            with torch.no_grad():
-                for name, tensor in _tensors(model).items():
-                    tensor.copy_(now[name])
+            _copy_(model, now)
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """
@@ -76,6 +72,12 @@ class WeightAverage:
             raise ValueError(f"these are not the averages of this model: {len(odd)} names differ, such as {odd[0]!r}")
         for name, tensor in self.tensors.items():
             copy_whole_(tensor, tensors[name])
+
+
+@torch.no_grad()
+def _copy_(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    for name, tensor in _tensors(model).items():
+        tensor.copy_(tensors[name])
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

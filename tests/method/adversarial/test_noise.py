@@ -30,7 +30,7 @@ def test_images_keys_and_draws_differ():
     assert len(rows.unique(dim=0)) == 120
     noise = PlacedNoise("cpu", KEY, 0, 40)
     x = torch.empty(40, 3, 4, 5)
-    assert not torch.equal(noise.uniform_like(x), noise.uniform_like(x))
+    assert not torch.equal(uniform_like(x, noise), uniform_like(x, noise))
 
 
 def test_it_is_uniform_and_normal():

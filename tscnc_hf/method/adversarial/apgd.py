@@ -7,6 +7,7 @@ from torch import Tensor
 
 from tscnc_hf.method.adversarial.ball import check_norm, l2_norm, per_image, project, steepest
 from tscnc_hf.method.adversarial.losses import margin, pixel_gradient
+from tscnc_hf.method.adversarial.noise import normal_like, uniform_like
 from tscnc_hf.method.adversarial.pixels import LogitsFn
 
 
@@ -101,10 +102,10 @@ def apgd(
 def _surface(x: Tensor, epsilon: float, norm: str, generator: torch.Generator | None) -> Tensor:
     """A random point on the ball's surface."""
     if norm == "linf":
-        noise = 2 * torch.rand(x.shape, generator=generator, device=x.device, dtype=x.dtype) - 1
+        noise = 2 * uniform_like(x, generator) - 1
         length = noise.flatten(1).abs().amax(1)
     else:
-        noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+        noise = normal_like(x, generator)
         length = l2_norm(noise)
     return x + epsilon * noise / per_image(length.clamp_(min=torch.finfo(x.dtype).tiny), x)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from tscnc_hf.method.adversarial.pixels import attack_mode
+from tscnc_hf.method.adversarial.pixels import attack_mode, logits_of
 
 
 TOLERANCE = 1e-2  # of the largest logit: rounding is at most 1e-3 of it (TF32), a wrong fold about its own size
@@ -35,9 +36,9 @@ class FoldedCopy:
             if conv.bias is None:
                 conv.bias = nn.Parameter(conv.weight.new_zeros(conv.out_channels), requires_grad=False)
             parent, _, child = norm_name.rpartition(".")
-            # what is around the normalisation itself, timm's activation for instance, stays
-            norm = self.model.get_submodule(norm_name)
-            setattr(self.model.get_submodule(parent), child, _rest_of(norm))
+            # what a layer does beside normalising stays: the parts of timm's BatchNormAct2d, or nothing
+            rest = nn.Sequential(*self.model.get_submodule(norm_name).children())
+            setattr(self.model.get_submodule(parent), child, rest)
         self._inside = {f"{name}.{leaf}" for pair in pairs for name in pair for leaf in LEAVES}
         self.refresh()
 
@@ -56,11 +57,6 @@ class FoldedCopy:
             )
             own[f"{conv_name}.weight"].copy_(weight)
             own[f"{conv_name}.bias"].copy_(bias)
-
-
-def _rest_of(norm: nn.Module) -> nn.Module:
-    """What a batch-norm layer does beside normalising: nothing, or the parts that it has (timm's BatchNormAct2d)."""
-    return nn.Sequential(*norm.children())
 
 
 @torch.no_grad()
@@ -85,18 +81,13 @@ def folded_copy(model: nn.Module, inputs: Tensor) -> FoldedCopy | None:
         if args and id(args[0]) in made and module.track_running_stats and module.running_mean is not None:
             pairs.setdefault(made[id(args[0])][0], names[module])
 
-    handles = []
-    for module in model.modules():
-        if isinstance(module, _ConvNd) and not isinstance(module, _ConvTransposeNd):
-            handles.append(module.register_forward_hook(after_conv))
-        elif isinstance(module, _BatchNorm):
-            handles.append(module.register_forward_pre_hook(before_norm))
-    try:
-        with attack_mode(model):
-            model(inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks, attack_mode(model):
+        for module in model.modules():
+            if isinstance(module, _ConvNd) and not isinstance(module, _ConvTransposeNd):
+                hooks.enter_context(module.register_forward_hook(after_conv))
+            elif isinstance(module, _BatchNorm):
+                hooks.enter_context(module.register_forward_pre_hook(before_norm))
+        model(inputs)
     made.clear()
     if not pairs:
         return None
@@ -125,10 +116,6 @@ def _folds_well(model: nn.Module, pairs: list[tuple[str, str]], inputs: Tensor) 
             if weight is not None:  # a branch that starts at zero counts as well
                 weight.copy_(torch.where(weight == 0, 1.0, weight) * drawn(weight, 0.5, 1.5))
     inputs = inputs.float()
-    expected = _logits(probe(inputs))
-    difference = (_logits(FoldedCopy(probe, pairs).model(inputs)) - expected).abs().max()
+    expected, folded = (logits_of(net(inputs)).float() for net in (probe, FoldedCopy(probe, pairs).model))
+    difference = (folded - expected).abs().max()
     return bool(difference <= TOLERANCE * expected.abs().max().clamp(min=1e-6))
-
-
-def _logits(output) -> Tensor:
-    return (output if isinstance(output, Tensor) else output.logits).float()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -37,15 +38,8 @@ class PlacedNoise:
         blocks = range(first // BLOCK, -(-(first + count) // BLOCK))
         self._generators = [seeded_generator(device, *key, block) for block in blocks]
 
-    def uniform_like(self, x: Tensor) -> Tensor:
-        """From [0, 1), in the shape (count, ...), type and device of x."""
-        return self._draw(x, Tensor.uniform_)
-
-    def normal_like(self, x: Tensor) -> Tensor:
-        """From N(0, 1), in the shape (count, ...), type and device of x."""
-        return self._draw(x, Tensor.normal_)
-
-    def _draw(self, x: Tensor, fill_) -> Tensor:
+    def draw(self, x: Tensor, fill_: Callable) -> Tensor:
+        """What `fill_` (`Tensor.uniform_`, `Tensor.normal_`) writes, in the shape (count, ...), type, device of x."""
         if len(x) != self.count:
             raise ValueError(f"this noise is for the {self.count} images from place {self.first} on, not for {len(x)}")
         drawn = torch.empty((BLOCK * len(self._generators), *x.shape[1:]), dtype=x.dtype, device=x.device)
@@ -59,13 +53,15 @@ Noise = torch.Generator | PlacedNoise
 
 def uniform_like(x: Tensor, noise: Noise | None) -> Tensor:
     """From [0, 1), in the shape, type and device of x; None draws from torch's global generator."""
-    if isinstance(noise, PlacedNoise):
-        return noise.uniform_like(x)
-    return torch.rand(x.shape, generator=noise, device=x.device, dtype=x.dtype)
+    return _drawn(x, noise, Tensor.uniform_)
 
 
 def normal_like(x: Tensor, noise: Noise | None) -> Tensor:
     """From N(0, 1), otherwise as `uniform_like`."""
+    return _drawn(x, noise, Tensor.normal_)
+
+
+def _drawn(x: Tensor, noise: Noise | None, fill_: Callable) -> Tensor:
     if isinstance(noise, PlacedNoise):
-        return noise.normal_like(x)
-    return torch.randn(x.shape, generator=noise, device=x.device, dtype=x.dtype)
+        return noise.draw(x, fill_)
+    return fill_(torch.empty(x.shape, dtype=x.dtype, device=x.device), generator=noise)

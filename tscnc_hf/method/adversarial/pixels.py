@@ -50,19 +50,14 @@ def normalisation(model: nn.Module, processing_class: object | None = None) -> t
     Raises:
         ValueError: none of them says.
     """
-    if processing_class is not None:
-        if getattr(processing_class, "do_normalize", None) is False:
-            return [0.0], [1.0]
-        mean, std = getattr(processing_class, "image_mean", None), getattr(processing_class, "image_std", None)
-        if mean is None:
-            data_config = getattr(processing_class, "data_config", None) or {}
-            mean, std = data_config.get("mean"), data_config.get("std")
-        if mean is not None and std is not None:
-            return list(mean), list(std)
-    config = getattr(model, "config", None)
-    for source in (getattr(config, "pretrained_cfg", None), getattr(config, "tscnc", None)):
-        source = source or {}
-        mean, std = source.get("mean", source.get("image_mean")), source.get("std", source.get("image_std"))
+    if getattr(processing_class, "do_normalize", None) is False:
+        return [0.0], [1.0]
+    config, own = getattr(model, "config", None), ("image_mean", "image_std")
+    sources = [{name: getattr(processing_class, name, None) for name in own}]
+    sources += [getattr(processing_class, "data_config", None)]
+    sources += [getattr(config, name, None) for name in ("pretrained_cfg", "tscnc")]
+    for source in filter(None, sources):
+        mean, std = (source.get(name, source.get(f"image_{name}")) for name in ("mean", "std"))
         if mean is not None and std is not None:
             return list(mean), list(std)
     raise ValueError(
@@ -87,11 +82,14 @@ def pixel_logits(model: Callable, mean: Sequence[float], std: Sequence[float]) -
 
     def forward(pixels: Tensor) -> Tensor:
         offset, scale = _per_channel(mean, pixels.device), _per_channel(std, pixels.device)
-        output = model((pixels - offset) / scale)
         # fp32 at least: the sign of a half-precision loss gradient can underflow to zero
-        return (output if isinstance(output, Tensor) else output.logits).float()
+        return logits_of(model((pixels - offset) / scale)).float()
 
     return forward
+
+
+def logits_of(output) -> Tensor:
+    return output if isinstance(output, Tensor) else output.logits
 
 
 @lru_cache(maxsize=64)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from tscnc_hf.method.adversarial.pixels import logits_of
 from tscnc_hf.method.matrices import CONVOLUTIONS
 from tscnc_hf.method.units.groups import Part, StructureGroup, structure_groups
 
@@ -89,10 +90,6 @@ def find_dead_units(exact: nn.Module, inputs: Tensor, kinds: Iterable[str]) -> t
         why = group.blocked or (odd[0] if odd else "")
         found.append(_left_alone(group, why) if why else _dead_units(group, taken))
     return found, outputs
-
-
-def logits_of(output) -> Tensor:
-    return output if isinstance(output, Tensor) else output.logits
 
 
 def _left_alone(group: StructureGroup, why: str) -> DeadUnits:

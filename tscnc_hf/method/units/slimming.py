@@ -11,9 +11,10 @@ from fractions import Fraction
 import torch
 from torch import Tensor, nn
 
+from tscnc_hf.method.adversarial.pixels import logits_of
 from tscnc_hf.method.reports.flops import flops_report
 from tscnc_hf.method.reports.report import Report, by, markdown_table
-from tscnc_hf.method.units.dead import DeadUnits, find_dead_units, logits_of
+from tscnc_hf.method.units.dead import DeadUnits, find_dead_units
 from tscnc_hf.method.units.gates import fold_gates_
 from tscnc_hf.method.units.groups import KINDS
 from tscnc_hf.method.units.sites import HEAD_COUNTS
