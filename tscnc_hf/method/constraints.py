@@ -36,10 +36,14 @@ def transformed_l1(t: Tensor, a: float) -> Tensor:
     Returns:
         `Tensor`: same shape and dtype as `t`, in [0, a + 1); zero gradient at t = 0.
     """
+    magnitude = t.abs()
+    return (_positive(a) + 1) * magnitude / (a + magnitude)
+
+
+def _positive(a: float) -> float:
     if not a > 0:
         raise ValueError(f"a={a}: the shape of transformed l1 must be positive")
-    magnitude = t.abs()
-    return (a + 1) * magnitude / (a + magnitude)
+    return float(a)
 
 
 def weight_scales(weights: Iterable[WeightMatrix]) -> dict[str, Tensor]:
@@ -87,13 +91,11 @@ def transformed_sparse_constraint(weights: Iterable[WeightMatrix], scales: Mappi
     Returns:
         `Tensor`: float32 scalar (float64 for float64 weights), between 0 and (a + 1) times the number of weights.
     """
-    if not a > 0:
-        raise ValueError(f"a={a}: the shape of transformed l1 must be positive")
-    terms = []
+    a, terms = _positive(a), []
     for record in weights:
         weight = full_tensor(record.weight)
         with torch.autocast(weight.device.type, enabled=False):
-            terms.append(_TransformedL1Sum.apply(weight, scales[record.name].to(weight.device), float(a)))
+            terms.append(_TransformedL1Sum.apply(weight, scales[record.name].to(weight.device), a))
     return torch.stack(terms).sum()
 
 
@@ -182,14 +184,16 @@ def condition_number_constraint(matrix: Tensor, ridge: float = 1e-3) -> Tensor:
     Raises:
         ValueError: fewer than two dimensions, an empty side, or ridge not positive.
     """
-    _check_matrix(matrix)
+    wide = _wide(matrix)
     if not ridge > 0:
         raise ValueError(f"ridge={ridge} must be positive: without it a rank-deficient matrix has no finite value")
     with torch.autocast(matrix.device.type, enabled=False):
-        return _LogMeanRatio.apply(_wide(matrix), float(ridge))
+        return _LogMeanRatio.apply(wide, float(ridge))
 
 
 def _wide(matrix: Tensor) -> Tensor:
+    if matrix.ndim < 2 or 0 in matrix.shape[-2:]:
+        raise ValueError(f"a matrix (..., r, c) with r, c >= 1 is needed, got shape {tuple(matrix.shape)}")
     return matrix.mT if matrix.shape[-2] > matrix.shape[-1] else matrix
 
 
@@ -211,7 +215,6 @@ def reference_condition_number_constraint(matrix: Tensor) -> Tensor:
     Raises:
         ValueError: fewer than two dimensions, or an empty side.
     """
-    _check_matrix(matrix)
     with torch.autocast(matrix.device.type, enabled=False):
         wide = _wide(matrix).double()
         n = wide.shape[-2]
@@ -224,11 +227,6 @@ def reference_condition_number_constraint(matrix: Tensor) -> Tensor:
         formula = torch.logaddexp(log_det.clamp(min=lowest), floor).square()
         value = formula + (lowest - log_det).clamp(min=0)
     return value if matrix.dtype == torch.float64 else value.float()
-
-
-def _check_matrix(matrix: Tensor) -> None:
-    if matrix.ndim < 2 or 0 in matrix.shape[-2:]:
-        raise ValueError(f"a matrix (..., r, c) with r, c >= 1 is needed, got shape {tuple(matrix.shape)}")
 
 
 def condition_number_penalty(

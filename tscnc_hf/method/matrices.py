@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+LAYERS = (nn.Linear, *CONVOLUTIONS)
 
 
 logger = logging.getLogger(__name__)
@@ -60,6 +61,11 @@ def full_tensor(weight: Tensor) -> Tensor:
     return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
 
 
+def full_name(module_name: str, name: str) -> str:
+    """Of a parameter, buffer or child of a module, as the model calls it."""
+    return f"{module_name}.{name}" if module_name else name
+
+
 def register_matrix_view(module_class: type[nn.Module], view: MatrixView, parameter: str = "weight") -> None:
     """
     Let a layer type take part in the constraints, in pruning and in the reports.
@@ -91,7 +97,7 @@ class WeightMatrices(Iterator[WeightMatrix]):
         lines = [f"{len(taken)} weights are constrained and pruned:", *(f"  {taken[name]}" for name in taken), "not:"]
         for module_name, module in self._model.named_modules():
             for parameter, weight in module._parameters.items():
-                name = f"{module_name}.{parameter}" if module_name else parameter
+                name = full_name(module_name, parameter)
                 if weight is not None and name not in taken:
                     lines.append(f"  {name}: {tuple(weight.shape)}, {_why_not(name, module, weight, self._exclude)}")
         return "\n".join(lines)
@@ -130,13 +136,12 @@ def _find(model: nn.Module, exclude: _Exclude) -> Iterator[WeightMatrix]:
         if not views:
             _report_unknown(module_name, module)
         for parameter, view in views.items():
-            name = f"{module_name}.{parameter}" if module_name else parameter
+            name = full_name(module_name, parameter)
             if parameter not in module._parameters:
                 # parametrized (weight norm, spectral norm): what forward uses is computed, a zero would not stay one
                 if hasattr(module, parameter):
-                    _report(
-                        module, f"{name} is computed from other parameters, so it is neither constrained nor pruned"
-                    )
+                    why = "computed from other parameters, so it is neither constrained nor pruned"
+                    _report(module, f"{name} is {why}")
                 continue
             weight = module._parameters[parameter]
             if weight is None or id(weight) in seen:
@@ -145,7 +150,7 @@ def _find(model: nn.Module, exclude: _Exclude) -> Iterator[WeightMatrix]:
             if name in exclude:
                 continue
             if isinstance(module, nn.Linear) and _is_fused(module_name, weight):
-                view = _fused_view
+                view = _blocks_of_three
             yield WeightMatrix(name, module, weight, partial(view, module))
 
 
@@ -168,26 +173,13 @@ def _is_fused(module_name: str, weight: Tensor) -> bool:
     return module_name.rsplit(".", 1)[-1] in FUSED_QKV_NAMES and weight.shape[0] == 3 * weight.shape[1]
 
 
-def _fused_view(module: nn.Module, weight: Tensor) -> Tensor:
-    return weight.reshape(3, weight.shape[0] // 3, weight.shape[1])
-
-
-def _linear_view(module: nn.Module, weight: Tensor) -> Tensor:
-    return weight.unsqueeze(0)
-
-
-def _conv_view(module: nn.Module, weight: Tensor) -> Tensor:
-    groups = module.groups
-    return weight.reshape(groups, weight.shape[0] // groups, -1)
+def _blocks_of_three(module: nn.Module, weight: Tensor) -> Tensor:
+    return weight.reshape(3, -1, weight.shape[-1])
 
 
 def _conv_transpose_view(module: nn.Module, weight: Tensor) -> Tensor:
     groups, (inputs, outputs) = module.groups, weight.shape[:2]
     return weight.reshape(groups, inputs // groups, outputs, -1).transpose(1, 2).reshape(groups, outputs, -1)
-
-
-def _attention_view(module: nn.Module, weight: Tensor) -> Tensor:
-    return weight.reshape(3, -1, weight.shape[-1])
 
 
 def _report_unknown(module_name: str, module: nn.Module) -> None:
@@ -210,11 +202,11 @@ def _report(module: nn.Module, message: str) -> None:
         logger.warning(message)
 
 
-register_matrix_view(nn.Linear, _linear_view)
-for _conv in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
-    register_matrix_view(_conv, _conv_view)
+register_matrix_view(nn.Linear, lambda module, weight: weight[None])
+for _conv in CONVOLUTIONS:
+    register_matrix_view(_conv, lambda module, weight: weight.reshape(module.groups, len(weight) // module.groups, -1))
 for _conv in (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d):
     register_matrix_view(_conv, _conv_transpose_view)
-register_matrix_view(nn.MultiheadAttention, _attention_view, parameter="in_proj_weight")
+register_matrix_view(nn.MultiheadAttention, _blocks_of_three, parameter="in_proj_weight")
 for _name in ("q_proj_weight", "k_proj_weight", "v_proj_weight"):  # where key and value have sizes of their own
-    register_matrix_view(nn.MultiheadAttention, _linear_view, parameter=_name)
+    register_matrix_view(nn.MultiheadAttention, lambda module, weight: weight[None], parameter=_name)

@@ -30,7 +30,6 @@ class LayerRates:
         self.names, self.learning_rate = list(names), learning_rate
         self.theta, self.first, self.second = (torch.zeros(len(self.names)) for _ in range(3))
         self.steps = 0
-        self.near: dict[str, Tensor] = {}
 
     def weigh(self, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Scores as they are ranked over the network. ValueError when one is negative: factors would not order it."""
@@ -40,14 +39,6 @@ class LayerRates:
         return {
             name: scores[name] * (factors[name].to(scores[name]) / scores[name].square().mean().sqrt().clamp(min=TINY))
             for name in self.names
-        }
-
-    def mark(self, weighed: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> None:
-        """Remember which weights are near the threshold that these masks were cut at."""
-        lowest_kept = [weighed[name][mask].min() for name, mask in masks.items() if bool(mask.any())]
-        threshold = torch.stack(lowest_kept).min() if lowest_kept else torch.tensor(0.0)
-        self.near = {
-            name: (weighed[name] >= threshold / NEAR) & (weighed[name] <= threshold * NEAR) for name in self.names
         }
 
     def learn(self, products: Mapping[str, Tensor]) -> None:
@@ -62,12 +53,15 @@ class LayerRates:
         self.theta -= self.theta.mean()  # a factor common to all layers changes no ranking
 
     def state(self) -> dict[str, Tensor]:
-        near = {f"near.{name}": mask for name, mask in self.near.items()}
-        return near | {
-            "theta": self.theta, "first": self.first, "second": self.second, "steps": torch.tensor(self.steps)
-        }  # fmt: skip
+        return {"theta": self.theta, "first": self.first, "second": self.second, "steps": torch.tensor(self.steps)}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         self.theta, self.first, self.second = (state[key] for key in ("theta", "first", "second"))
         self.steps = int(state["steps"])
-        self.near = {key.removeprefix("near."): value for key, value in state.items() if key.startswith("near.")}
+
+
+def near_threshold(weighed: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Bool, of the scores' shapes: which weights are near the threshold that these masks were cut at."""
+    lowest_kept = [weighed[name][mask].min() for name, mask in masks.items() if bool(mask.any())]
+    threshold = torch.stack(lowest_kept).min() if lowest_kept else torch.tensor(0.0)
+    return {name: (score >= threshold / NEAR) & (score <= threshold * NEAR) for name, score in weighed.items()}

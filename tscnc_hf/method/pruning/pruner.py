@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tscnc_hf.method.criteria import find_criterion, initial_scores
 from tscnc_hf.method.matrices import WeightMatrix, full_tensor
 from tscnc_hf.method.pruning.allocation import Allocation
-from tscnc_hf.method.pruning.layer_rates import LayerRates
+from tscnc_hf.method.pruning.layer_rates import LayerRates, near_threshold
 from tscnc_hf.method.sharding import laid_out
 
 
@@ -66,6 +66,7 @@ class Pruner:
         self._scores: dict[str, Tensor] = {}  # learned ones
         self._gathered: dict[str, Tensor] = {}
         self._gathered_steps = 0
+        self._near: dict[str, Tensor] = {}  # bool: near the threshold, where rates are learned
         self.initial_sparsity = 0.0
 
     # ---- what there is ----
@@ -117,7 +118,7 @@ class Pruner:
             ValueError: it cannot, with the floors, the pattern and the layers' own sparsities (the message has the
                 largest that can); the criterion needs what this model does not have.
         """
-        records = list(self._whole_records().values())
+        records = self._whole_records()
         if not (self.criterion.gathers or self.criterion.learned):
             self.criterion.score(records, None)
         self.allocation.check(records, target)
@@ -135,9 +136,8 @@ class Pruner:
             self._gathered = {name: torch.zeros_like(weight) for name, weight in weights.items()}
             self._gathered_steps = 0
         if self.criterion.learned:
-            for name, record in self.records.items():
-                whole = replace(record, weight=full_tensor(self._dense[name]))
-                self._scores[name] = self._laid_out(name, initial_scores(whole))
+            whole = {name: replace(r, weight=full_tensor(self._dense[name])) for name, r in self.records.items()}
+            self._scores = self._all_laid_out({name: initial_scores(record) for name, record in whole.items()})
             self._forget_moments(optimizer)
 
     @torch.no_grad()
@@ -156,8 +156,8 @@ class Pruner:
                     self._gathered[name] += seen
                 elif self.criterion.gathers == "movement":
                     self._gathered[name] -= seen * dense
-                if self._rates is not None and self._rates.near:
-                    products[name] = full_tensor((seen * dense * self._rates.near[name]).sum())
+                if self._near:
+                    products[name] = full_tensor((seen * dense * self._near[name]).sum())
             if self.learns_scores:
                 gradient.mul_(dense).mul_(self._scores[name].sign())
                 weight.copy_(self._scores[name])
@@ -194,14 +194,13 @@ class Pruner:
             ValueError: the criterion needs gradients and there were none; scores that are not finite; a sparsity that
                 cannot be reached.
         """
-        records = list(self._whole_records().values())
+        records = self._whole_records()
         scores = self.criterion.score(records, self._whole_gradients())
         if self._rates is not None:
             scores = self._rates.weigh(scores)
         masks = self.allocation.masks(records, scores, sparsity)
         if self._rates is not None:
-            self._rates.mark(scores, masks)
-            self._rates.near = {name: self._laid_out(name, near) for name, near in self._rates.near.items()}
+            self._near = self._all_laid_out(near_threshold(scores, masks))
         self.masks_from(masks)
         if self.criterion.gathers == "mean":
             for gathered in self._gathered.values():
@@ -213,9 +212,8 @@ class Pruner:
         """The schedule ends: masks stay as they are, and what is not zero is trained as ever."""
         if self.learns_scores:
             self._forget_moments(optimizer)
-        self._dense, self._scores, self._gathered = {}, {}, {}
-        if self._rates is not None:
-            self._rates.near = {}
+        for tensors in self._by_kind.values():
+            tensors.clear()
 
     @torch.no_grad()
     def apply_(self) -> None:
@@ -247,7 +245,7 @@ class Pruner:
                 raise ValueError(
                     f"mask of {name} has shape {tuple(mask.shape)}, its weight {tuple(weights[name].shape)}"
                 )
-        self._pruned = {name: self._laid_out(name, ~mask) for name, mask in masks.items()}
+        self._pruned = self._all_laid_out({name: ~mask for name, mask in masks.items()})
 
     @torch.no_grad()
     def keep_zeros(self) -> None:
@@ -257,14 +255,13 @@ class Pruner:
 
     def state(self) -> dict[str, Tensor]:
         """What a resumed run needs, by name: masks and, while the schedule runs, latent weights, scores and sums."""
-        parts = {"latent": self._dense, "score": self._scores, "gathered": self._gathered}
         state = {f"mask.{name}": mask for name, mask in self.masks.items()}
-        for kind, tensors in parts.items():
+        for kind, tensors in self._by_kind.items():
             state |= {f"{kind}.{name}": full_tensor(tensor) for name, tensor in tensors.items()}
         state["pruning.gathered_steps"] = torch.tensor(self._gathered_steps)
         state["pruning.initial_sparsity"] = torch.tensor(self.initial_sparsity, dtype=torch.float64)
         if self._rates is not None:
-            state |= {f"rate.{name}": full_tensor(tensor) for name, tensor in self._rates.state().items()}
+            state |= {f"rate.{name}": tensor for name, tensor in self._rates.state().items()}
         return state
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
@@ -278,7 +275,7 @@ class Pruner:
         def part(kind: str) -> dict[str, Tensor]:
             return {name[len(kind) + 1 :]: tensor for name, tensor in state.items() if name.startswith(f"{kind}.")}
 
-        dense, scores, gathered, rates = part("latent"), part("score"), part("gathered"), part("rate")
+        dense, scores, gathered, rates = map(part, ("latent", "score", "gathered", "rate"))
         fits = bool(dense) <= self._latent and bool(scores) == (bool(dense) and self.criterion.learned)
         fits &= bool(gathered) == (bool(dense) and bool(self.criterion.gathers))
         if not fits or bool(rates) != (self._rates is not None):
@@ -288,28 +285,29 @@ class Pruner:
                 "with"
             )
         self.masks_from(part("mask"))
-        for own, given in ((self._dense, dense), (self._scores, scores), (self._gathered, gathered)):
-            own.clear()
-            own.update({name: self._laid_out(name, tensor) for name, tensor in given.items()})
+        for kind, tensors in self._by_kind.items():
+            tensors.clear()
+            tensors.update(self._all_laid_out(part(kind)))
         numbers = part("pruning")
         self._gathered_steps = int(numbers.get("gathered_steps", 0))
         self.initial_sparsity = float(numbers.get("initial_sparsity", 0.0))
         if self._rates is not None:
             self._rates.load(rates)
-            self._rates.near = {name: self._laid_out(name, near) for name, near in self._rates.near.items()}
 
     # ---- inside ----
 
-    def _laid_out(self, name: str, tensor: Tensor) -> Tensor:
-        return laid_out(tensor, self._weight(name))
+    @property
+    def _by_kind(self) -> dict[str, dict[str, Tensor]]:
+        """What there is while the schedule runs, under the names that a state has for it."""
+        return {"latent": self._dense, "score": self._scores, "gathered": self._gathered, "rate.near": self._near}
 
-    def _whole_records(self) -> dict[str, WeightMatrix]:
+    def _all_laid_out(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: laid_out(tensor, self._weight(name)) for name, tensor in tensors.items()}
+
+    def _whole_records(self) -> list[WeightMatrix]:
         """Records with the values that count: scores, latent weights, or the weights; whole, float32, no gradient."""
         values = self._scores or self._dense or self.weights
-        return {
-            name: replace(record, weight=full_tensor(values[name].detach()).float())
-            for name, record in self.records.items()
-        }
+        return [replace(r, weight=full_tensor(values[name].detach()).float()) for name, r in self.records.items()]
 
     def _whole_gradients(self) -> dict[str, Tensor] | None:
         if not self.criterion.gathers:

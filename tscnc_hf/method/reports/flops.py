@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from tscnc_hf.method.matrices import CONVOLUTIONS, full_tensor, weight_matrices
+from tscnc_hf.method.matrices import LAYERS, full_tensor, weight_matrices
 from tscnc_hf.method.reports.report import Report, markdown_table
 
 
@@ -116,7 +116,7 @@ def flops_report(model: nn.Module, input_shape: Sequence[int]) -> FlopsReport:
         macs = {op: flops // 2 for op, flops in own[name].items()}
         nonzero, total = zeros.get(name, (0, 0))
         share = nonzero / total if total else 1.0
-        layer = isinstance(model.get_submodule(name), (nn.Linear, *CONVOLUTIONS))
+        layer = isinstance(model.get_submodule(name), LAYERS)
         products = 0 if layer else sum(n for op, n in macs.items() if any(word in op for word in PRODUCTS))
         multiplied = sum(macs.values()) - products
         rows.append(LayerFlops(name, multiplied + products, share, round(multiplied * share) + products))

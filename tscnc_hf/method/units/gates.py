@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from tscnc_hf.method.constraints import transformed_l1
-from tscnc_hf.method.matrices import CONVOLUTIONS, full_tensor
+from tscnc_hf.method.matrices import LAYERS, full_tensor
 from tscnc_hf.method.reports.report import Report, markdown_table
 from tscnc_hf.method.sharding import replicated
 from tscnc_hf.method.units.sites import GateSite, gate_sites, make_site
@@ -124,7 +124,7 @@ def _matching(model: nn.Module, layers: Sequence[str]) -> list[str]:
 
 def _named_site(model: nn.Module, name: str) -> GateSite:
     layer = model.get_submodule(name)
-    if not isinstance(layer, (nn.Linear, *CONVOLUTIONS)) or getattr(layer, "groups", 1) != 1:
+    if not isinstance(layer, LAYERS) or getattr(layer, "groups", 1) != 1:
         raise ValueError(f"{name} is a {type(layer).__name__}: gates stand before Linear and ungrouped convolutions")
     return make_site(name, layer, ())
 
