@@ -73,19 +73,18 @@ class Allocation:
             ValueError: the sparsity cannot be reached with what must be kept; a pattern that does not divide the
                 input channels of a layer; a name in `layer_sparsity` that no weight has.
         """
-        sizes = {record.name: scores[record.name].numel() for record in records}
-        pruned = round(sparsity * sum(sizes.values()))
         scores = {record.name: scores[record.name] for record in records}
+        sizes = {name: score.numel() for name, score in scores.items()}
+        pruned = round(sparsity * sum(sizes.values()))
         barred = self._outside_pattern(records, scores)
         needed = self._needed(records, scores, barred)
-        minimum = {name: int(mask.sum()) for name, mask in needed.items()}
-        bars = {name: int(mask.sum()) for name, mask in barred.items()}
+        minimum, bars = ({n: int(m[n].sum()) if n in m else 0 for n in sizes} for m in (needed, barred))
         whole = pruned >= sum(bars.values())  # else only a part of the groups follows the pattern yet
-        maximum = {name: size - (bars.get(name, 0) if whole else 0) for name, size in sizes.items()}
+        maximum = {name: size - bars[name] * whole for name, size in sizes.items()}
         masks = {}
         for names, count in self._kept(records, sizes, sum(sizes.values()) - pruned, minimum, maximum):
             cut = sum(sizes[name] for name in names) - count
-            first = cut >= sum(bars.get(name, 0) for name in names)
+            first = cut >= sum(bars[name] for name in names)
             ranked = []
             for name in names:
                 score = scores[name]
@@ -108,10 +107,8 @@ class Allocation:
             fixed = 1 - n / m
             size = sum(score.numel() for score in scores.values())
             if round(target * size) < round(fixed * size):
-                raise ValueError(
-                    f"target_sparsity={target} does not give {n}:{m}, which has {fixed:.4g} zeros: use {fixed:.4g} or "
-                    "more"
-                )
+                what = f"{n}:{m}, which has {fixed:.4g} zeros: use {fixed:.4g} or more"
+                raise ValueError(f"target_sparsity={target} does not give {what}")
 
     # ---- what must be kept, what may not be ----
 
@@ -152,16 +149,21 @@ class Allocation:
         """Groups of layers that are ranked together, and how many weights each group keeps."""
         fixed = {name: round((1 - share) * sizes[name]) for name, share in self._given(sizes).items()}
         for name, count in fixed.items():
-            if not minimum.get(name, 0) <= count <= maximum[name]:
+            if not minimum[name] <= count <= maximum[name]:
                 raise ValueError(
                     f"layer_sparsity of {name!r} keeps {count} weights; with the floors and the pattern it can keep "
-                    f"{minimum.get(name, 0)} to {maximum[name]}"
+                    f"{minimum[name]} to {maximum[name]}"
                 )
         rest = [name for name in sizes if name not in fixed]
         left = total - sum(fixed.values())
-        lowest, highest = sum(minimum.get(name, 0) for name in rest), sum(maximum[name] for name in rest)
+        lowest, highest = (sum(bound[name] for name in rest) for bound in (minimum, maximum))
         if not lowest <= left <= highest:
-            self._unreachable(sum(sizes.values()), total, sum(fixed.values()), lowest, highest)
+            wanted, most, least = (1 - (total - left + kept) / sum(sizes.values()) for kept in (left, lowest, highest))
+            raise ValueError(
+                f"a sparsity of {wanted:.6g} is not reachable with the floors (layer_floor={self.layer_floor}, "
+                f"row_floor={self.row_floor}) and the layers' own sparsities: the largest is {most:.6g}, the smallest "
+                f"{least:.6g} of the prunable weights. Lower the target or the floors, or leave fewer layers dense"
+            )
         groups = [([name], count) for name, count in fixed.items()]
         if self.scope in ("global", "learned"):
             return groups + ([(rest, left)] if rest else [])
@@ -181,14 +183,6 @@ class Allocation:
             given |= dict.fromkeys(names, share)
         return given
 
-    def _unreachable(self, size: int, total: int, fixed: int, lowest: int, highest: int) -> None:
-        wanted, most, least = 1 - total / size, 1 - (fixed + lowest) / size, 1 - (fixed + highest) / size
-        raise ValueError(
-            f"a sparsity of {wanted:.6g} is not reachable with the floors (layer_floor={self.layer_floor}, "
-            f"row_floor={self.row_floor}) and the layers' own sparsities: the largest is {most:.6g}, the smallest "
-            f"{least:.6g} of the prunable weights. Lower the target or the floors, or leave fewer layers dense"
-        )
-
 
 def share_out(
     total: int, weights: Mapping[str, float], minimum: Mapping[str, int], maximum: Mapping[str, int]
@@ -201,22 +195,23 @@ def share_out(
         weights: name -> positive number; the keys are what is shared among.
     """
 
+    def clipped(values: Mapping[str, float]) -> dict:
+        return {name: min(max(value, minimum[name]), maximum[name]) for name, value in values.items()}
+
     def at(factor: float) -> dict[str, float]:
-        return {
-            name: min(max(factor * weight, minimum.get(name, 0)), maximum[name]) for name, weight in weights.items()
-        }
+        return clipped({name: factor * weight for name, weight in weights.items()})
 
     low, high = 0.0, max((maximum[name] / weight for name, weight in weights.items()), default=0.0)
     for _ in range(200):
         middle = (low + high) / 2
         low, high = (middle, high) if sum(at(middle).values()) < total else (low, middle)
     shares = at(high)
-    counts = {name: min(max(math.floor(value), minimum.get(name, 0)), maximum[name]) for name, value in shares.items()}
+    counts = clipped({name: math.floor(value) for name, value in shares.items()})
     order = sorted(counts, key=lambda name: counts[name] - shares[name])
     while (missing := total - sum(counts.values())) != 0:
         step = 1 if missing > 0 else -1
         for name in order if step > 0 else reversed(order):
-            if minimum.get(name, 0) <= counts[name] + step <= maximum[name] and missing != 0:
+            if minimum[name] <= counts[name] + step <= maximum[name] and missing != 0:
                 counts[name] += step
                 missing -= step
     return counts

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +38,10 @@ class DeadUnits:
     values: Tensor
     left: int
     why: str
-    keep: Tensor
+    keep: Tensor = field(init=False)
+
+    def __post_init__(self):
+        self.keep = ~self.dead
 
     @property
     def dead(self) -> Tensor:
@@ -72,51 +76,47 @@ def find_dead_units(exact: nn.Module, inputs: Tensor, kinds: Iterable[str]) -> t
             x = args[0].movedim(-1 if isinstance(module, nn.Linear) else 1, 0).flatten(1)
             taken[module] = x.amin(1), x.amax(1)
 
-    handles = [module.register_forward_pre_hook(watch) for module in modules if hasattr(module, "weight")]
     try:
-        outputs = logits_of(exact(inputs))
+        with ExitStack() as hooks:
+            for module in modules:
+                if hasattr(module, "weight"):
+                    hooks.enter_context(module.register_forward_pre_hook(watch))
+            outputs = logits_of(exact(inputs))
     except (RuntimeError, ValueError, AssertionError, IndexError) as error:
         raise ValueError(
             f"{type(exact).__name__} does not take inputs of shape (b, {', '.join(map(str, inputs.shape[1:]))}); pass "
             f"example_inputs, a batch that it takes ({error})"
         ) from error
-    finally:
-        for handle in handles:
-            handle.remove()
     found = []
     for group in groups:
         odd = [f"{p.layer} is called {calls[p.module]} times" for p in group.parts if calls[p.module] != 1]
         odd += [f"{p.layer} has a hook" for p in group.parts if p.module in hooked]
-        why = group.blocked or (odd[0] if odd else "")
-        found.append(_left_alone(group, why) if why else _dead_units(group, taken))
+        found.append(_dead_units(group, taken, group.blocked or next(iter(odd), "")))
     return found, outputs
 
 
-def _left_alone(group: StructureGroup, why: str) -> DeadUnits:
-    none = torch.zeros_like(_unread(group))
-    left = _unread(group) | _made_of_nothing(group)
-    return DeadUnits(group, none, none, none.double(), int(left.sum()), why, ~none)
-
-
-def _dead_units(group: StructureGroup, taken: dict[nn.Module, tuple[Tensor, Tensor]]) -> DeadUnits:
-    constant = _made_of_nothing(group)
+def _dead_units(group: StructureGroup, taken: dict[nn.Module, tuple[Tensor, Tensor]], why: str) -> DeadUnits:
+    """`why` nothing of the group can go; empty if something can."""
+    unread, constant = _unread(group), _made_of_nothing(group)
+    if why:
+        none = torch.zeros_like(unread)
+        return DeadUnits(group, none, none, none.double(), int((unread | constant).sum()), why)
     for part in group.parts:
         if part.role == "depthwise" and part.prunable:
-            low, high = taken[part.module]
-            constant = _zero(part) | (constant & ((low == 0) & (high == 0) | _pads_nothing(part.module)))
+            constant = _zero(part) | (constant & (_nought(*taken[part.module]) | _pads_nothing(part.module)))
         elif part.role == "squeeze":  # multiplies by numbers that depend on the input
-            low, high = taken[part.module]
-            constant = constant & (low == 0) & (high == 0)
+            constant = constant & _nought(*taken[part.module])
     reader = group.parts[-1]
     low, high = (bound.reshape(-1, reader.size) for bound in taken[reader.module])
-    constant &= (high - low <= CONSTANT * torch.maximum(high, -low).max()).all(1) & ~_unread(group)
-    nought = ((low == 0) & (high == 0)).all(1)
+    constant &= (high - low <= CONSTANT * torch.maximum(high, -low).max()).all(1) & ~unread
     why = _why_not_folded(group)
-    stays = constant & ~nought if why else torch.zeros_like(constant)
-    values = ((low + high) / 2).flatten()
-    unread, constant = _unread(group), constant & ~stays
+    stays = constant & ~_nought(low, high).all(1) if why else torch.zeros_like(constant)
     left = int(stays.sum())
-    return DeadUnits(group, unread, constant, values, left, why if left else "", ~(unread | constant))
+    return DeadUnits(group, unread, constant & ~stays, ((low + high) / 2).flatten(), left, why if left else "")
+
+
+def _nought(low: Tensor, high: Tensor) -> Tensor:
+    return (low == 0) & (high == 0)
 
 
 def _unread(group: StructureGroup) -> Tensor:
@@ -148,6 +148,6 @@ def _why_not_folded(group: StructureGroup) -> str:
     """Why a constant other than zero cannot be given to the reader for good; empty if it can."""
     if not _pads_nothing(group.reader):
         return f"constant but not zero, and {group.name} pads with zeros"
-    if group.reader.bias is None and getattr(group.after, "running_mean", None) is None:
+    if group.reader.bias is None and group.after is None:
         return f"constant but not zero, and {group.name} has no bias to add it to"
     return ""

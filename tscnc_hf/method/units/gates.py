@@ -21,7 +21,7 @@ from tscnc_hf.method.constraints import transformed_l1
 from tscnc_hf.method.matrices import LAYERS, full_tensor
 from tscnc_hf.method.reports.report import Report, markdown_table
 from tscnc_hf.method.sharding import replicated
-from tscnc_hf.method.units.sites import GateSite, gate_sites, make_site
+from tscnc_hf.method.units.sites import GateSite, gate_sites
 
 
 LOW, HIGH = -0.1, 1.1  # the interval that a concrete variable is stretched to before it is clipped to [0, 1]
@@ -126,7 +126,7 @@ def _named_site(model: nn.Module, name: str) -> GateSite:
     layer = model.get_submodule(name)
     if not isinstance(layer, LAYERS) or getattr(layer, "groups", 1) != 1:
         raise ValueError(f"{name} is a {type(layer).__name__}: gates stand before Linear and ungrouped convolutions")
-    return make_site(name, layer, ())
+    return GateSite(name, layer)
 
 
 def _gate_input(layer: nn.Module, inputs: tuple) -> tuple | None:

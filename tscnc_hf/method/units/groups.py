@@ -17,16 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from tscnc_hf.method.matrices import CONVOLUTIONS, full_tensor
+from tscnc_hf.method.matrices import CONVOLUTIONS, LAYERS, full_name, full_tensor
 from tscnc_hf.method.units.sites import HEAD_MAKERS, MIXING, PAIRS, head_site, input_channels
 
 
 KINDS = ("channels", "hidden", "heads")
-LAYERS = (nn.Linear, *CONVOLUTIONS)
-
-
-__all__ = ["KINDS", "Part", "StructureGroup", "structure_groups"]
-
 # (maker, reader) beyond those of gates: with a depthwise convolution and squeeze-excitation between, inside
 # squeeze-excitation, and timm's heads of mobile networks
 CHAINS = (*PAIRS, ("conv_pw", "conv_pwl"), ("conv_exp", "conv_pwl"), ("conv_reduce", "conv_expand"))
@@ -66,7 +61,7 @@ def structure_groups(model: nn.Module) -> list[StructureGroup]:
     made = Counter(part.name for group in groups.values() for part in group.parts if part.role == "make")
     why |= {name: f"two layers read what {name} makes" for name, times in made.items() if times > 1}
     return [
-        _block(group, next((why[part.name] for part in group.parts if part.name in why), ""))
+        replace(group, blocked=group.blocked or next((why[p.name] for p in group.parts if p.name in why), ""))
         for group in sorted(groups.values(), key=lambda group: order[group.name])
     ]
 
@@ -133,12 +128,11 @@ def _group(
         parts += found
     parts.append(Part(names[reader], reader, "weight", 1, "read", size=size))
     kind = "hidden" if isinstance(maker, nn.Linear) or names[maker].endswith(HIDDEN_MAKERS) else "channels"
-    after = next((m for m in behind if isinstance(m, _BatchNorm) and m.num_features == len(reader.weight)), None)
-    group = StructureGroup(
-        names[reader], kind, count, tuple(parts), after=after, after_name="" if after is None else names[after]
-    )
+    norms = [m for m in behind if isinstance(m, _BatchNorm) and m.num_features == len(reader.weight)]
+    after = next((names[norm] for norm in norms if norm.running_mean is not None), None)
     grouped = getattr(maker, "groups", 1) != 1
-    return _block(group, f"{names[maker]} has {maker.groups} groups of channels" if grouped else "")
+    why = f"{names[maker]} has {maker.groups} groups of channels" if grouped else ""
+    return StructureGroup(names[reader], kind, count, tuple(parts), after=after, blocked=why)
 
 
 def _parts(layer: str, module: nn.Module, role: str, blocks: int = 1, size: int = 1) -> list[Part]:
@@ -174,24 +168,22 @@ def _is_depthwise(module: nn.Module) -> bool:
 
 
 def _heads(name: str, module: nn.Module, children: Mapping[str, nn.Module]) -> StructureGroup | None:
-    prefix = f"{name}." if name else ""
-    site = head_site(prefix, module, dict(children))
+    site = head_site(name, module, dict(children))
     if site is None:
         return None
     size, count = site.channels, site.count
     parts = []
     for key in HEAD_MAKERS:
-        maker = children.get(key)
-        if maker in site.makers:
-            parts += _parts(prefix + key, maker, "make", len(maker.weight) // (size * count), size)
+        if (maker := children.get(key)) in site.makers:
+            parts += _parts(full_name(name, key), maker, "make", len(maker.weight) // (size * count), size)
     parts.append(Part(site.name, site.reader, "weight", 1, "read", size=size))
     own = [key for key, value in module._parameters.items() if value is not None]
     known = {id(parameter) for layer in (*site.makers, site.reader) for parameter in layer.parameters()}
     for key, child in children.items():
         wide = any(id(p) not in known and p.numel() > size for p in child.parameters())
         own += [key] if wide else []  # a norm over one head at a time (q_norm) stays as it is
-    group = StructureGroup(site.name, "heads", count, tuple(parts), module, name)
-    return _block(group, f"{name or 'the attention'} has parameters besides its projections: {own}" if own else "")
+    why = f"{name or 'the attention'} has parameters besides its projections: {own}" if own else ""
+    return StructureGroup(site.name, "heads", count, tuple(parts), owner=name, blocked=why)
 
 
 def _shared(model: nn.Module) -> dict[str, str]:
@@ -202,18 +194,14 @@ def _shared(model: nn.Module) -> dict[str, str]:
     for layer, module in model.named_modules():
         for key in {**module._parameters, **module._buffers}:
             tensor = getattr(module, key)
-            name = f"{layer}.{key}" if layer else key
+            name = full_name(layer, key)
             if places[id(module)] > 1:
                 found[name] = f"{layer} stands in {places[id(module)]} places"
             elif owners[id(tensor)] > 1:
                 found[name] = f"{name} is tied to another weight"
         for key in getattr(module, "parametrizations", {}):
-            found[f"{layer}.{key}" if layer else key] = f"{layer}.{key} is computed from other parameters"
+            found[full_name(layer, key)] = f"{layer}.{key} is computed from other parameters"
     return found
-
-
-def _block(group: StructureGroup, why: str) -> StructureGroup:
-    return replace(group, blocked=group.blocked or why)
 
 
 @dataclass(frozen=True)
@@ -242,7 +230,7 @@ class Part:
     @property
     def name(self) -> str:
         """Of the tensor, as in `model.named_parameters()` or `named_buffers()`."""
-        return f"{self.layer}.{self.tensor_name}" if self.layer else self.tensor_name
+        return full_name(self.layer, self.tensor_name)
 
     @property
     def tensor(self) -> Tensor:
@@ -273,8 +261,8 @@ class StructureGroup:
         kind (`str`): "channels", "hidden" or "heads".
         count (`int`): number of units.
         parts (`tuple[Part, ...]`): in the order of the data flow.
-        owner (`nn.Module | None`), owner_name (`str`): the attention that counts its heads; None for other kinds.
-        after (`nn.Module | None`), after_name: the batch norm that takes what the reader gives, where there is one.
+        owner (`str | None`): name of the attention that counts its heads; None for other kinds.
+        after (`str | None`): name of the batch norm (with statistics) that takes what the reader gives, if any.
         blocked (`str`): why units can be zeroed but not cut out; empty if they can.
     """
 
@@ -282,10 +270,8 @@ class StructureGroup:
     kind: str
     count: int
     parts: tuple[Part, ...]
-    owner: nn.Module | None = None
-    owner_name: str = ""
-    after: nn.Module | None = None
-    after_name: str = ""
+    owner: str | None = None
+    after: str | None = None
     blocked: str = ""
 
     @property

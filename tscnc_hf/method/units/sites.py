@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from tscnc_hf.method.matrices import CONVOLUTIONS
+from tscnc_hf.method.matrices import LAYERS, full_name
 
 
 # (layer that makes the channels, layer that reads them), by the names that timm, transformers and torchvision use
@@ -26,14 +26,18 @@ class GateSite:
     Attributes:
         name: of the layer that reads the gated channels; its input is what the gates multiply.
         reader, makers: that layer, and those that make the channels (empty if not known).
-        count, channels: number of gates, and input channels a gate.
+        channels: input channels a gate.
     """
 
     name: str
     reader: nn.Module
-    makers: tuple[nn.Module, ...]
-    count: int
-    channels: int
+    makers: tuple[nn.Module, ...] = ()
+    channels: int = 1
+
+    @property
+    def count(self) -> int:
+        """Number of gates."""
+        return input_channels(self.reader) // self.channels
 
 
 def gate_sites(model: nn.Module) -> list[GateSite]:
@@ -44,45 +48,38 @@ def gate_sites(model: nn.Module) -> list[GateSite]:
     """
     sites = {}
     for name, module in model.named_modules():
-        prefix = f"{name}." if name else ""
         children = dict(module.named_children())
-        for maker, reader in PAIRS:
-            if maker in children and reader in children and _feeds(children, maker, reader):
-                sites[prefix + reader] = make_site(prefix + reader, children[reader], (children[maker],))
+        pairs = [pair for pair in PAIRS if set(pair) <= children.keys()]
         if isinstance(module, nn.Sequential):
-            layers = [key for key, child in children.items() if isinstance(child, (nn.Linear, *CONVOLUTIONS))]
-            for maker, reader in zip(layers, layers[1:], strict=False):
-                if _feeds(children, maker, reader):
-                    sites[prefix + reader] = make_site(prefix + reader, children[reader], (children[maker],))
-        site = head_site(prefix, module, children)
-        if site is not None:
-            sites[site.name] = site
+            layers = [key for key, child in children.items() if isinstance(child, LAYERS)]
+            pairs += zip(layers, layers[1:], strict=False)
+        found = [
+            GateSite(full_name(name, reader), children[reader], (children[maker],))
+            for maker, reader in pairs
+            if _feeds(children, maker, reader)
+        ]
+        heads = head_site(name, module, children)
+        sites |= {site.name: site for site in (*found, heads) if site is not None}
     return list(sites.values())
 
 
 def _feeds(children: dict[str, nn.Module], maker: str, reader: str) -> bool:
     """Whether `reader` takes what `maker` gives, channel by channel."""
     first, last = children[maker], children[reader]
-    if not isinstance(last, (nn.Linear, *CONVOLUTIONS)) or not isinstance(first, (nn.Linear, *CONVOLUTIONS)):
+    if not (isinstance(first, LAYERS) and isinstance(last, LAYERS)) or getattr(last, "groups", 1) != 1:
         return False
     names = list(children)
     between = [children[name] for name in names[names.index(maker) + 1 : names.index(reader)]]
-    return (
-        len(first.weight) == input_channels(last)
-        and getattr(last, "groups", 1) == 1
-        and all(map(_keeps_apart, between))
-    )
+    return len(first.weight) == input_channels(last) and all(map(_keeps_apart, between))
 
 
 def _keeps_apart(module: nn.Module) -> bool:
-    """Whether a module works on each channel by itself, as far as can be told: what has weights and is no batch norm
-    does not."""
-    if isinstance(module, nn.modules.batchnorm._BatchNorm):
-        return True
-    return not isinstance(module, MIXING) and next(module.parameters(), None) is None
+    """Whether each channel is worked on by itself, as far as can be told; of what has weights, only batch norms do."""
+    plain = not isinstance(module, MIXING) and next(module.parameters(), None) is None
+    return plain or isinstance(module, nn.modules.batchnorm._BatchNorm)
 
 
-def head_site(prefix: str, module: nn.Module, children: dict[str, nn.Module]) -> GateSite | None:
+def head_site(name: str, module: nn.Module, children: dict[str, nn.Module]) -> GateSite | None:
     """The heads of an attention, by the names of its projections; None where `module` is no such attention."""
     heads = next((getattr(module, key) for key in HEAD_COUNTS if isinstance(getattr(module, key, None), int)), 0)
     reader = next((key for key in HEAD_READERS if isinstance(children.get(key), nn.Linear)), None)
@@ -93,11 +90,7 @@ def head_site(prefix: str, module: nn.Module, children: dict[str, nn.Module]) ->
     inputs = children[reader].in_features
     if inputs % heads or not all(map(_keeps_apart, mixing)) or any(len(m.weight) % inputs for m in makers):
         return None
-    return make_site(prefix + reader, children[reader], makers, inputs // heads)
-
-
-def make_site(name: str, reader: nn.Module, makers: tuple[nn.Module, ...], channels: int = 1) -> GateSite:
-    return GateSite(name, reader, makers, input_channels(reader) // channels, channels)
+    return GateSite(full_name(name, reader), children[reader], makers, inputs // heads)
 
 
 def input_channels(layer: nn.Module) -> int:

@@ -200,7 +200,7 @@ def _cut_(model: nn.Module, found: list[DeadUnits]) -> None:
             replace_tensor_(module, part.tensor_name, smaller.contiguous(memory_format=_memory_format(tensor)))
             follow_shapes_(module)
         if dead.group.owner is not None:
-            _set_heads_(modules[dead.group.owner_name], dead.group.count, int(dead.keep.sum()))
+            _set_heads_(modules[dead.group.owner], dead.group.count, int(dead.keep.sum()))
 
 
 def _memory_format(tensor: Tensor) -> torch.memory_format:
@@ -221,7 +221,7 @@ def _fold_(modules: dict[str, nn.Module], dead: DeadUnits) -> None:
     if reader.bias is not None:
         reader.bias.copy_(reader.bias + added)
     else:
-        mean = modules[dead.group.after_name].running_mean
+        mean = modules[dead.group.after].running_mean
         mean.copy_(mean - added)
 
 
