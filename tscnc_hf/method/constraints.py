@@ -206,14 +206,7 @@ def reference_condition_number_constraint(matrix: Tensor) -> Tensor:
     float32 (a 100-class head at initialisation: e^-400), the formula is the constant 132.5 without a gradient; here it
     goes on as 132.5 - log det(G/n) + log(1.2e-38): continuous, with the gradient of -log det (ours).
 
-    Args:
-        matrix (`Tensor`): (..., r, c), floating.
-
-    Returns:
-        `Tensor`: (...), float32 (float64 for float64 input), >= 0 and finite, at rank deficiency too.
-
-    Raises:
-        ValueError: fewer than two dimensions, or an empty side.
+    Takes, returns and raises what `condition_number_constraint` does; >= 0 and finite, at rank deficiency too.
     """
     with torch.autocast(matrix.device.type, enabled=False):
         wide = _wide(matrix).double()
@@ -247,7 +240,9 @@ def condition_number_penalty(
     """
     if form not in CNC_FORMS:
         raise ValueError(f"form={form!r} is unknown; use one of {', '.join(CNC_FORMS)}")
+    constraint = partial(condition_number_constraint, ridge=ridge)
     if form == "reference":
+        constraint = reference_condition_number_constraint
         weights = [record for record in weights if record.weight.ndim == 2]
     groups: dict[tuple, list[Tensor]] = {}
     device = None
@@ -262,9 +257,6 @@ def condition_number_penalty(
         together = device.type != "cpu" or matrices[0].numel() <= STACK_LIMIT
         shape = (*matrices.shape[-2:], matrices.dtype)
         groups.setdefault(shape if together else (record.name,), []).append(matrices)
-    constraint = partial(condition_number_constraint, ridge=ridge)
-    if form == "reference":
-        constraint = reference_condition_number_constraint
     terms = [constraint(torch.cat(group) if len(group) > 1 else group[0]).sum() for group in groups.values()]
     return torch.stack(terms).sum() if terms else torch.zeros((), device=device)
 
@@ -294,9 +286,7 @@ def constraint_terms(
         prunable = [record for record in weights if record.name in scales]
         if len(prunable) < len(scales):
             lost = sorted(scales.keys() - {record.name for record in prunable})
-            raise ValueError(
-                f"TSC has a scale for {', '.join(lost)}, which is not among the weights: pass all of them"
-            )
+            raise ValueError(f"TSC has a scale for {', '.join(lost)}, which is not among the weights: pass all")
         terms["tsc_loss"] = tsc_weight * transformed_sparse_constraint(prunable, scales, tsc_a)
     if cnc_weight > 0:
         terms["cnc_loss"] = cnc_weight * condition_number_penalty(weights, cnc_ridge, cnc_form)

@@ -20,24 +20,16 @@ from tscnc_hf.method.matrices import WeightMatrix
 Gradients = Mapping[str, Tensor] | None
 Criterion = Callable[[Sequence[WeightMatrix], Gradients], Mapping[str, Tensor]]
 
-# what training gathers for a criterion, weight by weight; g is the gradient of the whole loss in a step
-GATHERED = {
-    None: "nothing",
-    "mean": "the mean of g over the steps since the masks were last chosen",
-    "movement": "the sum of -g w over all steps since pruning began",
-}
+GATHERED = (None, "mean", "movement")  # what training gathers for a criterion, see `register_criterion`
 
 
 @dataclass(frozen=True)
 class RegisteredCriterion:
-    """A criterion and what it needs: `gathers` is a key of `GATHERED`, `learned` says that w becomes a score."""
+    """A criterion and what it needs: `gathers` is one of `GATHERED`, `learned` says that w becomes a score."""
 
     score: Criterion
     gathers: str | None = None
     learned: bool = False
-
-
-_CRITERIA: dict[str, RegisteredCriterion] = {}
 
 
 def register_criterion(name: str, criterion: Criterion, gradients: str | None = None) -> None:
@@ -47,8 +39,8 @@ def register_criterion(name: str, criterion: Criterion, gradients: str | None = 
     Args:
         name (`str`): free, or a name to replace.
         criterion (`Callable`): see the module's docstring.
-        gradients (`str`, *optional*): "mean" (of the gradient since the masks were last chosen) or "movement" (the sum
-            of -gradient * weight since pruning began); without it the criterion gets None.
+        gradients (`str`, *optional*): what to gather of the whole loss's gradient g in each step: "mean" (of g, since
+            the masks were last chosen) or "movement" (the sum of -g w since pruning began). Otherwise it gets None.
 
     Raises:
         ValueError: unknown `gradients`.
@@ -67,35 +59,12 @@ def find_criterion(name: str) -> RegisteredCriterion:
     return _CRITERIA[name]
 
 
-def magnitude(matrices: Sequence[WeightMatrix], gradients: Gradients = None) -> dict[str, Tensor]:
-    """|w|."""
-    return {record.name: record.weight.abs() for record in matrices}
-
-
-def scaled_magnitude(matrices: Sequence[WeightMatrix], gradients: Gradients = None) -> dict[str, Tensor]:
-    """|w| in units of its layer's root mean square: layers of small weights are not emptied first."""
-    return {record.name: record.weight.abs() / _scale(record.weight) for record in matrices}
-
-
-def taylor(matrices: Sequence[WeightMatrix], gradients: Gradients = None) -> dict[str, Tensor]:
-    """
-    |w g|, what the loss would change by if w were zero, to first order (Molchanov et al. 2019). At the start of
-    training and at once (pruning_schedule "one-shot") this is SNIP (Lee, Ajanthan and Torr 2019).
-    """
-    return {record.name: (record.weight * gradients[record.name]).abs() for record in matrices}
-
-
-def movement(matrices: Sequence[WeightMatrix], gradients: Gradients = None) -> dict[str, Tensor]:
-    """Sum of -g w: weights that training moves away from zero (Sanh, Wolf and Rush 2020). May be negative."""
-    return dict(gradients)
-
-
 def gate_probability(matrices: Sequence[WeightMatrix], gradients: Gradients = None) -> dict[str, Tensor]:
     """
     |w| P(z != 0), in units of the layer's root mean square, with z the hard-concrete gate of the input channel that w
     reads; 1 where a layer has no gate. ValueError when no layer has one.
     """
-    scores = scaled_magnitude(matrices)
+    scores = {record.name: _scaled(record.weight) for record in matrices}
     gates = {record.name: record.module._modules.get("gate") for record in matrices}
     if not any(gate is not None for gate in gates.values()):
         raise ValueError("pruning_criterion='gates' needs gates: train with tsc_on='gates', or attach_gates(model)")
@@ -116,14 +85,25 @@ def initial_scores(record: WeightMatrix) -> Tensor:
     return record.weight * ((6 / fan_in) ** 0.5 / record.weight.abs().max().clamp(min=1e-12))
 
 
-def _scale(weight: Tensor) -> Tensor:
-    return weight.square().mean().sqrt().clamp(min=1e-12)
+def _scaled(weight: Tensor) -> Tensor:
+    return weight.abs() / weight.square().mean().sqrt().clamp(min=1e-12)
 
 
-register_criterion("magnitude", magnitude)
-register_criterion("scaled-magnitude", scaled_magnitude)
-register_criterion("taylor", taylor, gradients="mean")
-register_criterion("movement", movement, gradients="movement")
-register_criterion("gates", gate_probability)
-# the records that it is given hold the learned scores in place of the weights
-_CRITERIA["learned"] = RegisteredCriterion(magnitude, learned=True)
+def _each(score: Callable[[Tensor, Tensor | None], Tensor]) -> Criterion:
+    """A criterion that looks at one weight w at a time, and what was gathered for it, g."""
+    return lambda matrices, gradients: {r.name: score(r.weight, gradients and gradients[r.name]) for r in matrices}
+
+
+_CRITERIA = {
+    "magnitude": RegisteredCriterion(_each(lambda w, g: w.abs())),
+    # in units of its layer's root mean square: layers of small weights are not emptied first
+    "scaled-magnitude": RegisteredCriterion(_each(lambda w, g: _scaled(w))),
+    # what the loss would change by if w were zero, to first order (Molchanov et al. 2019). At the start of training,
+    # and at once (pruning_schedule "one-shot"), this is SNIP (Lee, Ajanthan and Torr 2019).
+    "taylor": RegisteredCriterion(_each(lambda w, g: (w * g).abs()), "mean"),
+    # weights that training moves away from zero (Sanh, Wolf and Rush 2020). May be negative.
+    "movement": RegisteredCriterion(_each(lambda w, g: g), "movement"),
+    "gates": RegisteredCriterion(gate_probability),
+    # the records that it is given hold the learned scores in place of the weights
+    "learned": RegisteredCriterion(_each(lambda w, g: w.abs()), learned=True),
+}

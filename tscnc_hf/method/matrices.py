@@ -86,20 +86,20 @@ class WeightMatrices(Iterator[WeightMatrix]):
     """Iterator over `WeightMatrix`; printed, it lists what takes part, what is left out, and why."""
 
     def __init__(self, model: nn.Module, exclude: Sequence[str] = ()):
-        self._model, self._exclude = model, _Exclude(model, exclude)
-        self._records = _find(model, self._exclude)
+        self._model, self._excluded = model, _excluded(model, exclude)
+        self._records = _find(model, self._excluded)
 
     def __next__(self) -> WeightMatrix:
         return next(self._records)
 
     def __repr__(self) -> str:
-        taken = {record.name: record for record in _find(self._model, self._exclude)}
+        taken = {record.name: record for record in _find(self._model, self._excluded)}
         lines = [f"{len(taken)} weights are constrained and pruned:", *(f"  {taken[name]}" for name in taken), "not:"]
         for module_name, module in self._model.named_modules():
             for parameter, weight in module._parameters.items():
                 name = full_name(module_name, parameter)
                 if weight is not None and name not in taken:
-                    lines.append(f"  {name}: {tuple(weight.shape)}, {_why_not(name, module, weight, self._exclude)}")
+                    lines.append(f"  {name}: {tuple(weight.shape)}, {_why_not(name, module, weight, self._excluded)}")
         return "\n".join(lines)
 
 
@@ -118,18 +118,14 @@ def weight_matrices(model: nn.Module, exclude: Sequence[str] = ()) -> WeightMatr
     return WeightMatrices(model, exclude)
 
 
-class _Exclude:
+def _excluded(model: nn.Module, parts: Sequence[str]) -> Callable[[str], bool]:
     """Whether a name is left out."""
-
-    def __init__(self, model: nn.Module, parts: Sequence[str]):
-        names = {name for name, _ in model.named_parameters()} if parts else set()
-        self.whole, self.parts = set(parts) & names, [part for part in parts if part not in names]
-
-    def __contains__(self, name: str) -> bool:
-        return name in self.whole or any(part in name for part in self.parts)
+    names = {name for name, _ in model.named_parameters()} if parts else set()
+    whole, inside = set(parts) & names, [part for part in parts if part not in names]
+    return lambda name: name in whole or any(part in name for part in inside)
 
 
-def _find(model: nn.Module, exclude: _Exclude) -> Iterator[WeightMatrix]:
+def _find(model: nn.Module, excluded: Callable[[str], bool]) -> Iterator[WeightMatrix]:
     seen: set[int] = set()
     for module_name, module in model.named_modules():
         views = _views(module)
@@ -147,7 +143,7 @@ def _find(model: nn.Module, exclude: _Exclude) -> Iterator[WeightMatrix]:
             if weight is None or id(weight) in seen:
                 continue
             seen.add(id(weight))
-            if name in exclude:
+            if excluded(name):
                 continue
             if isinstance(module, nn.Linear) and _is_fused(module_name, weight):
                 view = _blocks_of_three
@@ -158,8 +154,8 @@ def _views(module: nn.Module) -> dict[str, MatrixView]:
     return next((_VIEWS[cls] for cls in type(module).__mro__ if cls in _VIEWS), {})
 
 
-def _why_not(name: str, module: nn.Module, weight: Tensor, exclude: _Exclude) -> str:
-    if name in exclude:
+def _why_not(name: str, module: nn.Module, weight: Tensor, excluded: Callable[[str], bool]) -> str:
+    if excluded(name):
         return "excluded"
     if isinstance(module, _LEFT_OUT):
         return "norm or embedding"

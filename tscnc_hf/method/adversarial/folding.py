@@ -15,7 +15,6 @@ from tscnc_hf.method.adversarial.pixels import attack_mode, logits_of
 
 
 TOLERANCE = 1e-2  # of the largest logit: rounding is at most 1e-3 of it (TF32), a wrong fold about its own size
-LEAVES = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
 
 class FoldedCopy:
@@ -39,7 +38,7 @@ class FoldedCopy:
             # what a layer does beside normalising stays: the parts of timm's BatchNormAct2d, or nothing
             rest = nn.Sequential(*self.model.get_submodule(norm_name).children())
             setattr(self.model.get_submodule(parent), child, rest)
-        self._inside = {f"{name}.{leaf}" for pair in pairs for name in pair for leaf in LEAVES}
+        self._folded = {name for pair in pairs for name in pair}
         self.refresh()
 
     @torch.no_grad()
@@ -48,7 +47,7 @@ class FoldedCopy:
         own = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
         now = dict(self.source.named_parameters()) | dict(self.source.named_buffers())
         for name, tensor in own.items():
-            if name not in self._inside:
+            if name.rpartition(".")[0] not in self._folded:
                 tensor.copy_(now[name])
         for conv_name, norm_name in self.pairs:
             conv, norm = self.source.get_submodule(conv_name), self.source.get_submodule(norm_name)

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from tscnc_hf.method.adversarial.ball import check_norm, per_image, project
+from tscnc_hf.method.adversarial.ball import per_image, project
 from tscnc_hf.method.adversarial.losses import cw_margin
 from tscnc_hf.method.adversarial.pgd import seeded_generator
 from tscnc_hf.method.adversarial.pixels import LogitsFn
@@ -35,15 +35,12 @@ def square(
     The L-infinity form follows the paper (stripes at first, then squares of epsilon in a random sign for each
     channel); in L2 the same proposals are projected on the ball, which is weaker than the paper's own L2 form.
 
-    Args:
-        x (`Tensor`): pixels (b, c, h, w) in [0, 1], float.
-        y, index (`Tensor`): (b,), int64; `index` and `key` seed each image's own generator.
-        queries (`int`): forward passes of an image, at least 1; broken images are not asked about again.
+    Arguments and result as in `pgd`, but:
 
-    Returns:
-        `Tensor`: pixels within epsilon of x and within [0, 1].
+    Args:
+        index (`Tensor`): (b,), int64; `index` and `key` seed each image's own generator.
+        queries (`int`): forward passes of an image, at least 1; broken images are not asked about again.
     """
-    check_norm(norm)
     generators = [seeded_generator("cpu", *key, "square", place) for place in index.tolist()]
     _, channels, height, width = x.shape
     amplitude = epsilon if norm == "linf" else epsilon / math.sqrt(channels * height * width)

@@ -147,7 +147,15 @@ class Allocation:
 
     def _kept(self, records, sizes, total: int, minimum, maximum) -> list[tuple[list[str], int]]:
         """Groups of layers that are ranked together, and how many weights each group keeps."""
-        fixed = {name: round((1 - share) * sizes[name]) for name, share in self._given(sizes).items()}
+        fixed: dict[str, int] = {}
+        for part, share in self.layer_sparsity.items():
+            names = [name for name in sizes if part in name]
+            if not names:
+                raise ValueError(
+                    f"layer_sparsity names {part!r}, which no prunable weight has in its name; they look like "
+                    f"{', '.join(list(sizes)[:3])}"
+                )
+            fixed |= {name: round((1 - share) * sizes[name]) for name in names}
         for name, count in fixed.items():
             if not minimum[name] <= count <= maximum[name]:
                 raise ValueError(
@@ -170,18 +178,6 @@ class Allocation:
         weights = {record.name: _erk(record) if self.scope == "erk" else sizes[record.name] for record in records}
         counts = share_out(left, {name: weights[name] for name in rest}, minimum, maximum)
         return groups + [([name], counts[name]) for name in rest]
-
-    def _given(self, sizes: Mapping[str, int]) -> dict[str, float]:
-        given = {}
-        for part, share in self.layer_sparsity.items():
-            names = [name for name in sizes if part in name]
-            if not names:
-                raise ValueError(
-                    f"layer_sparsity names {part!r}, which no prunable weight has in its name; they look like "
-                    f"{', '.join(list(sizes)[:3])}"
-                )
-            given |= dict.fromkeys(names, share)
-        return given
 
 
 def share_out(

@@ -57,9 +57,8 @@ class Pruner:
             raise ValueError("the model has nothing to prune: no Linear or convolution weight was found")
         self.criterion_name, self.criterion = criterion, find_criterion(criterion)
         self.allocation = Allocation(allocation) if isinstance(allocation, str) else allocation
-        self._rates = None
-        if self.allocation.scope == "learned":
-            self._rates = LayerRates(list(self.records), rate_learning_rate)
+        learned = self.allocation.scope == "learned"
+        self._rates = LayerRates(list(self.records), rate_learning_rate) if learned else None
         self._latent = latent or self.criterion.learned or bool(self.criterion.gathers) or self._rates is not None
         self._pruned: dict[str, Tensor] = {}  # True = zero: masked_fill_ then also clears NaN and inf
         self._dense: dict[str, Tensor] = {}  # latent weights, while the schedule runs
@@ -241,10 +240,9 @@ class Pruner:
             odd = sorted(masks.keys() ^ weights.keys())
             raise ValueError(f"masks do not fit the model's prunable weights; differing names: {', '.join(odd[:5])}")
         for name, mask in masks.items():
-            if mask.shape != weights[name].shape:
-                raise ValueError(
-                    f"mask of {name} has shape {tuple(mask.shape)}, its weight {tuple(weights[name].shape)}"
-                )
+            given, needed = tuple(mask.shape), tuple(weights[name].shape)
+            if given != needed:
+                raise ValueError(f"mask of {name} has shape {given}, its weight {needed}")
         self._pruned = self._all_laid_out({name: ~mask for name, mask in masks.items()})
 
     @torch.no_grad()

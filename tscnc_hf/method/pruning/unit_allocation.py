@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -45,17 +46,15 @@ class UnitAllocation:
         shapes = {record.name: scores[record.name] for record in records}
         total = sum(score.numel() for score in shapes.values())
         wanted, order = round(sparsity * total), self._order(scores)
-        low, high = 0, len(order)
-        if wanted > (most := _zeros(self._cut(shapes, order, high))):
+        if wanted > (most := _zeros(self._cut(shapes, order, len(order)))):
             raise ValueError(
                 f"a sparsity of {sparsity:.6g} is not reachable with whole units, one of each group kept: the largest "
                 f"is {most / total:.6g} of the prunable weights, for {len(self.groups)} groups. Lower the target, or "
                 'prune single weights (pruning_structure="unstructured")'
             )
-        while low < high:
-            middle = (low + high) // 2
-            low, high = (low, middle) if _zeros(self._cut(shapes, order, middle)) >= wanted else (middle + 1, high)
-        return self._cut(shapes, order, low)
+        counts = range(len(order) + 1)
+        count = bisect_left(counts, wanted, key=lambda count: _zeros(self._cut(shapes, order, count)))
+        return self._cut(shapes, order, count)
 
     def check(self, records: Sequence[WeightMatrix], target: float) -> None:
         """Raise what `masks` would raise at the target, before any training."""

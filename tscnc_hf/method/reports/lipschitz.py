@@ -48,20 +48,16 @@ def lipschitz_product(model: nn.Module) -> LipschitzProduct:
     A convolution's norm is at most sigma_1 of its (outputs, inputs * kernel) matrix times the square root of how often
     an input position is read, prod ceil(k / s) for kernel k and stride s (ours; the usual patch-counting argument).
     """
-    bounds, unknown = {}, []
-    for record in weight_matrices(model):
-        bound = _operator_norm_bound(record.module, full_tensor(record.weight))
-        if bound is None:
-            unknown.append(record.name)
-        else:
-            bounds[record.name] = bound
+    found = {r.name: _operator_norm_bound(r.module, full_tensor(r.weight)) for r in weight_matrices(model)}
+    unknown = tuple(name for name, bound in found.items() if bound is None)
+    bounds = {name: bound for name, bound in found.items() if bound is not None}
     for name, module in model.named_modules():
         if isinstance(module, _BatchNorm) and module.running_var is not None:
             factor = (module.running_var.double() + module.eps).rsqrt()
             factor = factor if module.weight is None else factor * module.weight.double().abs()
             bounds[name] = factor.max().item()
     log10 = sum(math.log10(bound) if bound > 0 else -math.inf for bound in bounds.values())
-    return LipschitzProduct(log10, bounds, tuple(unknown))
+    return LipschitzProduct(log10, bounds, unknown)
 
 
 def _operator_norm_bound(module: nn.Module, weight: Tensor) -> float | None:

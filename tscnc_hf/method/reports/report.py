@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict
 from typing import Any, ClassVar
 
@@ -27,6 +27,11 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(part) for part in value]
     return str(value) if isinstance(value, float) and math.isinf(value) else value
+
+
+def over_rows(figure: Callable[[list], Any], column: str, empty: float = 0) -> property:
+    """A figure of one column of a report's rows, `empty` where there are none."""
+    return property(lambda report: figure([getattr(row, column) for row in report.rows]) if report.rows else empty)
 
 
 def by(sizes: Iterable[int]) -> str:

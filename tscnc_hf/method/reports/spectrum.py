@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from tscnc_hf.method.matrices import weight_matrices
-from tscnc_hf.method.reports.report import Report, by, markdown_table
+from tscnc_hf.method.reports.report import Report, by, markdown_table, over_rows
 
 
 # Singular values below this fraction of the largest count as zero.
@@ -49,20 +49,16 @@ class MatrixSpectrum:
     cnc: float
 
 
-def _over_rows(figure: Callable, column: str) -> property:
-    return property(lambda report: figure([getattr(row, column) for row in report.rows]) if report.rows else math.nan)
-
-
 @dataclass(frozen=True)
 class SpectralReport(Report):
     """The spectrum of every weight matrix with at least two rows and two columns."""
 
     rows: tuple[MatrixSpectrum, ...]
 
-    median_condition_number = _over_rows(statistics.median, "condition_number")
-    max_condition_number = _over_rows(max, "condition_number")
-    median_effective_condition_number = _over_rows(statistics.median, "effective_condition_number")
-    max_effective_condition_number = _over_rows(max, "effective_condition_number")
+    median_condition_number = over_rows(statistics.median, "condition_number", math.nan)
+    max_condition_number = over_rows(max, "condition_number", math.nan)
+    median_effective_condition_number = over_rows(statistics.median, "effective_condition_number", math.nan)
+    max_effective_condition_number = over_rows(max, "effective_condition_number", math.nan)
     SUMMARY = (
         "median_condition_number", "max_condition_number",
         "median_effective_condition_number", "max_effective_condition_number", "rank_deficient",
@@ -103,7 +99,6 @@ def singular_values(matrix: Tensor, method: str = "svd") -> Tensor:
 def matrix_spectrum(name: str, matrix: Tensor, method: str = "svd") -> MatrixSpectrum:
     """The spectrum of one matrix (r, c), any floating dtype, computed in float64; `method` as in `singular_values`."""
     zero = matrix == 0
-    dead_rows, dead_columns = int(zero.all(dim=1).sum()), int(zero.all(dim=0).sum())
     sigma = singular_values(matrix, method).cpu()
     largest, smallest, full_rank = sigma[0].item(), sigma[-1].item(), sigma.numel()
     kept = sigma[sigma > RANK_TOLERANCE * largest]
@@ -119,8 +114,8 @@ def matrix_spectrum(name: str, matrix: Tensor, method: str = "svd") -> MatrixSpe
         effective_condition_number=largest / kept[-1].item() if rank else math.inf,
         rank=rank,
         full_rank=full_rank,
-        dead_rows=dead_rows,
-        dead_columns=dead_columns,
+        dead_rows=int(zero.all(dim=1).sum()),
+        dead_columns=int(zero.all(dim=0).sum()),
         stable_rank=squares.sum().item() if rank else 0.0,
         cnc=math.log1p(RIDGE) - (relative + RIDGE).log().mean().item(),
     )

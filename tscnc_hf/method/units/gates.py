@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from tscnc_hf.method.constraints import transformed_l1
 from tscnc_hf.method.matrices import LAYERS, full_tensor
-from tscnc_hf.method.reports.report import Report, markdown_table
+from tscnc_hf.method.reports.report import Report, markdown_table, over_rows
 from tscnc_hf.method.sharding import replicated
 from tscnc_hf.method.units.sites import GateSite, gate_sites
 
@@ -108,8 +108,7 @@ def attach_gates(
         )
     for site in sites:
         gate = HardConcreteGate(site.count, site.channels, drop_rate, generator)
-        site.reader.gate = gate.to(site.reader.weight.device)
-        site.reader.gate.train(site.reader.training)
+        site.reader.gate = gate.to(site.reader.weight.device).train(site.reader.training)
         site.reader.register_forward_pre_hook(_gate_input)
     return sites
 
@@ -117,9 +116,9 @@ def attach_gates(
 def _matching(model: nn.Module, layers: Sequence[str]) -> list[str]:
     names = [name for name, _ in model.named_modules()]
     for part in layers:
-        if not any(name == part or name.endswith(f".{part}") for name in names):
+        if not any(f".{name}".endswith(f".{part}") for name in names):
             raise ValueError(f"gate layer {part!r} is not in {type(model).__name__}; layers look like {names[-3:]}")
-    return [name for name in names if any(name == part or name.endswith(f".{part}") for part in layers)]
+    return [name for name in names if f".{name}".endswith(tuple(f".{part}" for part in layers))]
 
 
 def _named_site(model: nn.Module, name: str) -> GateSite:
@@ -273,14 +272,8 @@ class GateReport(Report):
     rows: tuple[GateRow, ...]
 
     SUMMARY = ("gates", "closed")
-
-    @property
-    def gates(self) -> int:
-        return sum(row.gates for row in self.rows)
-
-    @property
-    def closed(self) -> int:
-        return sum(row.closed for row in self.rows)
+    gates = over_rows(sum, "gates")
+    closed = over_rows(sum, "closed")
 
     def to_markdown(self) -> str:
         rows = [(f"`{r.name}`", r.gates, r.closed, f"{r.expected_open:.1f}", r.channels) for r in self.rows]

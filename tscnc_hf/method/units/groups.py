@@ -51,11 +51,8 @@ def structure_groups(model: nn.Module) -> list[StructureGroup]:
         for keys in SEQUENCES:
             if set(keys) <= children.keys() and isinstance(children[keys[0]], nn.Sequential):
                 flows.append(_in_sequence(children, keys))
-        for flow in flows:
-            groups |= {group.name: group for group in _groups_of(flow, names)}
-        group = _heads(name, module, children)
-        if group is not None:
-            groups[group.name] = group
+        found = [group for flow in flows for group in _groups_of(flow, names)]
+        groups |= {group.name: group for group in (*found, *_heads(name, module, children))}
     order = {name: index for index, name in enumerate(names.values())}
     why = _shared(model)
     made = Counter(part.name for group in groups.values() for part in group.parts if part.role == "make")
@@ -104,9 +101,7 @@ def _groups_of(flow: list[nn.Module], names: Mapping[nn.Module, str]) -> Iterato
     for index, module in enumerate(flow):
         if isinstance(module, LAYERS) and not _is_depthwise(module):
             if maker is not None:
-                group = _group(maker, between, module, flow[index + 1 : index + 2], names)
-                if group is not None:
-                    yield group
+                yield from _group(maker, between, module, flow[index + 1 : index + 2], names)
             maker, between = module, []
         else:
             between.append(module)
@@ -114,17 +109,18 @@ def _groups_of(flow: list[nn.Module], names: Mapping[nn.Module, str]) -> Iterato
 
 def _group(
     maker: nn.Module, between: list[nn.Module], reader: nn.Module, behind: list[nn.Module], names: Mapping
-) -> StructureGroup | None:
+) -> Iterator[StructureGroup]:
+    """None where the two do not belong together, or something between them mixes the units."""
     count, inputs = len(maker.weight), input_channels(reader)
     flattened = any(isinstance(module, nn.Flatten) for module in between)
     size = inputs // count if flattened and isinstance(reader, nn.Linear) else 1
     if size * count != inputs or getattr(reader, "groups", 1) != 1:
-        return None
+        return
     parts = _parts(names[maker], maker, "make")
     for module in between:
         found = [] if isinstance(module, nn.Flatten) else _carried(names[module], module, count)
         if found is None:
-            return None
+            return
         parts += found
     parts.append(Part(names[reader], reader, "weight", 1, "read", size=size))
     kind = "hidden" if isinstance(maker, nn.Linear) or names[maker].endswith(HIDDEN_MAKERS) else "channels"
@@ -132,7 +128,7 @@ def _group(
     after = next((names[norm] for norm in norms if norm.running_mean is not None), None)
     grouped = getattr(maker, "groups", 1) != 1
     why = f"{names[maker]} has {maker.groups} groups of channels" if grouped else ""
-    return StructureGroup(names[reader], kind, count, tuple(parts), after=after, blocked=why)
+    yield StructureGroup(names[reader], kind, count, tuple(parts), after=after, blocked=why)
 
 
 def _parts(layer: str, module: nn.Module, role: str, blocks: int = 1, size: int = 1) -> list[Part]:
@@ -148,10 +144,9 @@ def _carried(layer: str, module: nn.Module, count: int) -> list[Part] | None:
         return _parts(layer, module, "norm") if module.num_features == count else None
     if _is_depthwise(module):
         return _parts(layer, module, "depthwise") if module.out_channels == count else None
-    children = dict(module.named_children())
     for squeeze, excite in SQUEEZES:
-        if isinstance(children.get(squeeze), LAYERS) and isinstance(children.get(excite), LAYERS):
-            first, last = children[squeeze], children[excite]
+        first, last = (getattr(module, key, None) for key in (squeeze, excite))
+        if isinstance(first, LAYERS) and isinstance(last, LAYERS):
             own = sum(p.numel() for p in module.parameters())
             theirs = sum(p.numel() for layer_ in (first, last) for p in layer_.parameters())
             if input_channels(first) != count or len(last.weight) != count or own != theirs:
@@ -167,10 +162,10 @@ def _is_depthwise(module: nn.Module) -> bool:
     return isinstance(module, CONVOLUTIONS) and 1 < module.groups == module.in_channels == module.out_channels
 
 
-def _heads(name: str, module: nn.Module, children: Mapping[str, nn.Module]) -> StructureGroup | None:
-    site = head_site(name, module, dict(children))
+def _heads(name: str, module: nn.Module, children: Mapping[str, nn.Module]) -> Iterator[StructureGroup]:
+    site = head_site(name, module, children)
     if site is None:
-        return None
+        return
     size, count = site.channels, site.count
     parts = []
     for key in HEAD_MAKERS:
@@ -183,7 +178,7 @@ def _heads(name: str, module: nn.Module, children: Mapping[str, nn.Module]) -> S
         wide = any(id(p) not in known and p.numel() > size for p in child.parameters())
         own += [key] if wide else []  # a norm over one head at a time (q_norm) stays as it is
     why = f"{name or 'the attention'} has parameters besides its projections: {own}" if own else ""
-    return StructureGroup(site.name, "heads", count, tuple(parts), owner=name, blocked=why)
+    yield StructureGroup(site.name, "heads", count, tuple(parts), owner=name, blocked=why)
 
 
 def _shared(model: nn.Module) -> dict[str, str]:

@@ -146,7 +146,6 @@ def _choose(found: list[DeadUnits], units: Mapping[str, int], multiple_of: int, 
         wanted = [math.ceil(shares[d.group.kind] * count) for d, count in zip(found, at_first, strict=True)]
     for dead, number in zip(found, wanted, strict=True):
         step = 1 if dead.group.kind == "heads" else multiple_of
-        dead.keep = ~dead.dead
         missing = -(-number // step) * step - int(dead.keep.sum())  # slicing stops at all dead units
         dead.keep[dead.dead.nonzero().flatten()[:missing]] = True
 
@@ -200,7 +199,10 @@ def _cut_(model: nn.Module, found: list[DeadUnits]) -> None:
             replace_tensor_(module, part.tensor_name, smaller.contiguous(memory_format=_memory_format(tensor)))
             follow_shapes_(module)
         if dead.group.owner is not None:
-            _set_heads_(modules[dead.group.owner], dead.group.count, int(dead.keep.sum()))
+            attention = modules[dead.group.owner]
+            for key in (*HEAD_COUNTS, *HEAD_CHANNELS):
+                if type(number := getattr(attention, key, None)) is int:
+                    setattr(attention, key, number // dead.group.count * int(dead.keep.sum()))
 
 
 def _memory_format(tensor: Tensor) -> torch.memory_format:
@@ -223,13 +225,6 @@ def _fold_(modules: dict[str, nn.Module], dead: DeadUnits) -> None:
     else:
         mean = modules[dead.group.after].running_mean
         mean.copy_(mean - added)
-
-
-def _set_heads_(attention: nn.Module, before: int, after: int) -> None:
-    for key in (*HEAD_COUNTS, *HEAD_CHANNELS):
-        number = getattr(attention, key, None)
-        if type(number) is int:
-            setattr(attention, key, number // before * after)
 
 
 def _row(dead: DeadUnits, earlier: SlimRow | None) -> SlimRow:
