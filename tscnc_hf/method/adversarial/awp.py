@@ -49,11 +49,8 @@ def perturbed_model(
     buffers = {name: buffer.clone() for name, buffer in inner.named_buffers()}
     with torch.enable_grad():
         loss = loss_of(lambda *inputs: functional_call(inner, buffers, inputs))
-        found = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
-    gradients = {
-        name: torch.zeros_like(weight) if gradient is None else gradient
-        for (name, weight), gradient in zip(weights.items(), found, strict=True)
-    }
+        found = torch.autograd.grad(loss, list(weights.values()), materialize_grads=True)
+    gradients = dict(zip(weights, found, strict=True))
     if average is not None:
         gradients = {name: average(gradient) for name, gradient in gradients.items()}
     move = perturbation(weights, gradients, gamma)

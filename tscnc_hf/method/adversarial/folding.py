@@ -44,8 +44,7 @@ class FoldedCopy:
     @torch.no_grad()
     def refresh(self) -> None:
         """Take over the weights and statistics that the source has now."""
-        own = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
-        now = dict(self.source.named_parameters()) | dict(self.source.named_buffers())
+        own, now = (dict([*net.named_parameters(), *net.named_buffers()]) for net in (self.model, self.source))
         for name, tensor in own.items():
             if name.rpartition(".")[0] not in self._folded:
                 tensor.copy_(now[name])

@@ -65,21 +65,14 @@ def _ascend(
 
 
 def fgsm_rs(
-    logits_fn: LogitsFn,
-    x: Tensor,
-    y: Tensor,
-    *,
-    epsilon: float,
-    step_size: float | None = None,
-    norm: str = "linf",
-    generator: Noise | None = None,
+    logits_fn: LogitsFn, x: Tensor, y: Tensor, *, epsilon: float, step_size: float | None = None, **options
 ) -> Tensor:
     """
-    One step from a uniform random start (FGSM-RS, Wong, Rice and Kolter 2020): arguments and result as in `pgd`, but
-    `step_size` defaults to 1.25 epsilon, as in the paper, which is about "linf".
+    One step from a uniform random start (FGSM-RS, Wong, Rice and Kolter 2020): arguments, options and result as in
+    `pgd`, but `step_size` defaults to 1.25 epsilon, as in the paper, which is about "linf".
     """
     step_size = 1.25 * epsilon if step_size is None else step_size
-    return pgd(logits_fn, x, y, epsilon=epsilon, steps=1, step_size=step_size, norm=norm, generator=generator)
+    return pgd(logits_fn, x, y, epsilon=epsilon, steps=1, step_size=step_size, **options)
 
 
 def n_fgsm(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -104,18 +105,19 @@ def flops_report(model: nn.Module, input_shape: Sequence[int]) -> FlopsReport:
         for name, counts in counter.get_flop_counts().items()
         if name == root or name.startswith(f"{root}.")
     }
-    own = {name: dict(counts) for name, counts in inclusive.items()}
+    own = {name: Counter(counts) for name, counts in inclusive.items()}
     for name, counts in inclusive.items():
         if name:
-            outer = own[_counted(name.rpartition(".")[0], inclusive)]
-            for op, flops in counts.items():
-                outer[op] -= flops
-    zeros = _nonzero(model, inclusive)
+            own[_around(name, inclusive)].subtract(counts)
+    nonzero, total = Counter(), Counter()  # of the prunable weights that a module multiplies with
+    for record in weight_matrices(model):
+        name, weight = _around(record.name, inclusive), full_tensor(record.weight)
+        nonzero[name] += int(torch.count_nonzero(weight))
+        total[name] += weight.numel()
     rows = []
     for name in [name for name, _ in model.named_modules() if sum(own.get(name, {}).values())]:
         macs = {op: flops // 2 for op, flops in own[name].items()}
-        nonzero, total = zeros.get(name, (0, 0))
-        share = nonzero / total if total else 1.0
+        share = nonzero[name] / total[name] if total[name] else 1.0
         layer = isinstance(model.get_submodule(name), LAYERS)
         products = 0 if layer else sum(n for op, n in macs.items() if any(word in op for word in PRODUCTS))
         multiplied = sum(macs.values()) - products
@@ -134,19 +136,7 @@ def _without_data(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-def _counted(name: str, counted: dict) -> str:
-    """The module itself or the nearest one around it that was called."""
-    while name not in counted:
-        name = name.rpartition(".")[0]
-    return name
-
-
-def _nonzero(model: nn.Module, counted: dict) -> dict[str, tuple[int, int]]:
-    """Of the prunable weights that a module multiplies with: how many are not zero, and how many there are."""
-    found: dict[str, tuple[int, int]] = {}
-    for record in weight_matrices(model):
-        name = _counted(record.name.rpartition(".")[0], counted)
-        weight = full_tensor(record.weight)
-        nonzero, total = found.get(name, (0, 0))
-        found[name] = (nonzero + int(torch.count_nonzero(weight)), total + weight.numel())
-    return found
+def _around(name: str, counted: dict) -> str:
+    """The nearest module around that was called."""
+    name = name.rpartition(".")[0]
+    return name if name in counted else _around(name, counted)

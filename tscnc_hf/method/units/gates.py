@@ -186,9 +186,8 @@ def gate_sparse_constraint(model: nn.Module, a: float = 100.0, l0: float = 1e-3,
         weight = full_tensor(layer.weight).float()
         parts = [weight.reshape(1, len(weight), count, -1).transpose(1, 2)]
         # (blocks, gate, ...): a fused qkv has three blocks of heads
-        for maker in makers.get(name, ()):
-            weight = full_tensor(maker.weight).float()
-            parts.append(weight.reshape(-1, count, layer.gate.channels, weight[0].numel()))
+        making = [full_tensor(maker.weight).float() for maker in makers.get(name, ())]
+        parts += [weight.reshape(-1, count, layer.gate.channels, weight[0].numel()) for weight in making]
         cost = sum(l2 / 2 * part.square().sum(dim=(0, 2, 3)) + l0 * (part.numel() // count) for part in parts)
         terms.append(transformed_l1(layer.gate.open_probability() * cost, a).sum())
     if not terms:
