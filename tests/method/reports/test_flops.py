@@ -79,6 +79,15 @@ def test_leaves_the_model_as_it_is_and_names_a_wrong_shape():
         flops_report(model, (2, 4, 8, 8))
 
 
+def test_a_model_that_multiplies_nothing_costs_nothing():
+    class Sums(nn.Linear):
+        def forward(self, x):
+            return x.sum(-1)
+
+    report = flops_report(nn.Sequential(Sums(4, 2)), (1, 3, 4, 4))
+    assert report.rows == () and report.macs == report.sparse_macs == 0
+
+
 def test_the_table_ends_with_the_sum():
     report = flops_report(hf_vit(), (1, 3, 8, 8))
     assert f"| all | {report.macs:,} |" in report.to_markdown().splitlines()[-1]

@@ -137,6 +137,6 @@ def _without_data(model: nn.Module) -> nn.Module:
 
 
 def _around(name: str, counted: dict) -> str:
-    """The nearest module around that was called."""
+    """The nearest module around that was called, at last the whole model."""
     name = name.rpartition(".")[0]
-    return name if name in counted else _around(name, counted)
+    return name if not name or name in counted else _around(name, counted)
