@@ -15,7 +15,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from tscnc_hf.method.adversarial.losses import pixel_gradient
-from tscnc_hf.method.adversarial.noise import uniform_like
 from tscnc_hf.method.adversarial.pixels import LogitsFn
 from tscnc_hf.method.matrices import full_tensor, weight_matrices
 from tscnc_hf.method.reports.report import Report
@@ -111,7 +110,8 @@ def local_lipschitz(
     with torch.no_grad():
         clean = logits_fn(x)
     lower, upper = (x - epsilon).clamp_(min=0), (x + epsilon).clamp_(max=1)
-    moved = torch.clamp(x + (2 * uniform_like(x, generator) - 1) * epsilon, lower, upper)
+    noise = torch.rand(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+    moved = torch.clamp(x + (2 * noise - 1) * epsilon, lower, upper)
     best = torch.zeros(len(x), dtype=clean.dtype, device=x.device)
 
     def change(logits: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ class Report:
         return {name: getattr(self, name) for name in self.SUMMARY}
 
     def to_dict(self) -> dict:
-        """Plain JSON types; infinities are the strings "inf" and "-inf"."""
+        """Plain JSON types; infinities are the strings "inf" and "-inf", and what there is nothing of (NaN) is None."""
         return _plain(self.summary() | asdict(self))
 
 
@@ -26,7 +26,9 @@ def _plain(value: Any) -> Any:
         return {key: _plain(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(part) for part in value]
-    return str(value) if isinstance(value, float) and math.isinf(value) else value
+    if not isinstance(value, float) or math.isfinite(value):
+        return value
+    return None if math.isnan(value) else str(value)
 
 
 def over_rows(figure: Callable[[list], Any], column: str, empty: float = 0) -> property:
