@@ -17,7 +17,7 @@ class Report:
         return {name: getattr(self, name) for name in self.SUMMARY}
 
     def to_dict(self) -> dict:
-        """Plain JSON types; infinities are the strings "inf" and "-inf", and what there is nothing of (NaN) is None."""
+        """Plain JSON types; infinities are the strings "inf" and "-inf", and what is not there (NaN) is None."""
         return _plain(self.summary() | asdict(self))
 
 
