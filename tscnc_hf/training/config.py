@@ -7,7 +7,8 @@ import math
 import os
 import re
 from dataclasses import dataclass, field, fields
-from typing import Any
+from inspect import get_annotations
+from typing import Annotated, Any, get_origin
 
 from accelerate.utils import str_to_bool
 from transformers import TrainingArguments
@@ -26,6 +27,15 @@ from tscnc_hf.method.units.groups import KINDS
 
 UNSTRUCTURED = "unstructured"
 UNITS = {"units": KINDS} | {kind: (kind,) for kind in KINDS}
+# numbers that an option may be: stated in its annotation
+INSIDE = {
+    "[1, infinity)": lambda x: 1 <= x < math.inf,
+    "(0, infinity)": lambda x: 0 < x < math.inf,
+    "[0, infinity)": lambda x: 0 <= x < math.inf,
+    "(0, 1)": lambda x: 0 < x < 1,
+    "[0, 1]": lambda x: 0 <= x <= 1,
+    "[0, 1)": lambda x: 0 <= x < 1,
+}
 
 
 def _choice(default: str, choices: tuple[str, ...]):
@@ -136,41 +146,41 @@ class TSCNCConfig(TrainingArguments):
     adversary: str = _choice("kl-pgd", ADVERSARIES)
     epsilon: str = "8/255"
     norm: str = _choice("linf", NORMS)
-    attack_steps: int = 10
+    attack_steps: Annotated[int, "[1, infinity)"] = 10
     attack_step_size: str | None = None
-    epsilon_warmup: float = 0.0
-    trades_beta: float = 6.0
-    ema_decay: float = 0.0
-    awp_gamma: float = 0.0
-    awp_start: float = 0.0
-    eval_attack_steps: int = 10
+    epsilon_warmup: Annotated[float, "[0, 1]"] = 0.0
+    trades_beta: Annotated[float, "[0, infinity)"] = 6.0
+    ema_decay: Annotated[float, "[0, 1)"] = 0.0
+    awp_gamma: Annotated[float, "[0, infinity)"] = 0.0
+    awp_start: Annotated[float, "[0, 1]"] = 0.0
+    eval_attack_steps: Annotated[int, "[0, infinity)"] = 10
 
-    tsc_weight: float = 0.0
-    tsc_a: float = 10.0
+    tsc_weight: Annotated[float, "[0, infinity)"] = 0.0
+    tsc_a: Annotated[float, "(0, infinity)"] = 10.0
     tsc_on: str = _choice("weights", ("weights", "gates"))
     gate_layers: list[str] = field(default_factory=list)
-    gate_learning_rate: float = 0.01
-    gate_drop_rate: float = 0.3
-    gate_l0: float = 1e-3
-    gate_l2: float = 5e-4
-    cnc_weight: float = 0.0
+    gate_learning_rate: Annotated[float, "(0, infinity)"] = 0.01
+    gate_drop_rate: Annotated[float, "(0, 1)"] = 0.3
+    gate_l0: Annotated[float, "[0, infinity)"] = 1e-3
+    gate_l2: Annotated[float, "[0, infinity)"] = 5e-4
+    cnc_weight: Annotated[float, "[0, infinity)"] = 0.0
     cnc_form: str = _choice("scale-invariant", CNC_FORMS)
-    cnc_ridge: float = 1e-3
-    cnc_interval: int = 1
+    cnc_ridge: Annotated[float, "(0, infinity)"] = 1e-3
+    cnc_interval: Annotated[int, "[1, infinity)"] = 1
 
-    target_sparsity: float = 0.0
+    target_sparsity: Annotated[float, "[0, 1)"] = 0.0
     pruning_schedule: str = _choice("cubic", tuple(SCHEDULES))
-    pruning_start: float = 0.25
-    pruning_end: float = 0.75
-    pruning_interval: int = 10
+    pruning_start: Annotated[float, "[0, 1]"] = 0.25
+    pruning_end: Annotated[float, "[0, 1]"] = 0.75
+    pruning_interval: Annotated[int, "[1, infinity)"] = 10
     pruning_criterion: str = "magnitude"
     pruning_scope: str = _choice("global", SCOPES)
     pruning_layer_sparsity: dict | str | None = None
-    pruning_layer_floor: float = 0.0
-    pruning_row_floor: int = 0
+    pruning_layer_floor: Annotated[float, "[0, 1)"] = 0.0
+    pruning_row_floor: Annotated[int, "[0, infinity)"] = 0
     pruning_structure: str = UNSTRUCTURED
     pruning_latent: bool = False
-    pruning_rate_learning_rate: float = 0.01
+    pruning_rate_learning_rate: Annotated[float, "(0, infinity)"] = 0.01
     pruning_exclude: list[str] = field(default_factory=list)
     pruning_dense_first: bool = False
     pruning_dense_last: bool = False
@@ -198,8 +208,10 @@ class TSCNCConfig(TrainingArguments):
         self.epsilon = pixel_quantity("epsilon", self.epsilon, self.norm)
         if self.attack_step_size is not None:
             self.attack_step_size = pixel_quantity("attack_step_size", self.attack_step_size, self.norm)
-        for name in ("objective", "adversary", "norm", "tsc_on", "cnc_form", "pruning_scope", "pruning_schedule"):
-            _check_choice(name, getattr(self, name), type(self).__dataclass_fields__[name].metadata["choices"])
+        for option in fields(TSCNCConfig):
+            choices, value = option.metadata.get("choices"), getattr(self, option.name)
+            if option.name in TSCNCConfig.__annotations__ and choices and value not in choices:
+                raise ValueError(f"{option.name}={value!r} is unknown; use one of {', '.join(choices)}")
         find_criterion(self.pruning_criterion)
         self.pruning_layer_sparsity = _layer_sparsity(self.pruning_layer_sparsity)
         pattern(self.pruning_structure)
@@ -213,29 +225,9 @@ class TSCNCConfig(TrainingArguments):
             if isinstance(getattr(self, name), str):
                 raise ValueError(f"{name}={getattr(self, name)!r}: give a list of name parts")
 
-        for name in ("attack_steps", "pruning_interval", "cnc_interval"):
-            _check_range(name, getattr(self, name), low=1)
-        for name in ("tsc_a", "cnc_ridge", "gate_learning_rate", "pruning_rate_learning_rate"):
-            _check_range(name, getattr(self, name), low=0, low_open=True)
-        for name in (
-            "eval_attack_steps",
-            "trades_beta",
-            "tsc_weight",
-            "cnc_weight",
-            "gate_l0",
-            "gate_l2",
-            "awp_gamma",
-            "pruning_row_floor",
-        ):
-            _check_range(name, getattr(self, name), low=0)
-        _check_range("gate_drop_rate", self.gate_drop_rate, low=0, high=1, low_open=True, high_open=True)
-        for name in ("epsilon_warmup", "awp_start"):
-            _check_range(name, getattr(self, name), low=0, high=1)
-        _check_range("pruning_layer_floor", self.pruning_layer_floor, low=0, high=1, high_open=True)
-        _check_range("ema_decay", self.ema_decay, low=0, high=1, high_open=True)
-        _check_range("target_sparsity", self.target_sparsity, low=0, high=1, high_open=True)
-        _check_range("pruning_start", self.pruning_start, low=0, high=1)
-        _check_range("pruning_end", self.pruning_end, low=0, high=1)
+        for name, kind in get_annotations(TSCNCConfig, eval_str=True).items():
+            if get_origin(kind) is Annotated:
+                _check_range(name, getattr(self, name), *kind.__metadata__)
         if self.pruning_end < self.pruning_start:
             raise ValueError(
                 f"pruning_end={self.pruning_end} lies before pruning_start={self.pruning_start}; both are fractions "
@@ -314,28 +306,15 @@ def _layer_sparsity(value: dict | str | None) -> dict[str, float]:
     if not isinstance(value, dict):
         raise ValueError(f"pruning_layer_sparsity={value!r}: give a map from parts of names to fractions of zeros")
     for name, share in value.items():
-        _check_range(f"pruning_layer_sparsity of {name!r}", share, low=0, high=1)
+        _check_range(f"pruning_layer_sparsity of {name!r}", share, "[0, 1]")
     return {str(name): float(share) for name, share in value.items()}
 
 
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}={value!r} is unknown; use one of {', '.join(choices)}")
-
-
-def _check_range(
-    name: str, value: float, low: float, high: float = float("inf"), low_open: bool = False, high_open: bool = False
-) -> None:
+def _check_range(name: str, value: float, interval: str) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ValueError(f"{name}={value!r} is a {type(value).__name__}; give a number")
-    inside = (
-        math.isfinite(value)
-        and (value > low if low_open else value >= low)
-        and (value < high if high_open else value <= high)
-    )
-    if not inside:
-        end = "infinity)" if high == float("inf") else f"{high}{')' if high_open else ']'}"
-        raise ValueError(f"{name}={value} is outside {'(' if low_open else '['}{low}, {end}")
+    if not INSIDE[interval](value):
+        raise ValueError(f"{name}={value} is outside {interval}")
 
 
 def json_option(name: str, value: Any) -> Any:
