@@ -1,6 +1,7 @@
 """Random crops and flips as pure functions of (seed, epoch, index), so that resuming and sharding change nothing."""
 
 import math
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ def mix_seed(*counters: int) -> int:
     return int(np.random.SeedSequence(counters).generate_state(1, np.uint64)[0])
 
 
+@lru_cache(maxsize=2)  # each batch of an epoch asks for them
 def draw_crops_and_flips(count: int, padding: int, seed: int, epoch: int) -> tuple[torch.Tensor, ...]:
     """Draw where each of `count` images is cropped and whether it is flipped.
 

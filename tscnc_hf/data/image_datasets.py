@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,23 +26,21 @@ class EpochDataset(Dataset):
     Attributes:
         labels: int64 (n,).
         class_names: one name a class.
-        augmentation: "none", "flip", "crop" or "crop-flip".
+        augmentation: "none", "flip" (left to right, every second image), "crop" or "crop-flip".
         augmentation_text: what that is, in words.
-        seed: non-negative.
+        seed: non-negative; with epoch and index, all that the augmentation depends on.
         epoch: set by `set_epoch`, 0 at first.
     """
 
     _crop_text: str  # what a "crop" of the class is
 
-    def __init__(self, labels: torch.Tensor, class_names: Sequence[str], augmentation: str, seed: int) -> None:
-        if labels.ndim != 1 or labels.dtype != torch.int64:
-            raise ValueError(f"labels must be int64 (n,), got {labels.dtype} {tuple(labels.shape)}.")
-        if seed < 0:
-            raise ValueError(f"seed={seed} is negative; give 0 or more.")
-        self.labels = labels
-        self.class_names = list(class_names)
-        self.augmentation = check_augmentation(augmentation)
-        self.seed = seed
+    def __post_init__(self) -> None:
+        if self.labels.ndim != 1 or self.labels.dtype != torch.int64:
+            raise ValueError(f"labels must be int64 (n,), got {self.labels.dtype} {tuple(self.labels.shape)}.")
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed} is negative; give 0 or more.")
+        self.class_names = list(self.class_names)
+        check_augmentation(self.augmentation)
         # In shared memory, so that `set_epoch` also reaches the workers a DataLoader keeps alive between epochs.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
@@ -58,11 +57,17 @@ class EpochDataset(Dataset):
     def identity(self) -> dict[str, Any]:
         """What tells these images from others, plain JSON types: see `tscnc_hf.data.identity`."""
         about = {"augmentation": self.augmentation_text, "augmentation_seed": self.seed}
-        return {"images": len(self), **self._content(), **(about if self.augmentation != "none" else {})}
+        found = {"images": len(self), "image_size": [*self._item_shape], "digest": digest(self._content())}
+        return found | (about if self.augmentation != "none" else {})
+
+    @property
+    @abstractmethod
+    def _item_shape(self) -> tuple[int, ...]:
+        """(c, h, w)."""
 
     @abstractmethod
-    def _content(self) -> dict[str, Any]:
-        """The size of the images, and a digest of pixels and labels."""
+    def _content(self) -> list:
+        """Pixels and labels, or what tells them from others."""
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch (0, 1, ...) whose augmentation the items get; ValueError when negative or no integer."""
@@ -79,72 +84,64 @@ class EpochDataset(Dataset):
             raise IndexError(f"index {index} is outside a data set of {len(self)} images.")
         return index % len(self)
 
-    def _describe(self, channels: int, height: int, width: int) -> str:
+    def __repr__(self) -> str:
         return (
-            f"{type(self).__name__}({len(self):,} images of {channels}x{height}x{width}, {len(self.class_names)} "
-            f"classes, augmentation={self.augmentation!r}, seed={self.seed}, epoch={self.epoch})"
+            f"{type(self).__name__}({len(self):,} images of {'x'.join(map(str, self._item_shape))}, "
+            f"{len(self.class_names)} classes, augmentation={self.augmentation!r}, seed={self.seed}, "
+            f"epoch={self.epoch})"
         )
 
 
+@dataclass(eq=False, repr=False)
 class ImageTensorDataset(EpochDataset):
     """Small images, decoded once.
 
-    Args:
+    Args, beside those of `EpochDataset`:
         images: uint8 (n, c, h, w).
-        labels: int64 (n,).
-        class_names: one name a class.
-        augmentation: "none", "flip" (left to right, every second image), "crop" (h // 8 zeros on each side, then a
-            random crop of the old size) or "crop-flip".
-        seed: with epoch and index, all that the augmentation depends on.
+        augmentation: "crop" is of h // 8 zeros on each side, then a random crop of the old size.
 
     Raises:
         ValueError: wrong shapes or dtypes, an unknown augmentation, crops asked of images less than 8 pixels high.
     """
 
+    images: torch.Tensor
+    labels: torch.Tensor
+    class_names: Sequence[str]
+    augmentation: str = "none"
+    seed: int = 0
+
     _crop_text = "crops of the padded image"
 
-    def __init__(
-        self,
-        images: torch.Tensor,
-        labels: torch.Tensor,
-        class_names: Sequence[str],
-        augmentation: str = "none",
-        seed: int = 0,
-    ) -> None:
-        super().__init__(labels, class_names, augmentation, seed)
-        if images.ndim != 4 or images.dtype != torch.uint8 or len(images) != len(labels):
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        images = self.images
+        if images.ndim != 4 or images.dtype != torch.uint8 or len(images) != len(self):
             raise ValueError(
-                f"images must be uint8 (n, c, h, w) with n = {len(labels)} labels, got {images.dtype} "
+                f"images must be uint8 (n, c, h, w) with n = {len(self)} labels, got {images.dtype} "
                 f"{tuple(images.shape)}."
             )
-        self.images = images
-        self._crops, self._flips = "crop" in augmentation, "flip" in augmentation
-        self._padding = images.shape[2] // 8 if self._crops else 0
-        if self._crops and self._padding == 0:
+        self._padding = images.shape[2] // 8 if "crop" in self.augmentation else 0
+        if "crop" in self.augmentation and self._padding == 0:
             raise ValueError(
-                f"augmentation={augmentation!r} pads by h // 8 pixels, none at all for images {images.shape[2]} "
+                f"augmentation={self.augmentation!r} pads by h // 8 pixels, none at all for images {images.shape[2]} "
                 'pixels high; use "none" or "flip".'
             )
-        self._drawn: tuple[int, tuple[torch.Tensor, ...]] | None = None
 
-    def _content(self) -> dict[str, Any]:
-        return {"image_size": [*self.images.shape[1:]], "digest": digest([self.images, self.labels])}
+    @property
+    def _item_shape(self) -> tuple[int, ...]:
+        return tuple(self.images.shape[1:])
 
-    def _draws(self) -> tuple[torch.Tensor, ...]:
-        epoch = self.epoch
-        if self._drawn is None or self._drawn[0] != epoch:
-            self._drawn = epoch, draw_crops_and_flips(len(self), self._padding, self.seed, epoch)
-        return self._drawn[1]
+    def _content(self) -> list:
+        return [self.images, self.labels]
 
     def __getitems__(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
         """One ready batch: pixel_values float32 (b, c, h, w) in [0, 1], labels int64 (b,). `collate` passes it on."""
         where = torch.as_tensor([self._position(index) for index in indices], dtype=torch.int64)
         images = self.images[where]
         if self.augmentation != "none":
-            rows, columns, flips = (draw[where] for draw in self._draws())
-            if not self._flips:
-                flips = torch.zeros_like(flips)
-            images = crop_and_flip(images, rows, columns, flips, self._padding)
+            draws = draw_crops_and_flips(len(self), self._padding, self.seed, self.epoch)
+            rows, columns, flips = (draw[where] for draw in draws)
+            images = crop_and_flip(images, rows, columns, flips & ("flip" in self.augmentation), self._padding)
         return {"pixel_values": images.float().div_(255), "labels": self.labels[where]}
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
@@ -153,75 +150,67 @@ class ImageTensorDataset(EpochDataset):
 
     def subset(self, indices: Iterable[int]) -> "ImageTensorDataset":
         """The images at `indices` (copied), in that order; augmented by their new indices, from epoch 0."""
-        where = torch.as_tensor([self._position(index) for index in indices], dtype=torch.int64)
-        return ImageTensorDataset(
-            self.images[where], self.labels[where], self.class_names, self.augmentation, self.seed
-        )
-
-    def __repr__(self) -> str:
-        return self._describe(*self.images.shape[1:])
+        where = [self._position(index) for index in indices]
+        return replace(self, images=self.images[where], labels=self.labels[where])
 
 
+@dataclass(eq=False, repr=False)
 class ImageStreamDataset(EpochDataset):
     """Large images, decoded when read.
 
-    Args:
+    Args, beside those of `EpochDataset`:
         rows: a `datasets.Dataset` with the column `image_column` (decoded or not).
         labels: int64, one for each of `indices`.
-        class_names: one name a class.
         image_size: (h, w) of the items.
-        augmentation: "crop" makes random resized crops (8 to 100 % of the area, aspect ratio 3/4 to 4/3) instead of
-            resizing the shorter side and cropping the centre; "flip" mirrors every second image left to right;
-            "crop-flip" does both, "none" neither.
+        augmentation: "crop" is of random resized crops (8 to 100 % of the area, aspect ratio 3/4 to 4/3), instead of
+            resizing the shorter side and cropping the centre.
         image_column: name of the column.
         indices: int64, the rows to use, in order; all by default.
         decoder: which pixels to make of an image; RGB by default.
         split: name of the split, for messages.
-        seed: with epoch and index, all that the augmentation depends on.
 
     Raises:
         ValueError: wrong shapes or dtypes, an unknown augmentation; when an item is read: an image that cannot be
             decoded.
     """
 
+    rows: "datasets.Dataset"
+    labels: torch.Tensor
+    class_names: Sequence[str]
+    image_size: tuple[int, int]
+    augmentation: str = "none"
+    _: KW_ONLY
+    image_column: str = "image"
+    indices: Sequence[int] | np.ndarray | None = None
+    decoder: ImageDecoder = ImageDecoder()
+    split: str = "train"
+    seed: int = 0
+
     _crop_text = "resized crops"
 
-    def __init__(
-        self,
-        rows: "datasets.Dataset",
-        labels: torch.Tensor,
-        class_names: Sequence[str],
-        image_size: tuple[int, int],
-        augmentation: str = "none",
-        *,
-        image_column: str = "image",
-        indices: Sequence[int] | np.ndarray | None = None,
-        decoder: ImageDecoder | None = None,
-        split: str = "train",
-        seed: int = 0,
-    ) -> None:
-        super().__init__(labels, class_names, augmentation, seed)
+    def __post_init__(self) -> None:
+        super().__post_init__()
         import datasets
 
-        if image_column not in rows.column_names:
-            raise ValueError(f"no column {image_column!r}; the columns are {', '.join(rows.column_names)}.")
-        rows = rows.select_columns([image_column])
-        if isinstance(rows.features[image_column], datasets.Image):
-            rows = rows.cast_column(image_column, datasets.Image(decode=False))
+        column, rows = self.image_column, self.rows
+        if column not in rows.column_names:
+            raise ValueError(f"no column {column!r}; the columns are {', '.join(rows.column_names)}.")
+        rows = rows.select_columns([column])
+        if isinstance(rows.features[column], datasets.Image):
+            rows = rows.cast_column(column, datasets.Image(decode=False))
         self.rows = rows
-        self.indices = np.arange(len(rows)) if indices is None else np.asarray(indices, dtype=np.int64)
-        if len(self.indices) != len(labels):
-            raise ValueError(f"{len(labels)} labels for {len(self.indices)} images; give one label an image.")
-        self.image_column = image_column
-        self.image_size = image_size
-        self.decoder = decoder or ImageDecoder()
-        self.split = split
+        self.indices = np.arange(len(rows)) if self.indices is None else np.asarray(self.indices, dtype=np.int64)
+        if len(self.indices) != len(self):
+            raise ValueError(f"{len(self)} labels for {len(self.indices)} images; give one label an image.")
 
-    def _content(self) -> dict[str, Any]:
+    @property
+    def _item_shape(self) -> tuple[int, ...]:
+        return CHANNELS[self.decoder.channels], *self.image_size
+
+    def _content(self) -> list:
         # all labels, and as many files as are read in a moment
         files = [self.rows[int(self.indices[place])][self.image_column] for place in spread(len(self))]
-        size = [CHANNELS[self.decoder.channels], *self.image_size]
-        return {"image_size": size, "digest": digest([self.labels, self.indices, *map(_bytes_of, files)])}
+        return [self.labels, self.indices, *map(_bytes_of, files)]
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         """One item: pixel_values float32 (c, h, w) in [0, 1], labels int64 ()."""
@@ -241,14 +230,7 @@ class ImageStreamDataset(EpochDataset):
     def subset(self, indices: Iterable[int]) -> "ImageStreamDataset":
         """The images at `indices`, in that order; augmented by their new indices, from epoch 0."""
         where = [self._position(index) for index in indices]
-        return self._like(labels=self.labels[where], indices=self.indices[where])
-
-    def _like(self, **changes: Any) -> "ImageStreamDataset":
-        same = ("rows", "labels", "class_names", "image_size", "augmentation", "image_column", "indices", "decoder")
-        return ImageStreamDataset(**({name: getattr(self, name) for name in (*same, "split", "seed")} | changes))
-
-    def __repr__(self) -> str:
-        return self._describe(CHANNELS[self.decoder.channels], *self.image_size)
+        return replace(self, labels=self.labels[where], indices=self.indices[where])
 
 
 def _bytes_of(stored: Any) -> bytes:

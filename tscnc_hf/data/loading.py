@@ -11,7 +11,7 @@ import torch
 from tscnc_hf.data.augmentation import check_augmentation
 from tscnc_hf.data.batches import LABEL_KEYS, collate
 from tscnc_hf.data.columns import encode_labels, find_columns, read_labels
-from tscnc_hf.data.decoding import CHANNELS, decode_rows, decoder_for, resize_to, to_planes
+from tscnc_hf.data.decoding import CHANNELS, decode_rows, decoder_for
 from tscnc_hf.data.image_datasets import ImageStreamDataset, ImageTensorDataset
 from tscnc_hf.data.splits import first_rows, stratified_split
 
@@ -110,12 +110,12 @@ def load_image_data(
         given += ["in_memory"] if in_memory is False else []
         if given:
             raise ValueError(f'dataset="digits" is embedded: drop {", ".join(given)}.')
-        parts, origin = _load_digits(size, channels, validation_fraction, train_limit, test_limit, augmentation, seed)
-        return _finish(parts, [str(digit) for digit in range(10)], dataset, origin, asked)
+        splits, name, in_memory = {"train": _digits()}, dataset, True
+    else:
+        splits, name = _load_splits(dataset, revision, test_split)
 
     import datasets
 
-    splits, name = _load_splits(dataset, revision, test_split)
     image_column, label_column = find_columns(splits["train"].features, image_column, label_column)
     feature = splits["train"].features[label_column]
     names = list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
@@ -241,52 +241,41 @@ def _choose_rows(
     return parts, f"{origin}, validation held out of the training rows"
 
 
-def _load_digits(
-    size: tuple[int, int] | None,
-    channels: str,
-    validation_fraction: float,
-    train_limit: int | None,
-    test_limit: int | None,
-    augmentation: str,
-    seed: int,
-) -> tuple[dict[str, ImageTensorDataset], str]:
+def _digits():
+    """The digits of scikit-learn, 8 x 8 pixels of 17 shades, as a `datasets.Dataset`."""
+    import datasets
     from PIL import Image
     from sklearn.datasets import load_digits
 
     values, labels = load_digits(return_X_y=True)
     planes = np.round(values.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
-    if size is not None:
-        planes = np.stack([to_planes(resize_to(Image.fromarray(plane), size))[0] for plane in planes])
-    images = torch.from_numpy(planes)[:, None]
-    if channels == "rgb":
-        images = images.repeat(1, 3, 1, 1)
-    class_names = [str(digit) for digit in range(10)]
-    parts, origin = _choose_rows({"train": labels.astype(np.int64)}, validation_fraction, train_limit, test_limit)
-    made = {}
-    for part, (_, rows) in parts.items():
-        how, ids = augmentation if part == "train" else "none", torch.from_numpy(labels[rows].astype(np.int64))
-        made[part] = ImageTensorDataset(images[torch.from_numpy(rows)], ids, class_names, how, seed)
-    return made, origin
+    names = datasets.ClassLabel(names=[str(digit) for digit in range(10)])
+    features = datasets.Features({"image": datasets.Image(), "label": names})
+    images = [Image.fromarray(plane) for plane in planes]
+    return datasets.Dataset.from_dict({"image": images, "label": labels}, features)
 
 
 def _finish(made: dict[str, Any], class_names: list[str], name: str, origin: str, asked: dict[str, Any]) -> ImageData:
-    pixels = made["train"][0]["pixel_values"]
-    channels, height, width = pixels.shape
-    description = (
-        f"{name}: {len(made['train']):,} training, {len(made['validation']):,} validation and "
-        f"{len(made['test']):,} test images of {channels}x{height}x{width} in {len(class_names)} classes, "
-        f"{_storage(made)}; training images: {made['train'].augmentation_text}; {origin}."
-    )
     sizes = {tuple(part[0]["pixel_values"].shape) for part in made.values()}
     if len(sizes) > 1:
         raise ValueError(f"train, validation and test images differ in size: {sorted(sizes)}. Give image_size.")
-    about = dict(image_size=(height, width), channels=channels, name=name, description=description)
-    about["identity"] = {part: dataset.identity for part, dataset in made.items()}
-    about["identity"] |= {"classes": class_names, "asked": asked | {"dataset": name}}  # a path says nothing elsewhere
-    return ImageData(**made, class_names=class_names, **about)
-
-
-def _storage(made: dict[str, Any]) -> str:
-    if not isinstance(made["train"], ImageTensorDataset):
-        return "decoded as they are read"
-    return f"decoded in memory ({sum(part.images.nbytes for part in made.values()) / 1e6:,.1f} MB)"
+    ((channels, height, width),) = sizes
+    storage = "decoded as they are read"
+    if isinstance(made["train"], ImageTensorDataset):
+        storage = f"decoded in memory ({sum(part.images.nbytes for part in made.values()) / 1e6:,.1f} MB)"
+    description = (
+        f"{name}: {len(made['train']):,} training, {len(made['validation']):,} validation and "
+        f"{len(made['test']):,} test images of {channels}x{height}x{width} in {len(class_names)} classes, "
+        f"{storage}; training images: {made['train'].augmentation_text}; {origin}."
+    )
+    identity = {part: dataset.identity for part, dataset in made.items()}
+    identity |= {"classes": class_names, "asked": asked | {"dataset": name}}  # a path says nothing elsewhere
+    return ImageData(
+        **made,
+        class_names=class_names,
+        image_size=(height, width),
+        channels=channels,
+        name=name,
+        description=description,
+        identity=identity,
+    )
