@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 from typing import Any
 
@@ -50,7 +50,13 @@ def main(args: Sequence[str] | None = None) -> None:
             _evaluate(args[1:])
         else:
             options = _parser().parse_args(args or ["--help"])
-            RUN[options.command](options)
+            work, show = RUN[options.command]
+            with redirect_stdout(sys.stderr):
+                result = work(options)
+            if options.json:
+                print(json.dumps(result, allow_nan=False))
+            else:
+                show(options, result)
     except SystemExit as end:
         if not isinstance(end.code, str):
             raise
@@ -111,78 +117,63 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _inspect(options: argparse.Namespace) -> None:
-    def work() -> dict[str, Any]:
-        from tscnc_hf.artifact.repository.inspection import inspect_model
-        from tscnc_hf.artifact.repository.repository import open_repository
+def _inspect(options: argparse.Namespace) -> dict[str, Any]:
+    from tscnc_hf.artifact.repository.inspection import inspect_model
+    from tscnc_hf.artifact.repository.repository import open_repository
 
-        repository = open_repository(options.model, options.revision)
-        return inspect_model(repository, layers=options.layers, spectrum=not options.no_spectrum)
-
-    def show(found: dict[str, Any]) -> None:
-        from tscnc_hf.artifact.repository.inspection import layer_rows, summary_rows
-
-        _table(summary_rows(found))
-        if options.layers:
-            print()
-            _table(layer_rows(found), header=True)
-
-    _run(options, work, show)
+    repository = open_repository(options.model, options.revision)
+    return inspect_model(repository, layers=options.layers, spectrum=not options.no_spectrum)
 
 
-def _convert(options: argparse.Namespace) -> None:
-    def work() -> dict[str, Any]:
-        from tscnc_hf.artifact.repository.conversion import pack, unpack
-        from tscnc_hf.artifact.repository.repository import folder_sizes, open_repository
+def _show_model(options: argparse.Namespace, found: dict[str, Any]) -> None:
+    from tscnc_hf.artifact.repository.inspection import layer_rows, summary_rows
 
-        packing = options.command == "pack"
-        repository = open_repository(options.model, options.revision, weights="dense" if packing else "packed")
-        how = {"compression": options.compression, "value_dtype": options.value_dtype} if packing else {}
-        path = (pack if packing else unpack)(repository, options.output, **how)
-        return {"written": str(path)} | repository.sizes | folder_sizes(path.parent)
-
-    def show(done: dict[str, Any]) -> None:
-        from tscnc_hf.artifact.card.words import format_bytes
-
-        sizes = {key: format_bytes(done[key]) for key in ("dense_bytes", "sparse_bytes") if key in done}
-        print(f"{done['written']}: dense {sizes.get('dense_bytes', '-')}, packed {sizes.get('sparse_bytes', '-')}")
-
-    _run(options, work, show)
+    _table(summary_rows(found))
+    if options.layers:
+        print()
+        _table(layer_rows(found), header=True)
 
 
-def _card(options: argparse.Namespace) -> None:
-    def work() -> dict[str, Any]:
-        from tscnc_hf.artifact.repository.recard import rebuild_card
-        from tscnc_hf.artifact.repository.repository import open_repository
+def _convert(options: argparse.Namespace) -> dict[str, Any]:
+    from tscnc_hf.artifact.repository.conversion import pack, unpack
+    from tscnc_hf.artifact.repository.repository import folder_sizes, open_repository
 
-        given = {"model_name": options.name, "dataset_name": options.dataset}
-        given |= {"base_model": options.base_model, "license": options.license}
-        path = rebuild_card(
-            open_repository(options.model, options.revision),
-            options.output,
-            results_file=options.results,
-            overwrite=options.overwrite,
-            **{key: value for key, value in given.items() if value is not None},
-        )
-        return {"written": str(path)}
-
-    _run(options, work, lambda done: print(done["written"]))
+    packing = options.command == "pack"
+    repository = open_repository(options.model, options.revision, weights="dense" if packing else "packed")
+    how = {"compression": options.compression, "value_dtype": options.value_dtype} if packing else {}
+    path = (pack if packing else unpack)(repository, options.output, **how)
+    return {"written": str(path)} | repository.sizes | folder_sizes(path.parent)
 
 
-def _push(options: argparse.Namespace) -> None:
-    def work() -> dict[str, Any]:
-        from tscnc_hf.artifact.repository.recard import publish
+def _show_sizes(options: argparse.Namespace, done: dict[str, Any]) -> None:
+    from tscnc_hf.artifact.card.words import format_bytes
 
-        commit = publish(
-            options.folder,
-            options.repo_id,
-            message=options.message,
-            revision=options.revision,
-            private=True if options.private else None,
-        )
-        return {"url": commit.commit_url, "commit": commit.oid}
+    sizes = {key: format_bytes(done[key]) for key in ("dense_bytes", "sparse_bytes") if key in done}
+    print(f"{done['written']}: dense {sizes.get('dense_bytes', '-')}, packed {sizes.get('sparse_bytes', '-')}")
 
-    _run(options, work, lambda done: print(done["url"]))
+
+def _card(options: argparse.Namespace) -> dict[str, Any]:
+    from tscnc_hf.artifact.repository.recard import rebuild_card
+    from tscnc_hf.artifact.repository.repository import open_repository
+
+    given = {"model_name": options.name, "dataset_name": options.dataset}
+    given |= {"base_model": options.base_model, "license": options.license}
+    path = rebuild_card(
+        open_repository(options.model, options.revision),
+        options.output,
+        results_file=options.results,
+        overwrite=options.overwrite,
+        **{key: value for key, value in given.items() if value is not None},
+    )
+    return {"written": str(path)}
+
+
+def _push(options: argparse.Namespace) -> dict[str, Any]:
+    from tscnc_hf.artifact.repository.recard import publish
+
+    how = {"message": options.message, "revision": options.revision, "private": options.private or None}
+    commit = publish(options.folder, options.repo_id, **how)
+    return {"url": commit.commit_url, "commit": commit.oid}
 
 
 def _evaluate(args: Sequence[str]) -> None:
@@ -191,17 +182,14 @@ def _evaluate(args: Sequence[str]) -> None:
     evaluate_model(parse(args, prog="tscnc evaluate", epilog=f"example: {COMMANDS['evaluate'][1]}  ({EXIT_CODES})"))
 
 
-RUN = {"inspect": _inspect, "pack": _convert, "unpack": _convert, "card": _card, "push": _push}
-
-
-def _run(options: argparse.Namespace, work: Callable[[], dict], show: Callable[[dict], None]) -> None:
-    """Work with all output on stderr, then the result on stdout: for people, or one JSON object."""
-    with redirect_stdout(sys.stderr):
-        result = work()
-    if options.json:
-        print(json.dumps(result, allow_nan=False))
-    else:
-        show(result)
+# command -> what does it, with all output on stderr, and what shows its result to people on stdout
+RUN = {
+    "inspect": (_inspect, _show_model),
+    "pack": (_convert, _show_sizes),
+    "unpack": (_convert, _show_sizes),
+    "card": (_card, lambda _, done: print(done["written"])),
+    "push": (_push, lambda _, done: print(done["url"])),
+}
 
 
 def _table(rows: Sequence[Sequence[str]], header: bool = False) -> None:
@@ -210,10 +198,10 @@ def _table(rows: Sequence[Sequence[str]], header: bool = False) -> None:
         from rich.console import Console
         from rich.table import Table
 
-        table = Table(show_header=header, box=None if not header else Table().box, pad_edge=False)
-        for index in range(len(rows[0])):
-            table.add_column(rows[0][index] if header else "", justify="right" if index and header else "left")
-        for row in rows[1:] if header else rows:
+        table = Table(show_header=header, pad_edge=False, **({} if header else {"box": None}))
+        for index, name in enumerate(rows[0]):
+            table.add_column(name, justify="right" if index and header else "left")
+        for row in rows[header:]:
             table.add_row(*row)
         Console().print(table)
         return
