@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from argparse import ArgumentParser
 from collections.abc import Sequence
 from difflib import get_close_matches
 from itertools import chain
@@ -87,10 +88,6 @@ class ConfigParser(HfArgumentParser):
 
 
 def _config_paths(args: Sequence[str]) -> list[str]:
-    paths = []
-    for position, arg in enumerate(args):
-        if arg == "--config" and position + 1 < len(args):
-            paths.append(args[position + 1])
-        elif arg.startswith("--config="):
-            paths.append(arg.split("=", 1)[1])
-    return paths
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", action="append", nargs="?", default=[])
+    return [path for path in parser.parse_known_args(args)[0].config if path is not None]  # None is refused later

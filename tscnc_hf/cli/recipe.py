@@ -16,6 +16,11 @@ from tscnc_hf.training.config import TSCNCConfig
 from tscnc_hf.training.resume.termination import INTERRUPTED_STATUS
 
 
+# options that `load_image_data` knows by the same name
+OF_DATA = (
+    "image_column", "label_column", "test_split", "image_size", "channels", "augmentation", "validation_fraction",
+    "train_limit", "test_limit",
+)  # fmt: skip
 DECODE = {"auto": "auto", "once": True, "as-read": False}  # as `in_memory` of load_image_data
 
 
@@ -98,11 +103,11 @@ def resume_point(config: TSCNCConfig, arguments: DataArguments) -> str | bool:
 
 
 @contextmanager
-def one_line_errors() -> Iterator[None]:
+def one_line_errors(kinds: tuple = (ValueError, OSError, ImportError)) -> Iterator[None]:
     """Inside, what cannot be used ends the process: the message says what to do, a traceback would hide it."""
     try:
         yield
-    except (ValueError, OSError, ImportError) as error:  # the last: a tracker that is not installed
+    except kinds as error:  # ImportError: a tracker that is not installed
         raise SystemExit(f"error: {error}") from None
 
 
@@ -125,16 +130,8 @@ def load_data(arguments: DataArguments, seed: int):
             make_attack(name, 0.0)
         data = load_image_data(
             arguments.dataset,
-            image_column=arguments.image_column,
-            label_column=arguments.label_column,
-            image_size=arguments.image_size,
-            channels=arguments.channels,
-            augmentation=arguments.augmentation,
-            validation_fraction=arguments.validation_fraction,
-            train_limit=arguments.train_limit,
-            test_limit=arguments.test_limit,
+            **{name: getattr(arguments, name) for name in OF_DATA},
             in_memory=DECODE[arguments.decode],
-            test_split=arguments.test_split,
             seed=seed,
         )
     print(f"Data: {data.description}", flush=True)
@@ -220,7 +217,7 @@ def run(config: TSCNCConfig, arguments: DataArguments, build: Callable[[], tuple
         return train(config, *build_one(config), data, resume)
 
     dense = None
-    try:
+    with one_line_errors((StorageError, ResumeError, ScheduleError)):  # of others a traceback says more
         resume = resume_point(config, arguments)
         if arguments.compare_dense:
             if not resume and (text := others_text(config.output_dir)):
@@ -231,8 +228,6 @@ def run(config: TSCNCConfig, arguments: DataArguments, build: Callable[[], tuple
             dense = train_one(dense_twin(config), bool(resume)).test(data.test, arguments.test_attacks)
         trainer = train_one(config, resume)
         finish(trainer, data, arguments, dense)
-    except (StorageError, ResumeError, ScheduleError) as error:  # one line says it all
-        raise SystemExit(f"error: {error}") from None
     trainer.end()
 
 

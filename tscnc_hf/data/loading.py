@@ -270,12 +270,5 @@ def _finish(made: dict[str, Any], class_names: list[str], name: str, origin: str
     )
     identity = {part: dataset.identity for part, dataset in made.items()}
     identity |= {"classes": class_names, "asked": asked | {"dataset": name}}  # a path says nothing elsewhere
-    return ImageData(
-        **made,
-        class_names=class_names,
-        image_size=(height, width),
-        channels=channels,
-        name=name,
-        description=description,
-        identity=identity,
-    )
+    about = dict(image_size=(height, width), channels=channels, name=name, description=description)
+    return ImageData(**made, class_names=class_names, identity=identity, **about)
