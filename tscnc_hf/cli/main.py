@@ -47,7 +47,10 @@ def main(args: Sequence[str] | None = None) -> None:
     args = list(sys.argv[1:] if args is None else args)
     try:
         if args[:1] == ["evaluate"]:  # its options are those of the recipes, with --config
-            _evaluate(args[1:])
+            from tscnc_hf.cli.evaluate import evaluate_model, parse
+
+            epilog = f"example: {COMMANDS['evaluate'][1]}  ({EXIT_CODES})"
+            evaluate_model(parse(args[1:], prog="tscnc evaluate", epilog=epilog))
         else:
             options = _parser().parse_args(args or ["--help"])
             work, show = RUN[options.command]
@@ -174,12 +177,6 @@ def _push(options: argparse.Namespace) -> dict[str, Any]:
     how = {"message": options.message, "revision": options.revision, "private": options.private or None}
     commit = publish(options.folder, options.repo_id, **how)
     return {"url": commit.commit_url, "commit": commit.oid}
-
-
-def _evaluate(args: Sequence[str]) -> None:
-    from tscnc_hf.cli.evaluate import evaluate_model, parse
-
-    evaluate_model(parse(args, prog="tscnc evaluate", epilog=f"example: {COMMANDS['evaluate'][1]}  ({EXIT_CODES})"))
 
 
 # command -> what does it, with all output on stderr, and what shows its result to people on stdout

@@ -148,11 +148,7 @@ def train(config: TSCNCConfig, model, processor, data, resume: str | bool = Fals
     disable_progress_bar()  # of reading and writing files; training keeps its own
     with one_line_errors():
         trainer = TSCNCTrainer(
-            model=model,
-            args=config,
-            train_dataset=data.train,
-            eval_dataset=data.validation,
-            processing_class=processor,
+            model, config, train_dataset=data.train, eval_dataset=data.validation, processing_class=processor
         )
     class_names = [str(model.config.id2label[index]) for index in range(model.config.num_labels)]
     trainer.data_identity = data.identity
@@ -174,16 +170,10 @@ def train(config: TSCNCConfig, model, processor, data, resume: str | bool = Fals
 
 def dense_twin(config: TSCNCConfig) -> TSCNCConfig:
     """The same run without pruning and constraints, in a folder beside: inside, a push would upload it too."""
-    return dataclasses.replace(
-        config,
-        output_dir=f"{Path(config.output_dir)}-dense-twin",
-        target_sparsity=0.0,
-        tsc_on="weights",
-        tsc_weight=0.0,
-        cnc_weight=0.0,
-        keep_masks=False,
-        push_to_hub=False,
-    )
+    from tscnc_hf.training.ablation.grid import DENSE_OPTIONS
+
+    folder = f"{Path(config.output_dir)}-dense-twin"
+    return dataclasses.replace(config, output_dir=folder, keep_masks=False, push_to_hub=False, **DENSE_OPTIONS)
 
 
 def finish(trainer, data, arguments: DataArguments, dense: dict | None = None) -> dict:

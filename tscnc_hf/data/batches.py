@@ -69,10 +69,8 @@ def _read_pixels(item: Mapping[str, Any]) -> torch.Tensor:
 
 
 def _read_labels(item: Mapping[str, Any]) -> torch.Tensor:
-    for key in LABEL_KEYS:
-        if key in item:
-            break
-    else:
+    key = next((key for key in LABEL_KEYS if key in item), None)
+    if key is None:
         raise ValueError(f"a batch item has neither 'labels' nor 'label', only {sorted(item)}. Give one class id.")
     if isinstance(item[key], str):
         raise ValueError(f"{key!r} is the text {item[key]!r}; give integer class ids.")

@@ -2,6 +2,7 @@
 
 import io
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -87,15 +88,12 @@ class ImageDecoder:
 
 def decoder_for(stored: Any, channels: str, where: str) -> tuple[ImageDecoder, tuple[int, int]]:
     """The decoder for `channels` ("rgb", "grey" or "auto") by a data set's first image, and that image's (h, w)."""
-    if channels == "auto":
-        try:
-            decoder = ImageDecoder("grey", only_grey=True)
-            image = decoder.open(stored, where)
-        except ColourError:
-            return decoder_for(stored, "rgb", where)
-    else:
-        decoder = ImageDecoder(channels)
+    searched = channels == "auto"
+    decoder = ImageDecoder("grey" if searched else channels, only_grey=searched)
+    try:
         image = decoder.open(stored, where)
+    except ColourError:
+        return decoder_for(stored, "rgb", where)
     return decoder, (image.height, image.width)
 
 
@@ -135,23 +133,22 @@ def decode_rows(
 
     column = rows.column_names[0]
     chunks = rows.select(indices).with_format("arrow").iter(batch_size=CHUNK)
-    planes, size, at = None, image_size, 0
-    with tqdm(total=len(indices), desc=f"decoding {split}", unit="img", disable=len(indices) <= PROGRESS_FROM) as bar:
-        for chunk in chunks:
-            for stored in chunk.column(column).to_pylist():
-                where = f"image {int(indices[at])} of split {split!r}"
-                image = decoder.open(stored, where)
-                if image_size is not None:
-                    image = resize_to(image, image_size)
-                size = size or (image.height, image.width)
-                if (image.height, image.width) != size:
-                    raise ValueError(
-                        f"{where} is {image.height}x{image.width}, images before it are {size[0]}x{size[1]} "
-                        "(height x width). Give image_size to bring all images to one size."
-                    )
-                if planes is None:
-                    planes = np.empty((len(indices), CHANNELS[decoder.channels], *size), dtype=np.uint8)
-                planes[at] = to_planes(image)
-                at += 1
-            bar.update(len(chunk))
+    images = chain.from_iterable(chunk.column(column).to_pylist() for chunk in chunks)
+    hidden = len(indices) <= PROGRESS_FROM
+    images = tqdm(images, f"decoding {split}", len(indices), unit="img", disable=hidden)
+    planes, size = None, image_size
+    for at, stored in enumerate(images):
+        where = f"image {int(indices[at])} of split {split!r}"
+        image = decoder.open(stored, where)
+        if image_size is not None:
+            image = resize_to(image, image_size)
+        size = size or (image.height, image.width)
+        if (image.height, image.width) != size:
+            raise ValueError(
+                f"{where} is {image.height}x{image.width}, images before it are {size[0]}x{size[1]} (height x width). "
+                "Give image_size to bring all images to one size."
+            )
+        if planes is None:
+            planes = np.empty((len(indices), CHANNELS[decoder.channels], *size), dtype=np.uint8)
+        planes[at] = to_planes(image)
     return torch.from_numpy(planes)

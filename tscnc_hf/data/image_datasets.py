@@ -33,6 +33,7 @@ class EpochDataset(Dataset):
     """
 
     _crop_text: str  # what a "crop" of the class is
+    _item_shape: tuple[int, ...]  # (c, h, w)
 
     def __post_init__(self) -> None:
         if self.labels.ndim != 1 or self.labels.dtype != torch.int64:
@@ -59,11 +60,6 @@ class EpochDataset(Dataset):
         about = {"augmentation": self.augmentation_text, "augmentation_seed": self.seed}
         found = {"images": len(self), "image_size": [*self._item_shape], "digest": digest(self._content())}
         return found | (about if self.augmentation != "none" else {})
-
-    @property
-    @abstractmethod
-    def _item_shape(self) -> tuple[int, ...]:
-        """(c, h, w)."""
 
     @abstractmethod
     def _content(self) -> list:
@@ -120,16 +116,13 @@ class ImageTensorDataset(EpochDataset):
                 f"images must be uint8 (n, c, h, w) with n = {len(self)} labels, got {images.dtype} "
                 f"{tuple(images.shape)}."
             )
+        self._item_shape = tuple(images.shape[1:])
         self._padding = images.shape[2] // 8 if "crop" in self.augmentation else 0
         if "crop" in self.augmentation and self._padding == 0:
             raise ValueError(
                 f"augmentation={self.augmentation!r} pads by h // 8 pixels, none at all for images {images.shape[2]} "
                 'pixels high; use "none" or "flip".'
             )
-
-    @property
-    def _item_shape(self) -> tuple[int, ...]:
-        return tuple(self.images.shape[1:])
 
     def _content(self) -> list:
         return [self.images, self.labels]
@@ -202,10 +195,7 @@ class ImageStreamDataset(EpochDataset):
         self.indices = np.arange(len(rows)) if self.indices is None else np.asarray(self.indices, dtype=np.int64)
         if len(self.indices) != len(self):
             raise ValueError(f"{len(self)} labels for {len(self.indices)} images; give one label an image.")
-
-    @property
-    def _item_shape(self) -> tuple[int, ...]:
-        return CHANNELS[self.decoder.channels], *self.image_size
+        self._item_shape = CHANNELS[self.decoder.channels], *self.image_size
 
     def _content(self) -> list:
         # all labels, and as many files as are read in a moment

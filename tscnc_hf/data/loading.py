@@ -105,9 +105,8 @@ def load_image_data(
         raise ValueError(f"in_memory={in_memory!r} is unknown; allowed are 'auto', True, False.")
     size = _check_size(image_size)
     if dataset == "digits":
-        of_others = {"image_column": image_column, "label_column": label_column, "revision": revision}
-        given = [name for name, value in (of_others | {"test_split": test_split}).items() if value is not None]
-        given += ["in_memory"] if in_memory is False else []
+        of_others = ("image_column", "label_column", "revision", "test_split")
+        given = [name for name in of_others if asked[name] is not None] + ["in_memory"] * (in_memory is False)
         if given:
             raise ValueError(f'dataset="digits" is embedded: drop {", ".join(given)}.')
         splits, name, in_memory = {"train": _digits()}, dataset, True
