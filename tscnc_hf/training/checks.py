@@ -35,47 +35,35 @@ def check_datasets(model: nn.Module, train_dataset, eval_dataset, collator: Call
             has no output for, or images that do not fit the model.
     """
     for role, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
-        parts = dataset.values() if isinstance(dataset, dict) else (dataset,)
-        for part in parts:
-            if part is not None:
-                _check_dataset(role, model, part, collator)
+        for part in dataset.values() if isinstance(dataset, dict) else (dataset,):
+            try:
+                if hasattr(part, "__getitem__"):  # a stream: its items are checked by the collator as they come
+                    _check_dataset(model, part, collator)
+            except ValueError as error:
+                raise ValueError(f"{role}: {error}") from error
 
 
-def _check_dataset(role: str, model: nn.Module, dataset, collator: Callable) -> None:
-    if not hasattr(dataset, "__getitem__"):
-        return  # a stream: its items are checked by the collator as they come
+def _check_dataset(model: nn.Module, dataset, collator: Callable) -> None:
     if len(dataset) == 0:
-        raise ValueError(f"{role} is empty: at least one image is needed")
-    try:
-        batch = collator([dataset[0]])
-    except ValueError as error:
-        raise ValueError(f"{role}: {error}") from error
-    missing = {"pixel_values", "labels"} - set(batch)
-    if missing:
-        raise ValueError(f"{role}: a batch needs pixel_values and labels; {', '.join(sorted(missing))} missing")
+        raise ValueError("the data set is empty: at least one image is needed")
+    batch = collator([dataset[0]])
+    if missing := {"pixel_values", "labels"} - set(batch):
+        raise ValueError(f"a batch needs pixel_values and labels; {', '.join(sorted(missing))} missing")
     config = getattr(model, "config", None)
     channels, given = _channels(config), batch["pixel_values"].shape[1]
-    if channels is not None and channels != given:
-        raise ValueError(f"{role} has images with {given} channels, the model takes {channels}")
+    if channels not in (None, given):
+        raise ValueError(f"images have {given} channels, the model takes {channels}")
     num_labels = getattr(config, "num_labels", None)
     if num_labels is not None:
-        labels = dataset if _labels_are_cheap(dataset) else batch["labels"]
         try:
-            check_labels(labels, num_labels)
-        except ValueError as error:
-            raise ValueError(f"{role}: {error}") from error
+            check_labels(dataset, num_labels)
+        except TypeError:  # they cannot be read without all images
+            check_labels(batch["labels"], num_labels)
 
 
 def _channels(config) -> int | None:
-    if config is None:
-        return None
     timm_size = (getattr(config, "pretrained_cfg", None) or {}).get("input_size")
     return timm_size[0] if timm_size else getattr(config, "num_channels", None)
-
-
-def _labels_are_cheap(dataset) -> bool:
-    columns = getattr(dataset, "column_names", None) or ()
-    return hasattr(dataset, "labels") or "labels" in columns or "label" in columns or isinstance(dataset, list)
 
 
 def check_terms(sums: Mapping[str, Tensor], step: int, output_dir: str) -> None:

@@ -212,7 +212,7 @@ class TSCNCConfig(TrainingArguments):
             choices, value = option.metadata.get("choices"), getattr(self, option.name)
             if option.name in TSCNCConfig.__annotations__ and choices and value not in choices:
                 raise ValueError(f"{option.name}={value!r} is unknown; use one of {', '.join(choices)}")
-        find_criterion(self.pruning_criterion)
+        criterion = find_criterion(self.pruning_criterion)
         self.pruning_layer_sparsity = _layer_sparsity(self.pruning_layer_sparsity)
         pattern(self.pruning_structure)
         if self.pruning_structure in UNITS:
@@ -233,9 +233,8 @@ class TSCNCConfig(TrainingArguments):
                 f"pruning_end={self.pruning_end} lies before pruning_start={self.pruning_start}; both are fractions "
                 "of training in [0, 1], start first"
             )
-        learns = find_criterion(self.pruning_criterion).learned or self.pruning_scope == "learned"
-        gathers = find_criterion(self.pruning_criterion).gathers
-        if self.target_sparsity > 0 and (learns or gathers) and self.pruning_end == self.pruning_start:
+        learns = criterion.learned or criterion.gathers or self.pruning_scope == "learned"
+        if self.target_sparsity > 0 and learns and self.pruning_end == self.pruning_start:
             raise ValueError(
                 f"pruning_criterion={self.pruning_criterion!r} with pruning_scope={self.pruning_scope!r} learns from "
                 "the steps between pruning_start and pruning_end, which are the same here: let pruning_end be later"
