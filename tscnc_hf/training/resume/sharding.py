@@ -18,48 +18,40 @@ def check_sharding(trainer: Trainer) -> None:
     Raises:
         ValueError: an option, of the trainer or of FSDP, with which the method would not be exact on sharded weights.
     """
-    sharded = next((p for p in trainer.model.parameters() if hasattr(p, "full_tensor")), None)
-    if sharded is not None:
-        raise ValueError(
-            f"the model is sharded already: load it whole on every process, and let FSDP2 ({RECIPE}) shard it as "
-            "training begins"
-        )
-    if trainer.is_fsdp_xla_enabled:
-        raise ValueError(f"fsdp_config xla is not supported: use FSDP2 ({RECIPE})")
-    if not trainer.is_fsdp_enabled:
-        return
-    plugin, args = trainer.accelerator.state.fsdp_plugin, trainer.args
-    if plugin.fsdp_version != 2:
-        raise ValueError(
-            f"FSDP version {plugin.fsdp_version} is not supported, it flattens weights, whose matrices and masks are "
-            f"lost: use FSDP2 (fsdp_version: 2, see {RECIPE})"
-        )
-    if "FULL_STATE_DICT" not in str(plugin.state_dict_type):
-        raise ValueError(
-            "fsdp_state_dict_type must be FULL_STATE_DICT: checkpoints are whole, so that one process can load them "
-            "and any number of them can go on"
-        )
+    refused = {
+        f"the model is sharded already: load it whole on every process, and let FSDP2 ({RECIPE}) shard it as training "
+        "begins": any(hasattr(parameter, "full_tensor") for parameter in trainer.model.parameters()),
+        f"fsdp_config xla is not supported: use FSDP2 ({RECIPE})": trainer.is_fsdp_xla_enabled,
+    }
+    if trainer.is_fsdp_enabled:
+        refused |= _refused_with_fsdp(trainer, trainer.accelerator.state.fsdp_plugin)
+    for what, given in refused.items():
+        if given:
+            raise ValueError(what)
+
+
+def _refused_with_fsdp(trainer: Trainer, plugin) -> dict[str, bool]:
+    model, args, offload = trainer.model, trainer.args, plugin.cpu_offload  # False, or a policy of torch
+    offloads = bool(offload) and type(offload).__name__ != "OffloadPolicy"
     refused = {
         "fsdp_cpu_ram_efficient_loading: masks and scales are taken from the weights before they are sharded, so "
         "every process must have them. Set it to false": plugin.cpu_ram_efficient_loading,
-        "fsdp_offload_params: masks and constraints need weights on the device. Set it to false": _offloads(plugin),
+        "fsdp_offload_params: masks and constraints need weights on the device. Set it to false": offloads,
         "fsdp_activation_checkpointing renames layers. Use activation_checkpointing=True, of the training options": (
             plugin.activation_checkpointing
         ),
         "torch_compile renames layers of a sharded model. Leave it off, or use DDP": args.torch_compile,
         "awp_gamma: perturbed weights are not sharded ones. Set it to 0, or use DDP": args.awp_gamma > 0,
         "auto_find_batch_size: a sharded model can not be wrapped anew. Set the batch size": args.auto_find_batch_size,
-        f"a {type(trainer.model).__name__}: what is saved is rebuilt from a config. Use a transformers model (timm's: "
-        "TimmWrapperForImageClassification), or DDP": not isinstance(trainer.model, PreTrainedModel),
+        f"a {type(model).__name__}: what is saved is rebuilt from a config. Use a transformers model (timm's: "
+        "TimmWrapperForImageClassification), or DDP": not isinstance(model, PreTrainedModel),
     }
-    for what, given in refused.items():
-        if given:
-            raise ValueError(f"FSDP2 does not go with {what}")
-
-
-def _offloads(plugin) -> bool:
-    offload = plugin.cpu_offload  # False, or a policy of torch
-    return bool(offload) and type(offload).__name__ != "OffloadPolicy"
+    return {
+        f"FSDP version {plugin.fsdp_version} is not supported, it flattens weights, whose matrices and masks are "
+        f"lost: use FSDP2 (fsdp_version: 2, see {RECIPE})": plugin.fsdp_version != 2,
+        "fsdp_state_dict_type must be FULL_STATE_DICT: checkpoints are whole, so that one process can load them and "
+        "any number of them can go on": "FULL_STATE_DICT" not in str(plugin.state_dict_type),
+    } | {f"FSDP2 does not go with {what}": given for what, given in refused.items()}
 
 
 def save_sharded_optimizer(trainer: Trainer, folder: str) -> None:
