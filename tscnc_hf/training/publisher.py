@@ -76,21 +76,18 @@ class Publisher:
         options = {"model_name": name or folder.resolve().name} | self.card_options
         options |= {"robustness": None, **card_figures(self.results), "config": self.args.method_dict()}
         options |= self.facts(model) | {"log_history": list(log_history)}
-        measured = {}
-        if "sparsity" not in options:
-            measured = {
-                "sparsity": sparsity_report(model, self.args.pruning_exclude).to_dict(),
-                "spectrum": spectral_report(model).to_dict(),
-            }
         names = [str(name) for name in (getattr(getattr(model, "config", None), "id2label", None) or {}).values()]
         sizes = folder_sizes(folder) if folder.is_dir() else {}
         if sizes:
             sizes["limit_bytes"] = storage_limit(read_tensors(folder))
         defaults = {"dataset_name": None, "class_names": names, "sizes": sizes or None}
         defaults["own_widths"] = bool(recorded_widths(getattr(model, "config", None)))
+        if "sparsity" not in options:
+            defaults["sparsity"] = sparsity_report(model, self.args.pruning_exclude).to_dict()
+            defaults["spectrum"] = spectral_report(model).to_dict()
         if not options.get("base_model"):  # else that model's licence decides, and nobody has said which it is
             defaults["license"] = "apache-2.0"
-        return write_card(folder, **(defaults | measured | options))
+        return write_card(folder, **(defaults | options))
 
     def keep(self, **options: Any) -> None:
         """Arguments of `write_card` for all cards to come; empty ones change nothing."""
@@ -103,12 +100,9 @@ class Publisher:
         known |= {key: self.card_options[key] for key in RUN_FACTS if self.card_options.get(key)}
         return {key: plain(value) for key, value in known.items() if value}
 
-    def push(
-        self, repo_id: str, blocking: bool, message: str | None, token: str | None, revision: str | None,
-        private: bool | None,
-    ) -> CommitInfo | Future[CommitInfo]:  # fmt: skip
-        """The folder as it is, in one commit."""
-        options = self._hub_options(message, token, revision, private)
+    def push(self, repo_id: str, blocking: bool, message: str | None, **given: Any) -> CommitInfo | Future[CommitInfo]:
+        """The folder as it is, in one commit; `given` are "token", "revision" and "private", or None of them."""
+        options = self._hub_options(message, **given)
         if blocking:
             return push_folder(self.folder, repo_id, **options)
         return HfApi().run_as_future(push_folder, self.folder, repo_id, **options)
@@ -121,34 +115,27 @@ class Publisher:
         args = self.args
         paths = {HubStrategy.CHECKPOINT: "last-checkpoint", HubStrategy.ALL_CHECKPOINTS: Path(checkpoint_folder).name}
         options = self._hub_options(f"Training in progress, step {step}")
-        if args.hub_strategy not in paths:
-            return PushInProgress([HfApi().run_as_future(push_folder, self.folder, repo_id, **options)])
         links = self.folder / "_pushed-checkpoint"
         shutil.rmtree(links, ignore_errors=True)  # of a run that was killed
-        try:
-            shutil.copytree(checkpoint_folder, links, copy_function=os.link)
-        except OSError:  # a file system without links
-            shutil.copytree(checkpoint_folder, links, dirs_exist_ok=True)
+        if args.hub_strategy in paths:
+            options |= {"checkpoint": links, "checkpoint_path": paths[args.hub_strategy]}
+            try:
+                shutil.copytree(checkpoint_folder, links, copy_function=os.link)
+            except OSError:  # a file system without links
+                shutil.copytree(checkpoint_folder, links, dirs_exist_ok=True)
 
         def push() -> CommitInfo:
             try:
-                path = paths[args.hub_strategy]
-                return push_folder(self.folder, repo_id, checkpoint=links, checkpoint_path=path, **options)
+                return push_folder(self.folder, repo_id, **options)
             finally:
                 shutil.rmtree(links, ignore_errors=True)
 
         return PushInProgress([HfApi().run_as_future(push)])
 
-    def _hub_options(
-        self, message: str | None, token: str | None = None, revision: str | None = None, private: bool | None = None
-    ) -> dict[str, Any]:
+    def _hub_options(self, message: str | None, **given: Any) -> dict[str, Any]:
         args = self.args
-        return {
-            "message": message,
-            "token": args.hub_token if token is None else token,
-            "revision": revision or args.hub_revision,
-            "private": args.hub_private_repo if private is None else private,
-        }
+        usual = {"token": args.hub_token, "revision": args.hub_revision, "private": args.hub_private_repo}
+        return {"message": message} | usual | {key: value for key, value in given.items() if value is not None}
 
 
 def failed_pushes(pushes: PushInProgress | None) -> list[BaseException]:
