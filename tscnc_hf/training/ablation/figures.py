@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import cycle
 from typing import TYPE_CHECKING
 
 from tscnc_hf.artifact.card.figures import INK, LINES, WIDTH, finish_panel
@@ -29,23 +30,22 @@ def over_sparsity_figure(rows: Sequence[Mapping], value: Callable[[Mapping], flo
         log: a logarithmic axis, for condition numbers.
     """
     fig, panels, arms = _panels(rows)
-    for axes, (model, own) in zip(panels, _by(own_rows(rows), "model").items(), strict=True):
-        levels = sorted({row["sparsity"] for row in own})
+    for axes, model, own, levels in panels:
         for index, (arm, theirs) in enumerate(_by(own, "arm").items()):
-            style = arms[arm]
-            points = {level: [value(row) for row in theirs if row["sparsity"] == level] for level in levels}
-            at = [i + 0.06 * (index - len(arms) / 2) for i, level in enumerate(levels) if points[level]]
-            means = [statistics.fmean(points[level]) for level in levels if points[level]]
+            shift, style = 0.06 * (index - len(arms) / 2), arms[arm]
+            points = {i: [value(row) for row in theirs if row["sparsity"] == level] for i, level in enumerate(levels)}
+            points = {i + shift: values for i, values in points.items() if values}
+            means = [statistics.fmean(values) for values in points.values()]
             means = [mean if math.isfinite(mean) else math.nan for mean in means]
-            axes.plot(at, means, lw=1.6, ms=5, label=arm, **style)
-            for x, level in zip(at, [level for level in levels if points[level]], strict=True):
-                axes.scatter([x] * len(points[level]), points[level], s=9, color=style["color"], alpha=0.45, lw=0)
+            axes.plot(list(points), means, lw=1.6, ms=5, label=arm, **style)
+            for x, values in points.items():
+                axes.scatter([x] * len(values), values, s=9, color=style["color"], alpha=0.45, lw=0)
         axes.set_xticks(range(len(levels)), [f"{100 * level:g} %" for level in levels])
         axes.set_yscale("log" if log else "linear")
         missing = sum(not math.isfinite(value(row)) for row in own)
         label = "zeros among the prunable weights" + (f" ({missing} runs without a finite value)" if missing else "")
         _finish(axes, f"{title}: {model}", label, axes.yaxis if log else None)
-    _legend(fig, panels)
+    _legend(fig)
     return fig
 
 
@@ -54,8 +54,7 @@ def scatter_figure(
 ) -> Figure:
     """One panel a model, one dot a run: `y(row)` over `x(row)`, on a logarithmic axis; larger dots are sparser."""
     fig, panels, arms = _panels(rows)
-    for axes, (model, own) in zip(panels, _by(own_rows(rows), "model").items(), strict=True):
-        levels = sorted({row["sparsity"] for row in own})
+    for axes, model, own, levels in panels:
         for arm, theirs in _by(own, "arm").items():
             style = {key: arms[arm][key] for key in ("color", "marker")}
             shown = [(x(row), y(row), 16 + 16 * levels.index(row["sparsity"])) for row in theirs]
@@ -64,7 +63,7 @@ def scatter_figure(
                 axes.scatter(*zip(*shown, strict=True), alpha=0.8, lw=0, label=arm, **style)
         axes.set_xscale("log")
         _finish(axes, f"{title}: {model}", f"{label} (larger: sparser)", axes.xaxis)
-    _legend(fig, panels)
+    _legend(fig)
     return fig
 
 
@@ -77,17 +76,16 @@ def kappa(row: Mapping) -> float:
     return number(row["median_kappa"])
 
 
-def _panels(rows: Sequence[Mapping]) -> tuple[Figure, list[Axes], dict[str, dict]]:
+def _panels(rows: Sequence[Mapping]) -> tuple[Figure, list[tuple], dict[str, dict]]:
+    """The figure; (axes, model, its rows, their sparsities) of each panel; the style of each arm."""
     from matplotlib.figure import Figure
 
-    shown = own_rows(rows)
-    models, names = list(_by(shown, "model")), list(_by(shown, "arm"))
+    models, names = (_by(own_rows(rows), key) for key in ("model", "arm"))
     fig = Figure(figsize=(WIDTH, 3.8), facecolor="white", layout="constrained")
-    panels = list(fig.subplots(1, len(models), squeeze=False)[0])
-    arms = {
-        name: {"color": LINES[i % len(LINES)], "marker": MARKERS[i % len(MARKERS)]} for i, name in enumerate(names)
-    }
-    return fig, panels, arms
+    axes = fig.subplots(1, len(models), squeeze=False)[0]
+    panels = [(*one, sorted(_by(one[-1], "sparsity"))) for one in zip(axes, models, models.values(), strict=True)]
+    looks = zip(names, cycle(LINES), cycle(MARKERS), strict=False)
+    return fig, panels, {name: {"color": color, "marker": marker} for name, color, marker in looks}
 
 
 def _by(rows: Iterable[Mapping], key: str) -> dict[str, list[Mapping]]:
@@ -97,10 +95,10 @@ def _by(rows: Iterable[Mapping], key: str) -> dict[str, list[Mapping]]:
     return groups
 
 
-def _legend(fig: Figure, panels: Sequence[Axes]) -> None:
+def _legend(fig: Figure) -> None:
     """One for all panels, below them: among many arms there is no free corner."""
     found = {}
-    for axes in panels:
+    for axes in fig.axes:
         for handle, name in zip(*axes.get_legend_handles_labels(), strict=True):
             found.setdefault(name, handle)
     fig.legend(

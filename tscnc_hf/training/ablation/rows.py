@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from filelock import FileLock
@@ -61,7 +61,9 @@ def read_rows(path: str | os.PathLike) -> list[dict]:
         ValueError: a line is not a row; it is named.
     """
     rows = []
-    for number, line in _lines(Path(path)):
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
             [row[key] for key in ("model", "arm", "sparsity", "seed", "split", "accuracy", "settings")]
@@ -76,9 +78,3 @@ def differences(before: Mapping, after: Mapping) -> dict[str, tuple]:
     passing = {"seconds", "date", "commit", "device", "torch", "threads"}
     keys = sorted((set(before) | set(after)) - passing)
     return {key: (before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)}
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if line.strip():
-            yield number, line
