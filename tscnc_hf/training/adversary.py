@@ -47,18 +47,11 @@ class Adversary:
         args, epsilon, step_size = self.args, self.epsilon_at(step, max_steps), self.args.attack_step_size
         if step_size is not None and args.epsilon > 0:  # given for the whole radius
             step_size = float(step_size) * epsilon / args.epsilon
+        options = {"epsilon": epsilon, "steps": args.attack_steps, "step_size": step_size, "norm": args.norm}
+        noise = self._noise(x, place, "train", step)
         with attack_mode(model):
-            return craft(
-                args.adversary,
-                self.logits(self._to_attack(model, x)),
-                x,
-                y,
-                epsilon=epsilon,
-                steps=args.attack_steps,
-                step_size=step_size,
-                generator=self._noise(x, place, "train", step),
-                norm=args.norm,
-            )
+            forward = self.logits(self._to_attack(model, x))
+            return craft(args.adversary, forward, x, y, generator=noise, **options)
 
     def evaluate(self, model: nn.Module, x: Tensor, y: Tensor, place: int) -> tuple[Tensor, ...]:
         """Logits (b, k) of the clean images and, where evaluation attacks, of the adversarial ones."""
@@ -87,14 +80,12 @@ class Adversary:
         """
         if self.args.awp_gamma == 0 or step < self.args.awp_start * max_steps:
             return model
-        return perturbed_model(
-            model,
-            lambda function: sum(terms(function).values()),
-            {record.name: record.weight for record in weight_matrices(inner)},
-            self.args.awp_gamma,
-            inner=inner,
-            average=average,
-        )
+        weights = {record.name: record.weight for record in weight_matrices(inner)}
+
+        def loss(function: Callable) -> Tensor:
+            return sum(terms(function).values())
+
+        return perturbed_model(model, loss, weights, self.args.awp_gamma, inner=inner, average=average)
 
     def _noise(self, x: Tensor, place: int, *key: int | str) -> PlacedNoise:
         return PlacedNoise(x.device, (self.args.seed, *key), place, len(x))

@@ -91,22 +91,15 @@ class TSCNCTrainer(ResumableTrainer):
         if model is None:
             raise ValueError("model is missing: pass a module, a folder or a Hub id")
         mean, std = normalisation(model, processing_class)
-        check_datasets(model, train_dataset, eval_dataset, data_collator or collate)
+        data_collator = data_collator or collate
+        check_datasets(model, train_dataset, eval_dataset, data_collator)
         args = with_dense_ends(model, args)
         if args.channels_last:
             model.to(memory_format=torch.channels_last)
         self.adversary, self.compressor = Adversary(args, mean, std), Compressor(model, args)
         self.publisher = Publisher(args, mean, std)
-        super().__init__(
-            model,
-            args,
-            data_collator=data_collator or collate,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            compute_metrics=robust_accuracy_metrics(compute_metrics),
-            **kwargs,
-        )
+        given = (model, args, data_collator, train_dataset, eval_dataset, processing_class)
+        super().__init__(*given, compute_metrics=robust_accuracy_metrics(compute_metrics), **kwargs)
         check_sharding(self)
         self.callback_handler.callbacks.insert(0, StepCallback(self))  # masks first: whatever follows sees them
         self._micro_batch = self._eval_batches = 0
@@ -381,12 +374,13 @@ class TSCNCTrainer(ResumableTrainer):
         self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
             return None
-        return self.publisher.push(self.hub_model_id, blocking, commit_message, token, revision, private)
+        options = {"token": token, "revision": revision, "private": private}
+        return self.publisher.push(self.hub_model_id, blocking, commit_message, **options)
 
     def _push_from_checkpoint(self, checkpoint_folder):
         # upstream copies a fixed list of files, without ours but with a pickle: publish the whole folder instead
-        if self.is_writing_checkpoint:
-            return  # once it has its name
+        if self._unfinished is not None:
+            return  # once the checkpoint has its name
         args, pushing = self.args, getattr(self, "push_in_progress", None)  # which the first process alone has
         busy = pushing is not None and not pushing.is_done()
         wanted = self.is_world_process_zero() and args.hub_strategy != HubStrategy.END
