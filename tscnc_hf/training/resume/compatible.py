@@ -10,7 +10,6 @@ from typing import Any
 from transformers import TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
-from tscnc_hf.artifact.files.atomic import write_json
 from tscnc_hf.artifact.files.identity import RunIdentity
 from tscnc_hf.training.resume.checkpoints import ResumeError
 
@@ -34,11 +33,6 @@ def decisive_options(args: TrainingArguments) -> tuple[dict[str, Any], dict[str,
     plain = args.to_dict()
     usual = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in mine}
     return {f.name: plain[f.name] for f in mine if f.name in plain}, usual
-
-
-def write_identity(identity: RunIdentity, checkpoint: Path) -> None:
-    """Keep what a run is made of in its checkpoint, for `check_identity`."""
-    write_json(identity.to_dict(), checkpoint / IDENTITY_FILE)
 
 
 def check_identity(checkpoint: str | Path, now: RunIdentity) -> str | None:
@@ -78,12 +72,8 @@ def steps_planned(checkpoint: str | Path) -> int | None:
 
 def check_length(global_step: int, max_steps: int, planned: int | None) -> str | None:
     """
-    What another length of training changes; None where it is the same.
-
-    Args:
-        global_step (`int`): optimizer steps taken.
-        max_steps (`int`): those of the whole run from now on.
-        planned (`int`, *optional*): those of the whole run until now.
+    What another length of training changes, where the whole run was `planned` to have other than `max_steps` optimizer
+    steps; None where it is the same.
 
     Raises:
         ResumeError: the run is to be shorter than it is already.
@@ -103,12 +93,8 @@ def check_length(global_step: int, max_steps: int, planned: int | None) -> str |
 
 def check_batch(global_step: int, epoch: float, steps_per_epoch: int) -> None:
     """
-    Refuse to go on with another number of images a step.
-
-    Args:
-        global_step (`int`): optimizer steps taken.
-        epoch (`float`): passes over the data that these were.
-        steps_per_epoch (`int`): optimizer steps of a pass from now on.
+    Refuse to go on with another number of images a step: `steps_per_epoch` from now on, after `global_step` in `epoch`
+    passes over the data.
 
     Raises:
         ResumeError: they were others. The schedule and the place in the data are counted in steps.
@@ -122,14 +108,9 @@ def check_batch(global_step: int, epoch: float, steps_per_epoch: int) -> None:
         )
 
 
-def processes_of(checkpoint: str | Path) -> int:
-    """How many processes wrote a checkpoint; 0 if it does not say."""
-    return len(list(Path(checkpoint).glob("rng_state*.pth")))
-
-
 def what_differs(checkpoint: str | Path, world_size: int) -> str | None:
-    """What is not bit for bit as it would have been; None where the number of processes is the same."""
-    before = processes_of(checkpoint)
+    """What is not bit for bit as it would have been; None where as many processes wrote the checkpoint."""
+    before = len(list(Path(checkpoint).glob("rng_state*.pth")))  # 0 where it does not say
     if before in (0, world_size):
         return None
     return (

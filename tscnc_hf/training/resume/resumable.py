@@ -12,6 +12,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 from transformers.utils import logging
 
+from tscnc_hf.artifact.files.atomic import write_json
 from tscnc_hf.artifact.files.identity import RunIdentity, code_identity
 from tscnc_hf.artifact.models.loading import load_weights
 from tscnc_hf.data.identity import dataset_identity
@@ -21,23 +22,22 @@ from tscnc_hf.training.resume.checkpoints import (
     clear_unfinished,
     damage,
     finish_checkpoint,
-    last_whole_checkpoint,
     others_text,
     rotate,
     unfinished_folder,
     whole_checkpoint_text,
 )
 from tscnc_hf.training.resume.compatible import (
+    IDENTITY_FILE,
     check_batch,
     check_identity,
     check_length,
     decisive_options,
     steps_planned,
     what_differs,
-    write_identity,
 )
 from tscnc_hf.training.resume.sharding import check_optimizer_layout, save_sharded_optimizer
-from tscnc_hf.training.resume.storage import check_writable, make_folder, writing
+from tscnc_hf.training.resume.storage import check_writable, writing
 from tscnc_hf.training.resume.termination import Termination
 
 
@@ -63,7 +63,8 @@ class ResumableTrainer(Trainer):
 
     def __init__(self, model=None, args=None, *positional, **kwargs):
         if args is not None and args.should_save:
-            make_folder(args.output_dir)
+            with writing("The output folder", args.output_dir):
+                os.makedirs(args.output_dir, exist_ok=True)
         self._unfinished: Path | None = None  # while a checkpoint is being written: where
         self._wrote_here = False  # a checkpoint: from then on those of the folder are this trainer's
         self._identity: RunIdentity | None = None  # while training
@@ -84,10 +85,6 @@ class ResumableTrainer(Trainer):
             if given is not None
         }
         return RunIdentity(options, data, code_identity(), usual=usual)
-
-    @property
-    def is_writing_checkpoint(self) -> bool:
-        return self._unfinished is not None
 
     def writing(self, what: str, run_folder: str | os.PathLike):
         """Inside, a full disk or a read-only folder is a `StorageError` that says what there is to go on from."""
@@ -114,7 +111,7 @@ class ResumableTrainer(Trainer):
                 super()._save_checkpoint(model, trial)
                 written, self._unfinished = self._unfinished / name, None
                 if args.should_save:
-                    write_identity(self._identity or self.identity(), written)
+                    write_json((self._identity or self.identity()).to_dict(), written / IDENTITY_FILE)
                 self._record_best(run_folder, written)
                 wait()
                 # one process does it; on file systems that it does not see, the first of each other machine
@@ -148,8 +145,8 @@ class ResumableTrainer(Trainer):
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def _load_rng_state(self, checkpoint):
-        text = what_differs(checkpoint, self.args.world_size) if checkpoint and self.is_world_process_zero() else None
-        if text:
+        text = what_differs(checkpoint, self.args.world_size) if checkpoint else None
+        if text and self.is_world_process_zero():
             logger.warning(text)
         super()._load_rng_state(checkpoint)
 
@@ -243,20 +240,18 @@ class ResumableTrainer(Trainer):
 
     def _last_checkpoint(self) -> str:
         """The last whole checkpoint of the output folder; those that it passes over are named."""
-        folder = self.args.output_dir
-        last, skipped = last_whole_checkpoint(folder), []
+        folder, skipped = self.args.output_dir, []
         for checkpoint in checkpoints(folder):
-            if checkpoint == last:
-                break
-            skipped.append(f"{checkpoint}: {damage(checkpoint)}")
-        if last is None:
-            raise ResumeError(
-                f"{folder} has no whole checkpoint to resume from{''.join(f'; {text}' for text in skipped)}. Name "
-                "one elsewhere, or start anew"
-            )
-        for text in skipped:
-            logger.warning(f"Not resumed from {text}. Going on from {last}")
-        return str(last)
+            what = damage(checkpoint)
+            if what is None:
+                for text in skipped:
+                    logger.warning(f"Not resumed from {text}. Going on from {checkpoint}")
+                return str(checkpoint)
+            skipped.append(f"{checkpoint}: {what}")
+        raise ResumeError(
+            f"{folder} has no whole checkpoint to resume from{''.join(f'; {text}' for text in skipped)}. Name one "
+            "elsewhere, or start anew"
+        )
 
 
 class ResumeCallback(TrainerCallback):

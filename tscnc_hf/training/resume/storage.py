@@ -48,17 +48,13 @@ def writing(what: str, folder: str | os.PathLike, also: Callable[[], str] = str)
         if isinstance(error, RuntimeError) and not TORCH_WRITER.search(str(error)):
             raise
         reason, number = _reason(error)
+        home = next(path for path in (Path(folder).absolute() / "_").parents if path.is_dir())
+        free = format_bytes(shutil.disk_usage(home).free)
         remedy = REMEDIES.get(number, f"{SPACE}, if that is what is missing, or look at the file system")
         raise StorageError(
-            f"{what} could not be written to {os.path.abspath(folder)}: {reason} ({format_bytes(_free(folder))} free "
-            f"there). To go on, {remedy}{also()}"
+            f"{what} could not be written to {os.path.abspath(folder)}: {reason} ({free} free there). "
+            f"To go on, {remedy}{also()}"
         ) from error
-
-
-def make_folder(folder: str | os.PathLike) -> None:
-    """Make the folder of a run; StorageError if that is not possible."""
-    with writing("The output folder", folder):
-        Path(folder).mkdir(parents=True, exist_ok=True)
 
 
 def check_writable(folder: str | os.PathLike) -> None:
@@ -82,8 +78,3 @@ def _reason(error: BaseException) -> tuple[str, int | None]:
     if isinstance(error, RuntimeError):
         return "torch could not write on, the disk is full or a limit is reached", None
     return text.replace("\n", " "), None
-
-
-def _free(folder: str | os.PathLike) -> int:
-    folder = Path(folder).absolute()
-    return shutil.disk_usage(next(part for part in (folder, *folder.parents) if part.is_dir())).free
