@@ -110,7 +110,7 @@ def local_lipschitz(
     with torch.no_grad():
         clean = logits_fn(x)
     lower, upper = (x - epsilon).clamp_(min=0), (x + epsilon).clamp_(max=1)
-    noise = torch.rand(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+    noise = torch.rand_like(x) if noise is None else noise
     moved = torch.clamp(x + (2 * noise - 1) * epsilon, lower, upper)
     best = torch.zeros(len(x), dtype=clean.dtype, device=x.device)
 
