@@ -12,13 +12,7 @@ from torch.utils.data import DataLoader
 
 from tscnc_hf.data.augmentation import centre_box, draw_crops_and_flips, random_box
 from tscnc_hf.data.decoding import ImageDecoder
-from tscnc_hf.data.loading import (
-    ImageStreamDataset,
-    ImageTensorDataset,
-    check_labels,
-    collate,
-    load_image_data,
-)
+from tscnc_hf.data.loading import ImageStreamDataset, ImageTensorDataset, collate, load_image_data
 from tscnc_hf.data.splits import stratified_split
 
 
@@ -606,18 +600,3 @@ def test_loader(make, workers):
         assert [len(batch["labels"]) for batch in batches] == [4, 2]
         seen = torch.cat([batch["pixel_values"] for batch in batches])
         assert torch.equal(seen, torch.stack([data[i]["pixel_values"] for i in range(6)]))
-
-
-def test_check_labels():
-    listed = [{"labels": 2, "pixel_values": None}, {"labels": 0, "pixel_values": None}]
-    rows = datasets.Dataset.from_dict({"label": [0, 2]})
-    for given in (tensor_dataset(), [0, 2, 1], torch.tensor([2]), listed, rows):
-        check_labels(given, 3)
-        with pytest.raises(ValueError, match="from [02] to 2, but the model has 2 outputs"):
-            check_labels(given, 2)
-    with pytest.raises(ValueError, match="from -1"):
-        check_labels([-1, 0], 3)
-    with pytest.raises(ValueError, match="empty"):
-        check_labels([], 3)
-    with pytest.raises(TypeError, match="dict"):
-        check_labels({"a": 1}, 3)

@@ -2,6 +2,7 @@
 
 import re
 
+import datasets
 import pytest
 import torch
 from datasets import Dataset
@@ -9,6 +10,7 @@ from torch import nn
 from transformers import TrainingArguments, ViTImageProcessor
 
 from tscnc_hf.data.image_datasets import ImageTensorDataset
+from tscnc_hf.training.checks import check_labels
 from tscnc_hf.training.trainer import TSCNCTrainer
 
 
@@ -209,3 +211,24 @@ def test_no_model_and_functions_that_make_one(build, make_config):
     for name in ("model_init", "compute_loss_func"):
         with pytest.raises(ValueError, match=re.escape("model_init and compute_loss_func are not supported")):
             TSCNCTrainer(model, make_config(), processing_class=processor, **{name: lambda *args: model})
+
+
+def test_check_labels():
+    listed = [{"labels": 2, "pixel_values": None}, {"labels": 0, "pixel_values": None}]
+    rows = datasets.Dataset.from_dict({"label": [0, 2]})
+    for given in (
+        ImageTensorDataset(torch.zeros(3, 1, 8, 8, dtype=torch.uint8), torch.tensor([0, 2, 1]), list("abc")),
+        [0, 2, 1],
+        torch.tensor([2]),
+        listed,
+        rows,
+    ):
+        check_labels(given, 3)
+        with pytest.raises(ValueError, match="from [02] to 2, but the model has 2 outputs"):
+            check_labels(given, 2)
+    with pytest.raises(ValueError, match="from -1"):
+        check_labels([-1, 0], 3)
+    with pytest.raises(ValueError, match="empty"):
+        check_labels([], 3)
+    with pytest.raises(TypeError, match="dict"):
+        check_labels({"a": 1}, 3)

@@ -91,7 +91,7 @@ def evaluate_model(arguments: EvaluationArguments) -> dict:
     import torch
     from accelerate import PartialState
 
-    from tscnc_hf.artifact.card.words import without_paths
+    from tscnc_hf.artifact.card.formatting import without_paths
     from tscnc_hf.artifact.models.loading import load_model
     from tscnc_hf.evaluation.attacks import make_attack
     from tscnc_hf.evaluation.page import comparison_table

@@ -149,7 +149,7 @@ def _convert(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _show_sizes(options: argparse.Namespace, done: dict[str, Any]) -> None:
-    from tscnc_hf.artifact.card.words import format_bytes
+    from tscnc_hf.artifact.card.formatting import format_bytes
 
     sizes = {key: format_bytes(done[key]) for key in ("dense_bytes", "sparse_bytes") if key in done}
     print(f"{done['written']}: dense {sizes.get('dense_bytes', '-')}, packed {sizes.get('sparse_bytes', '-')}")

@@ -1,6 +1,6 @@
 """Images -> pixels in [0, 1] and labels: the embedded digits, any labelled image data set of the Hub, any folder."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,14 +9,14 @@ import numpy as np
 import torch
 
 from tscnc_hf.data.augmentation import check_augmentation
-from tscnc_hf.data.batches import LABEL_KEYS, collate
+from tscnc_hf.data.batches import collate
 from tscnc_hf.data.columns import encode_labels, find_columns, read_labels
 from tscnc_hf.data.decoding import CHANNELS, decode_rows, decoder_for
 from tscnc_hf.data.image_datasets import ImageStreamDataset, ImageTensorDataset
 from tscnc_hf.data.splits import first_rows, stratified_split
 
 
-__all__ = ["ImageData", "ImageStreamDataset", "ImageTensorDataset", "check_labels", "collate", "load_image_data"]
+__all__ = ["ImageData", "ImageStreamDataset", "ImageTensorDataset", "collate", "load_image_data"]
 
 MEMORY_LIMIT = 4 * 10**9
 MEMORY_SIDE = 96
@@ -148,40 +148,6 @@ def load_image_data(
             source = dict(image_column=image_column, indices=indices, decoder=decoder, split=split)
             made[part] = ImageStreamDataset(images[split], ids, class_names, size, how, **source, seed=seed)
     return _finish(made, class_names, name, origin, asked)
-
-
-def check_labels(dataset_or_labels: Any, num_labels: int) -> None:
-    """ValueError when a label lies outside [0, num_labels).
-
-    Args:
-        dataset_or_labels: class ids (tensor, array, list), a data set with `.labels`, a `datasets.Dataset` with a
-            column `labels` or `label`, or a list of item dicts.
-        num_labels: the number of the model's outputs.
-
-    Raises:
-        TypeError: the labels cannot be read without reading every image.
-    """
-    given = dataset_or_labels
-    key = next((key for key in LABEL_KEYS if key in (getattr(given, "column_names", None) or ())), None)
-    if key is not None:
-        values = given.select_columns([key]).with_format("numpy")[:][key]
-    elif isinstance(given, Sequence) and len(given) and isinstance(given[0], Mapping):
-        values = [int(item["labels"] if "labels" in item else item["label"]) for item in given]
-    elif hasattr(given, "labels"):
-        values = given.labels
-    elif isinstance(given, (torch.Tensor, np.ndarray, Sequence)):
-        values = given
-    else:
-        raise TypeError(f"cannot read labels off {type(given).__name__}; give the class ids as a tensor or a list.")
-    labels = torch.as_tensor(values)
-    if labels.numel() == 0:
-        raise ValueError("there are no labels to check; the data set is empty.")
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0 or high >= num_labels:
-        raise ValueError(
-            f"labels run from {low} to {high}, but the model has {num_labels} outputs: 0 .. {num_labels - 1}. "
-            f"Build the model with num_labels={high + 1} or more, or give it the data set it was made for."
-        )
 
 
 def _check_size(image_size: int | Sequence[int] | None) -> tuple[int, int] | None:

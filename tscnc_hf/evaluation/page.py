@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tscnc_hf.artifact.card.figures import save_figure
+from tscnc_hf.artifact.card.formatting import attack_label, settings_text
 from tscnc_hf.artifact.card.robustness_figures import curve_figure, examples_figure
-from tscnc_hf.artifact.card.words import attack_label, settings_text
 from tscnc_hf.artifact.files.atomic import atomic_file
 from tscnc_hf.evaluation.measures.report import RobustnessReport
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tscnc_hf.data.loading import check_labels
+from tscnc_hf.data.batches import LABEL_KEYS
 from tscnc_hf.training.resume.checkpoints import whole_checkpoint_text
 
 
@@ -85,3 +87,37 @@ def check_finite_weights(model: nn.Module, step: int, output_dir: str) -> None:
                 f"{name} is not finite after step {step}: nothing was saved; {whole_checkpoint_text(output_dir)}. "
                 "Lower the learning rate"
             )
+
+
+def check_labels(dataset_or_labels: Any, num_labels: int) -> None:
+    """ValueError when a label lies outside [0, num_labels).
+
+    Args:
+        dataset_or_labels: class ids (tensor, array, list), a data set with `.labels`, a `datasets.Dataset` with a
+            column `labels` or `label`, or a list of item dicts.
+        num_labels: the number of the model's outputs.
+
+    Raises:
+        TypeError: the labels cannot be read without reading every image.
+    """
+    given = dataset_or_labels
+    key = next((key for key in LABEL_KEYS if key in (getattr(given, "column_names", None) or ())), None)
+    if key is not None:
+        values = given.select_columns([key]).with_format("numpy")[:][key]
+    elif isinstance(given, Sequence) and len(given) and isinstance(given[0], Mapping):
+        values = [int(item["labels"] if "labels" in item else item["label"]) for item in given]
+    elif hasattr(given, "labels"):
+        values = given.labels
+    elif isinstance(given, (torch.Tensor, np.ndarray, Sequence)):
+        values = given
+    else:
+        raise TypeError(f"cannot read labels off {type(given).__name__}; give the class ids as a tensor or a list.")
+    labels = torch.as_tensor(values)
+    if labels.numel() == 0:
+        raise ValueError("there are no labels to check; the data set is empty.")
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= num_labels:
+        raise ValueError(
+            f"labels run from {low} to {high}, but the model has {num_labels} outputs: 0 .. {num_labels - 1}. "
+            f"Build the model with num_labels={high + 1} or more, or give it the data set it was made for."
+        )

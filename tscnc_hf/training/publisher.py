@@ -16,7 +16,7 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
 
 from tscnc_hf.artifact.card.card import write_card
-from tscnc_hf.artifact.card.words import plain
+from tscnc_hf.artifact.card.formatting import plain
 from tscnc_hf.artifact.files.atomic import write_json
 from tscnc_hf.artifact.files.identity import code_identity
 from tscnc_hf.artifact.models.narrowed import recorded_widths, width_record

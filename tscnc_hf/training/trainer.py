@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils import logging
 
-from tscnc_hf.artifact.card.words import without_paths
+from tscnc_hf.artifact.card.formatting import without_paths
 from tscnc_hf.artifact.files.state import STATE_FILE, save_state
 from tscnc_hf.artifact.models.saving import disk_state
 from tscnc_hf.data.batches import collate

@@ -10,7 +10,7 @@ from huggingface_hub.repocard_data import eval_results_to_model_index, model_ind
 
 from tests.artifact.card.test_figures import report_dicts, vit_names
 from tscnc_hf.artifact.card.card import write_card
-from tscnc_hf.artifact.card.words import is_hub_id, without_paths
+from tscnc_hf.artifact.card.formatting import is_hub_id, without_paths
 
 
 def attack(name, correct, n=360, **parameters):

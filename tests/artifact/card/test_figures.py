@@ -5,7 +5,7 @@ import pytest
 
 from tests.processes import run_command
 from tscnc_hf.artifact.card.figures import layer_figure, save_figure, short_names, training_figure
-from tscnc_hf.artifact.card.words import format_kappa, format_percent
+from tscnc_hf.artifact.card.formatting import format_kappa, format_percent
 
 
 def report_dicts(names, seed=0, deficient=(), blocks=()):

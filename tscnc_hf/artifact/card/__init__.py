@@ -1,1 +1,1 @@
-"""The model card: tables, figures, words."""
+"""The model card: tables, figures, formatting."""

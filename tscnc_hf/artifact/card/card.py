@@ -12,9 +12,9 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.utils import yaml_dump
 
-from tscnc_hf.artifact.card import figures, robustness_figures, words
+from tscnc_hf.artifact.card import figures, formatting, robustness_figures
+from tscnc_hf.artifact.card.formatting import is_hub_id, plain, without_paths
 from tscnc_hf.artifact.card.tables import KAPPAS, NOT_YET, evaluation_results, layer_table, results_table, size_table
-from tscnc_hf.artifact.card.words import is_hub_id, plain, without_paths
 from tscnc_hf.artifact.files.atomic import atomic_file
 
 
@@ -140,19 +140,19 @@ def write_card(
         figures={*drawn, *kept_figures},
         layers=layer_table(sparsity, spectrum),
         config=config,
-        config_yaml=yaml_dump(words.used_settings(config), sort_keys=False).strip(),
+        config_yaml=yaml_dump(formatting.used_settings(config), sort_keys=False).strip(),
         dataset=dataset,
         split=dataset_split,
         classes=[] if all(name.startswith("LABEL_") for name in classes) else classes,
         base_model=without_paths(str(base_model)) if base_model else "",
-        command=words.wrapped_command(without_paths(command)) if command else "",
+        command=formatting.wrapped_command(without_paths(command)) if command else "",
         sizes=size_table(sizes) if sizes else [],
         packed=bool(sizes) and 0 < sizes.get("sparse_bytes", 0) < sizes.get("dense_bytes", math.inf),
         own_widths=own_widths,
         versions=plain(versions or (robustness or {}).get("versions") or {}),
         notes=[without_paths(str(note)) for note in notes],
         not_yet=NOT_YET,
-        words=words,
+        formatting=formatting,
     )
     text = re.sub(r"\n{3,}", "\n\n", str(card)).rstrip() + "\n"  # an absent part leaves no hole
     with atomic_file(folder / "README.md") as temporary:

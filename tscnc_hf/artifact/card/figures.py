@@ -11,7 +11,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tscnc_hf.artifact.card.words import by_layer, format_kappa, format_percent, number
+from tscnc_hf.artifact.card.formatting import by_layer, format_kappa, format_percent, number
 from tscnc_hf.artifact.files.atomic import atomic_file
 
 

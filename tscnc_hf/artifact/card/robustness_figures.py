@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tscnc_hf.artifact.card.figures import BLUE, GREEN, GREY, INK, MUTED, ORANGE, PERCENT, WIDTH, finish_panel
-from tscnc_hf.artifact.card.words import attack_label, format_percent, format_pixels
+from tscnc_hf.artifact.card.formatting import attack_label, format_percent, format_pixels
 
 
 if TYPE_CHECKING:

@@ -8,7 +8,14 @@ from typing import Any
 
 from huggingface_hub import EvalResult
 
-from tscnc_hf.artifact.card.words import attack_label, by_layer, format_bytes, format_kappa, format_percent, number
+from tscnc_hf.artifact.card.formatting import (
+    attack_label,
+    by_layer,
+    format_bytes,
+    format_kappa,
+    format_percent,
+    number,
+)
 
 
 KAPPAS = {

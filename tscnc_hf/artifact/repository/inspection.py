@@ -8,7 +8,14 @@ from typing import Any
 
 from huggingface_hub import ModelCard
 
-from tscnc_hf.artifact.card.words import by_layer, format_bytes, format_kappa, format_pixels, number, without_paths
+from tscnc_hf.artifact.card.formatting import (
+    by_layer,
+    format_bytes,
+    format_kappa,
+    format_pixels,
+    number,
+    without_paths,
+)
 from tscnc_hf.artifact.files.tensor_file import dtype_name
 from tscnc_hf.artifact.models.narrowed import recorded_widths
 from tscnc_hf.artifact.packed.limit import storage_limit

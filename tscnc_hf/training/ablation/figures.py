@@ -9,7 +9,7 @@ from itertools import cycle
 from typing import TYPE_CHECKING
 
 from tscnc_hf.artifact.card.figures import INK, LINES, WIDTH, finish_panel
-from tscnc_hf.artifact.card.words import format_kappa, number
+from tscnc_hf.artifact.card.formatting import format_kappa, number
 
 
 if TYPE_CHECKING:

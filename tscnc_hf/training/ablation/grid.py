@@ -7,17 +7,16 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from datetime import date
 from functools import cached_property
 from pathlib import Path
 
-import torch
 from transformers import set_seed
 
-from tscnc_hf.artifact.files.identity import RunIdentity, commit, device_name
+from tscnc_hf.artifact.files.identity import RunIdentity
 from tscnc_hf.artifact.files.state import load_state, save_state
 from tscnc_hf.evaluation.run import as_published, evaluate
 from tscnc_hf.method.units.gates import folded_gates
+from tscnc_hf.training.ablation.rows import origin
 from tscnc_hf.training.config import TSCNCConfig
 from tscnc_hf.training.resume.checkpoints import checkpoints
 from tscnc_hf.training.trainer import TSCNCTrainer
@@ -184,9 +183,7 @@ class Grid:
         row = {"model": self.label, "arm": cell.arm, "sparsity": cell.sparsity, "seed": cell.seed}
         row |= {"split": self.split} | self.measure(trainer) | {"seconds": round(seconds, 1)}
         row |= {"parameters": sum(parameter.numel() for parameter in model.parameters())}
-        row |= {"date": date.today().isoformat(), "commit": commit(), "torch": torch.__version__}
-        row |= {"device": device_name(trainer.args.device), "threads": torch.get_num_threads()}
-        return row | {"settings": self.fingerprint(cell)}
+        return row | origin(trainer.args.device) | {"settings": self.fingerprint(cell)}
 
     def measure(self, trainer: TSCNCTrainer) -> dict:
         """

@@ -5,12 +5,25 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from datetime import date
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import torch
 from filelock import FileLock
 
 from tscnc_hf.artifact.files.atomic import atomic_file
-from tscnc_hf.training.ablation.grid import Cell
+from tscnc_hf.artifact.files.identity import commit, device_name
+
+
+if TYPE_CHECKING:
+    from tscnc_hf.training.ablation.grid import Cell
+
+
+def origin(device: torch.device) -> dict:
+    """What a row says of when, with which code and on which machine it was computed; the figures are without it."""
+    found = {"date": date.today().isoformat(), "commit": commit(), "torch": torch.__version__}
+    return found | {"device": device_name(device), "threads": torch.get_num_threads()}
 
 
 class Results:

@@ -16,7 +16,7 @@ from pathlib import Path
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
-from tscnc_hf.artifact.card.words import format_bytes
+from tscnc_hf.artifact.card.formatting import format_bytes
 from tscnc_hf.artifact.files.atomic import write_json
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from tscnc_hf.artifact.card.words import format_bytes
+from tscnc_hf.artifact.card.formatting import format_bytes
 
 
 # torch.save says what went wrong in the words of its writer: "unexpected pos 576 vs 534" is a full disk

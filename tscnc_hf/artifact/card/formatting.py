@@ -1,4 +1,4 @@
-"""How a card names things: paths, attacks, pixel quantities, sizes."""
+"""How a card writes things: numbers, percentages, sizes, attacks, paths, names."""
 
 from __future__ import annotations
 
