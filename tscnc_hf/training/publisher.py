@@ -19,7 +19,7 @@ from tscnc_hf.artifact.card.card import write_card
 from tscnc_hf.artifact.card.formatting import plain
 from tscnc_hf.artifact.files.atomic import write_json
 from tscnc_hf.artifact.files.identity import code_identity
-from tscnc_hf.artifact.models.narrowed import recorded_widths, width_record
+from tscnc_hf.artifact.models.recorded_widths import recorded_widths, width_record
 from tscnc_hf.artifact.models.saving import save_sparse
 from tscnc_hf.artifact.packed.limit import storage_limit
 from tscnc_hf.artifact.repository.push import push_folder

@@ -30,8 +30,8 @@ from tscnc_hf.training.compressor import Compressor, with_dense_ends
 from tscnc_hf.training.config import TSCNCConfig
 from tscnc_hf.training.metrics import robust_accuracy_metrics, spectral_metrics
 from tscnc_hf.training.publisher import Publisher, failed_pushes
+from tscnc_hf.training.resume.fsdp import check_sharding
 from tscnc_hf.training.resume.resumable import ResumableTrainer
-from tscnc_hf.training.resume.sharding import check_sharding
 
 
 logger = logging.get_logger(__name__)

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tscnc_hf.method.adversarial.attack_losses import cw_margin, dlr
 from tscnc_hf.method.adversarial.ball import project, random_start, steepest
-from tscnc_hf.method.adversarial.losses import cw_margin, dlr
 from tscnc_hf.method.adversarial.pgd import ADVERSARIES, craft, fgsm_rs, kl_pgd, n_fgsm, pgd, seeded_generator
 from tscnc_hf.method.adversarial.pixels import attack_mode, pixel_logits, pixel_quantity
 

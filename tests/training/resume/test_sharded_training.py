@@ -15,7 +15,7 @@ from tests.hub import LocalHub
 from tests.processes import run_command
 from tests.sharded_runs import CASES, CUT, REPOSITORY, run
 from tscnc_hf.artifact.models.loading import load_sparse
-from tscnc_hf.training.resume.sharding import check_optimizer_layout, check_sharding
+from tscnc_hf.training.resume.fsdp import check_optimizer_layout, check_sharding
 from tscnc_hf.training.trainer import TSCNCTrainer
 
 

@@ -24,7 +24,7 @@ from transformers import AutoImageProcessor, PreTrainedModel
 
 from tscnc_hf.artifact.files.tensor_file import unreadable
 from tscnc_hf.artifact.models.config import CONFIG_FILE, class_of, config_digest, label_fields, read_config
-from tscnc_hf.artifact.models.narrowed import as_plain, narrowed
+from tscnc_hf.artifact.models.recorded_widths import as_plain, narrowed
 from tscnc_hf.artifact.models.weights import differences, float_dtypes, has_weights, read_weights
 from tscnc_hf.artifact.packed.file import SPARSE_FILE, read_sparse_file, read_sparse_metadata
 from tscnc_hf.artifact.packed.limit import count_nonzero

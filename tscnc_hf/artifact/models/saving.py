@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel, TimmWrapperForImageClassification
 
 from tscnc_hf.artifact.models.config import CONFIG_FILE, config_digest
-from tscnc_hf.artifact.models.narrowed import as_plain, narrowed
+from tscnc_hf.artifact.models.recorded_widths import as_plain, narrowed
 from tscnc_hf.artifact.models.weights import TIMM_PREFIX, float_dtypes, has_weights, read_weights, same_tensors
 from tscnc_hf.artifact.packed.file import SPARSE_FILE, read_sparse_file, write_sparse_file
 from tscnc_hf.method.sharding import unsharded_class, whole_state

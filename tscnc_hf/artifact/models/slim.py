@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TimmWrapperConfig
 
-from tscnc_hf.artifact.models.narrowed import record_widths_
+from tscnc_hf.artifact.models.recorded_widths import record_widths_
 from tscnc_hf.method.units.groups import KINDS
 from tscnc_hf.method.units.sites import HEAD_COUNTS
 from tscnc_hf.method.units.slimming import SlimReport, cut_dead_units

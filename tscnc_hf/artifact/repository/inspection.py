@@ -17,7 +17,7 @@ from tscnc_hf.artifact.card.formatting import (
     without_paths,
 )
 from tscnc_hf.artifact.files.tensor_file import dtype_name
-from tscnc_hf.artifact.models.narrowed import recorded_widths
+from tscnc_hf.artifact.models.recorded_widths import recorded_widths
 from tscnc_hf.artifact.packed.limit import storage_limit
 from tscnc_hf.artifact.repository.repository import (
     CARD_FILE,

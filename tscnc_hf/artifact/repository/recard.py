@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from tscnc_hf.artifact.card.card import CARD_MARK, write_card
 from tscnc_hf.artifact.files.atomic import atomic_file, write_json
 from tscnc_hf.artifact.files.identity import RunIdentity, weights_digest
-from tscnc_hf.artifact.models.narrowed import KEY, recorded_widths
+from tscnc_hf.artifact.models.recorded_widths import KEY, recorded_widths
 from tscnc_hf.artifact.packed.limit import storage_limit
 from tscnc_hf.artifact.repository.push import push_folder
 from tscnc_hf.artifact.repository.repository import (

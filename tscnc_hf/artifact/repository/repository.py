@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from tscnc_hf.artifact.models.config import CONFIG_FILE, class_of, config_digest, read_config
 from tscnc_hf.artifact.models.loading import build_exactly
-from tscnc_hf.artifact.models.narrowed import KEY
+from tscnc_hf.artifact.models.recorded_widths import KEY
 from tscnc_hf.artifact.models.weights import INDEX_FILE, WEIGHTS_FILE, has_weights, read_weights, same_tensors
 from tscnc_hf.artifact.packed.file import SPARSE_FILE, read_sparse_file
 

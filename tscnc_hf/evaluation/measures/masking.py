@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tscnc_hf.evaluation.attacks import pgd_step_size, starts
 from tscnc_hf.evaluation.state import EvaluationState
-from tscnc_hf.method.adversarial.losses import cross_entropy, pixel_gradient
+from tscnc_hf.method.adversarial.attack_losses import cross_entropy, pixel_gradient
 from tscnc_hf.method.adversarial.pgd import pgd
 from tscnc_hf.method.adversarial.pixels import LogitsFn
 from tscnc_hf.method.adversarial.square import square

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tscnc_hf.method.adversarial.attack_losses import margin, pixel_gradient
 from tscnc_hf.method.adversarial.ball import check_norm, l2_norm, per_image, project, steepest
-from tscnc_hf.method.adversarial.losses import margin, pixel_gradient
 from tscnc_hf.method.adversarial.noise import normal_like, uniform_like
 from tscnc_hf.method.adversarial.pixels import LogitsFn
 

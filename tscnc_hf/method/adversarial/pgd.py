@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tscnc_hf.method.adversarial.attack_losses import cross_entropy, margin, pixel_gradient
 from tscnc_hf.method.adversarial.ball import check_norm, project, steepest
 from tscnc_hf.method.adversarial.ball import random_start as uniform_start
-from tscnc_hf.method.adversarial.losses import cross_entropy, margin, pixel_gradient
 from tscnc_hf.method.adversarial.noise import Noise, normal_like
 from tscnc_hf.method.adversarial.noise import seeded_generator as seeded_generator
 from tscnc_hf.method.adversarial.pixels import LogitsFn

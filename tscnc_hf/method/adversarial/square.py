@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from tscnc_hf.method.adversarial.attack_losses import cw_margin
 from tscnc_hf.method.adversarial.ball import per_image, project
-from tscnc_hf.method.adversarial.losses import cw_margin
 from tscnc_hf.method.adversarial.pgd import seeded_generator
 from tscnc_hf.method.adversarial.pixels import LogitsFn
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tscnc_hf.method.matrices import WeightMatrix
+from tscnc_hf.method.pruning.patterns import index_view, kernel_sides, outside_pattern
 from tscnc_hf.method.pruning.topk import keep_largest
 
 
@@ -76,7 +77,7 @@ class Allocation:
         scores = {record.name: scores[record.name] for record in records}
         sizes = {name: score.numel() for name, score in scores.items()}
         pruned = round(sparsity * sum(sizes.values()))
-        barred = self._outside_pattern(records, scores)
+        barred = {} if self.pattern is None else outside_pattern(records, scores, *self.pattern)
         needed = self._needed(records, scores, barred)
         minimum, bars = ({n: int(m[n].sum()) if n in m else 0 for n in sizes} for m in (needed, barred))
         whole = pruned >= sum(bars.values())  # else only a part of the groups follows the pattern yet
@@ -112,21 +113,6 @@ class Allocation:
 
     # ---- what must be kept, what may not be ----
 
-    def _outside_pattern(self, records, scores) -> dict[str, Tensor]:
-        """Name -> bool mask of the weights that do not belong to the n largest of their group."""
-        if self.pattern is None:
-            return {}
-        n, m = self.pattern
-        barred = {}
-        for record in records:
-            groups = _input_groups(record, m, scores[record.name].device)
-            values = scores[record.name].reshape(-1)[groups]
-            smallest = groups.gather(-1, values.argsort(dim=-1, stable=True)[..., : m - n])
-            mask = torch.zeros(scores[record.name].numel(), dtype=torch.bool, device=groups.device)
-            mask[smallest.reshape(-1)] = True
-            barred[record.name] = mask.view(scores[record.name].shape)
-        return barred
-
     def _needed(self, records, scores, barred) -> dict[str, Tensor]:
         """Name -> bool mask of the weights that the floors keep."""
         needed: dict[str, Tensor] = {}
@@ -136,7 +122,7 @@ class Allocation:
                 score = score.masked_fill(barred[name], -math.inf)
             (mask,) = keep_largest([score], score.numel() - math.ceil(self.layer_floor * score.numel()))
             if self.row_floor > 0:
-                index = _index_view(record, score.device)
+                index = index_view(record, score.device)
                 count = min(self.row_floor, index.shape[-1])
                 best = score.reshape(-1)[index].topk(count, dim=-1).indices
                 flat = mask.reshape(-1)
@@ -216,30 +202,5 @@ def share_out(
 def _erk(record: WeightMatrix) -> float:
     """Sum of the dimensions of a layer: outputs, inputs, sides of the kernel."""
     b, rows, columns = record.view(torch.empty(record.weight.shape, device="meta")).shape
-    kernel = _kernel(record)
+    kernel = kernel_sides(record)
     return b * rows + columns // math.prod(kernel) + sum(kernel)
-
-
-def _kernel(record: WeightMatrix) -> tuple[int, ...]:
-    size = getattr(record.module, "kernel_size", ())
-    return tuple(size) if isinstance(size, (tuple, list)) else (size,)
-
-
-def _index_view(record: WeightMatrix, device: torch.device) -> Tensor:
-    """(b, r, c): where in the flattened weight each entry of the matrices stands, int64."""
-    shape = record.weight.shape
-    return record.view(torch.arange(shape.numel(), device=device).view(shape))
-
-
-def _input_groups(record: WeightMatrix, m: int, device: torch.device) -> Tensor:
-    """(..., m): places in the flattened weight of m consecutive input channels at one position of the kernel."""
-    index = _index_view(record, device)
-    b, rows, columns = index.shape
-    positions = math.prod(_kernel(record))
-    inputs = columns // positions
-    if inputs % m:
-        raise ValueError(
-            f"{record.name} reads {inputs} input channels, which groups of {m} do not divide: leave it dense "
-            f"(pruning_exclude={[record.name]!r}), or choose another pattern"
-        )
-    return index.view(b, rows, inputs // m, m, positions).transpose(-1, -2)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from tscnc_hf.method.adversarial.losses import pixel_gradient
+from tscnc_hf.method.adversarial.attack_losses import pixel_gradient
 from tscnc_hf.method.adversarial.pixels import LogitsFn
 from tscnc_hf.method.matrices import full_tensor, weight_matrices
 from tscnc_hf.method.reports.report import Report

@@ -36,7 +36,7 @@ from tscnc_hf.training.resume.compatible import (
     steps_planned,
     what_differs,
 )
-from tscnc_hf.training.resume.sharding import check_optimizer_layout, save_sharded_optimizer
+from tscnc_hf.training.resume.fsdp import check_optimizer_layout, save_sharded_optimizer
 from tscnc_hf.training.resume.storage import check_writable, writing
 from tscnc_hf.training.resume.termination import Termination
 
