@@ -10,8 +10,8 @@ import yaml
 from huggingface_hub import ModelCard
 
 from tests.results_page import check_results
+from tscnc_hf.artifact.repository.opening import open_repository
 from tscnc_hf.artifact.repository.recard import rebuild_card
-from tscnc_hf.artifact.repository.repository import open_repository
 from tscnc_hf.cli.recipe import command_line
 
 

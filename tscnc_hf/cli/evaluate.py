@@ -157,7 +157,7 @@ def evaluate_model(arguments: EvaluationArguments) -> dict:
 def _refuse_model_folder(folder: Path) -> None:
     """SystemExit where a model lies: its own results.json and figures would be overwritten."""
     from tscnc_hf.artifact.models.weights import has_weights
-    from tscnc_hf.artifact.repository.repository import CONFIG_FILE, SPARSE_FILE
+    from tscnc_hf.artifact.repository.opening import CONFIG_FILE, SPARSE_FILE
 
     if has_weights(folder) or any((folder / name).is_file() for name in (CONFIG_FILE, SPARSE_FILE)):
         raise SystemExit(f"error: --output_dir {folder} holds a model; give another folder for the figures")

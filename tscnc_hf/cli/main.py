@@ -122,7 +122,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _inspect(options: argparse.Namespace) -> dict[str, Any]:
     from tscnc_hf.artifact.repository.inspection import inspect_model
-    from tscnc_hf.artifact.repository.repository import open_repository
+    from tscnc_hf.artifact.repository.opening import open_repository
 
     repository = open_repository(options.model, options.revision)
     return inspect_model(repository, layers=options.layers, spectrum=not options.no_spectrum)
@@ -139,7 +139,7 @@ def _show_model(options: argparse.Namespace, found: dict[str, Any]) -> None:
 
 def _convert(options: argparse.Namespace) -> dict[str, Any]:
     from tscnc_hf.artifact.repository.conversion import pack, unpack
-    from tscnc_hf.artifact.repository.repository import folder_sizes, open_repository
+    from tscnc_hf.artifact.repository.opening import folder_sizes, open_repository
 
     packing = options.command == "pack"
     repository = open_repository(options.model, options.revision, weights="dense" if packing else "packed")
@@ -156,8 +156,8 @@ def _show_sizes(options: argparse.Namespace, done: dict[str, Any]) -> None:
 
 
 def _card(options: argparse.Namespace) -> dict[str, Any]:
+    from tscnc_hf.artifact.repository.opening import open_repository
     from tscnc_hf.artifact.repository.recard import rebuild_card
-    from tscnc_hf.artifact.repository.repository import open_repository
 
     given = {"model_name": options.name, "dataset_name": options.dataset}
     given |= {"base_model": options.base_model, "license": options.license}

@@ -9,7 +9,7 @@ from tscnc_hf.artifact.card.figures import save_figure
 from tscnc_hf.artifact.card.formatting import attack_label, settings_text
 from tscnc_hf.artifact.card.robustness_figures import curve_figure, examples_figure
 from tscnc_hf.artifact.files.atomic import atomic_file
-from tscnc_hf.evaluation.measures.report import RobustnessReport
+from tscnc_hf.evaluation.measures.robustness_report import RobustnessReport
 
 
 def write_page(

@@ -11,7 +11,7 @@ from accelerate.utils import extract_model_from_parallel
 from torch import nn
 
 from tscnc_hf.artifact.files.atomic import write_json
-from tscnc_hf.artifact.repository.repository import RESULTS_FILE, STATE_FOLDER
+from tscnc_hf.artifact.repository.opening import RESULTS_FILE, STATE_FOLDER
 from tscnc_hf.evaluation.measures.curve import default_epsilons, security_curve
 from tscnc_hf.evaluation.measures.examples import kept_examples
 from tscnc_hf.evaluation.measures.lipschitz import evaluate_lipschitz

@@ -22,9 +22,9 @@ from tscnc_hf.artifact.files.identity import code_identity
 from tscnc_hf.artifact.models.recorded_widths import recorded_widths, width_record
 from tscnc_hf.artifact.models.saving import save_sparse
 from tscnc_hf.artifact.packed.limit import storage_limit
+from tscnc_hf.artifact.repository.opening import METHOD_FILE, RESULTS_FILE, folder_sizes, read_tensors
 from tscnc_hf.artifact.repository.push import push_folder
 from tscnc_hf.artifact.repository.recard import RUN_FACTS
-from tscnc_hf.artifact.repository.repository import METHOD_FILE, RESULTS_FILE, folder_sizes, read_tensors
 from tscnc_hf.evaluation.run import card_figures
 from tscnc_hf.method.reports.sparsity import sparsity_report
 from tscnc_hf.method.reports.spectrum import spectral_report

@@ -16,8 +16,8 @@ from tscnc_hf.artifact.models.config import config_digest, read_config
 from tscnc_hf.artifact.models.loading import load_model, load_slim, load_sparse, load_weights
 from tscnc_hf.artifact.models.saving import disk_state, save_sparse
 from tscnc_hf.artifact.packed.file import SPARSE_FILE, read_sparse_file, write_sparse_file
+from tscnc_hf.artifact.repository.opening import open_repository, read_model
 from tscnc_hf.artifact.repository.push import push_folder
-from tscnc_hf.artifact.repository.repository import open_repository, read_model
 
 
 @MODELS

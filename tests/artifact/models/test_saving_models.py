@@ -17,7 +17,7 @@ from tscnc_hf import SparseConfig
 from tscnc_hf.artifact.models.loading import load_sparse, load_weights
 from tscnc_hf.artifact.models.saving import disk_state, save_sparse
 from tscnc_hf.artifact.packed.file import SPARSE_FILE, read_sparse_file, write_sparse_file
-from tscnc_hf.artifact.repository.repository import open_repository, read_model, read_tensors
+from tscnc_hf.artifact.repository.opening import open_repository, read_model, read_tensors
 
 
 @MODELS

@@ -12,8 +12,8 @@ from transformers import TimmWrapperConfig, TimmWrapperForImageClassification, V
 from tests.processes import run_python
 from tscnc_hf import load_slim, load_sparse, save_sparse, slim
 from tscnc_hf.artifact.models.loading import load_model, load_weights
+from tscnc_hf.artifact.repository.opening import open_repository
 from tscnc_hf.artifact.repository.recard import rebuild_card
-from tscnc_hf.artifact.repository.repository import open_repository
 from tscnc_hf.method.units.groups import structure_groups
 
 

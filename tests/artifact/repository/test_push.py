@@ -12,9 +12,9 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from tests.processes import PATIENCE, family, run_python, started_python
 from tscnc_hf import load_sparse
 from tscnc_hf.artifact.models.saving import save_sparse
+from tscnc_hf.artifact.repository.opening import published_files
 from tscnc_hf.artifact.repository.push import push_folder
 from tscnc_hf.artifact.repository.recard import publish
-from tscnc_hf.artifact.repository.repository import published_files
 
 
 PACKED = "model.sparse.safetensors"

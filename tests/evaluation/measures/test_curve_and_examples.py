@@ -9,7 +9,7 @@ from torch import nn
 from tscnc_hf.artifact.card.robustness_figures import curve_figure, examples_figure
 from tscnc_hf.evaluation.measures.curve import default_epsilons, security_curve
 from tscnc_hf.evaluation.measures.examples import adversarial_examples
-from tscnc_hf.evaluation.measures.report import wilson_interval
+from tscnc_hf.evaluation.measures.robustness_report import wilson_interval
 
 
 class Brightness(nn.Module):

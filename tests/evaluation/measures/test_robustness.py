@@ -10,8 +10,8 @@ from torch import nn
 import tscnc_hf
 from tscnc_hf.data.image_datasets import ImageTensorDataset
 from tscnc_hf.evaluation.attacks import make_attack, pgd_step_size
-from tscnc_hf.evaluation.measures.report import wilson_interval
 from tscnc_hf.evaluation.measures.robustness import evaluate_robustness
+from tscnc_hf.evaluation.measures.robustness_report import wilson_interval
 
 
 class Pixels:

@@ -14,7 +14,7 @@ from tscnc_hf.artifact.files.tensor_file import own_copy
 from tscnc_hf.artifact.models.config import config_digest
 from tscnc_hf.artifact.models.weights import WEIGHTS_FILE, has_weights, same_tensors
 from tscnc_hf.artifact.packed.file import SPARSE_FILE, read_sparse_file, write_sparse_file
-from tscnc_hf.artifact.repository.repository import (
+from tscnc_hf.artifact.repository.opening import (
     CARD_FILE,
     CONFIG_FILE,
     FIGURES_PAGE,

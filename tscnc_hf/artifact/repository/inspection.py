@@ -19,7 +19,7 @@ from tscnc_hf.artifact.card.formatting import (
 from tscnc_hf.artifact.files.tensor_file import dtype_name
 from tscnc_hf.artifact.models.recorded_widths import recorded_widths
 from tscnc_hf.artifact.packed.limit import storage_limit
-from tscnc_hf.artifact.repository.repository import (
+from tscnc_hf.artifact.repository.opening import (
     CARD_FILE,
     RESULTS_FILE,
     Repository,

@@ -9,7 +9,7 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 
 from tscnc_hf.artifact.models.weights import has_weights
 from tscnc_hf.artifact.packed.file import SPARSE_FILE
-from tscnc_hf.artifact.repository.repository import is_dense_file, published_files, talking_to_the_hub
+from tscnc_hf.artifact.repository.opening import is_dense_file, published_files, talking_to_the_hub
 
 
 OLD_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json")

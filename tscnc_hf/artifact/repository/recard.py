@@ -17,8 +17,7 @@ from tscnc_hf.artifact.files.atomic import atomic_file, write_json
 from tscnc_hf.artifact.files.identity import RunIdentity, weights_digest
 from tscnc_hf.artifact.models.recorded_widths import KEY, recorded_widths
 from tscnc_hf.artifact.packed.limit import storage_limit
-from tscnc_hf.artifact.repository.push import push_folder
-from tscnc_hf.artifact.repository.repository import (
+from tscnc_hf.artifact.repository.opening import (
     CARD_FILE,
     RESULTS_FILE,
     Repository,
@@ -28,6 +27,7 @@ from tscnc_hf.artifact.repository.repository import (
     read_json,
     read_model,
 )
+from tscnc_hf.artifact.repository.push import push_folder
 from tscnc_hf.method.reports.sparsity import sparsity_report
 from tscnc_hf.method.reports.spectrum import spectral_report
 

@@ -10,8 +10,8 @@ from functools import partial
 from torch import nn
 from torch.utils.data import Subset
 
-from tscnc_hf.evaluation.measures.report import AttackResult
 from tscnc_hf.evaluation.measures.robustness import evaluate_robustness
+from tscnc_hf.evaluation.measures.robustness_report import AttackResult
 from tscnc_hf.evaluation.state import EvaluationState
 from tscnc_hf.method.adversarial.pixels import pixel_quantity
 

@@ -22,7 +22,7 @@ from tscnc_hf.artifact.files.identity import RunIdentity, code_identity, weights
 from tscnc_hf.data.batches import collate
 from tscnc_hf.evaluation.attacks import KNOWN_ATTACKS, Attack, make_attack
 from tscnc_hf.evaluation.measures.masking import masking_report
-from tscnc_hf.evaluation.measures.report import AttackResult, RobustnessReport
+from tscnc_hf.evaluation.measures.robustness_report import AttackResult, RobustnessReport
 from tscnc_hf.evaluation.memory import InParts, halving
 from tscnc_hf.evaluation.state import FORMAT, EvaluationState, OtherEvaluation, data_identity
 from tscnc_hf.method.adversarial.ball import check_norm
