@@ -47,6 +47,7 @@ logging_steps: 1
 save_strategy: epoch
 report_to: none
 use_cpu: true
+cpu_threads: 1
 """
 
 

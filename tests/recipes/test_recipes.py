@@ -52,6 +52,7 @@ load_best_model_at_end: true
 metric_for_best_model: robust_accuracy
 report_to: none
 use_cpu: true
+cpu_threads: 1
 """
 
 TIMM = """
@@ -74,6 +75,7 @@ save_strategy: epoch
 eval_strategy: epoch
 report_to: none
 use_cpu: true
+cpu_threads: 1
 """
 
 
