@@ -235,13 +235,13 @@ def test_autoattack(norm, epsilon, evaluate):
     pyautoattack = pytest.importorskip("pyautoattack", reason="pyautoattack is not installed (tscnc-hf[eval])")
     random = torch.random.get_rng_state()
     attacks = ("clean", "pgd-20", "apgd", "autoattack", "square")
-    report = evaluate(attacks=attacks, norm=norm, epsilon=epsilon, n=16)
+    report = evaluate(attacks=attacks, norm=norm, epsilon=epsilon, n=8)
     assert torch.equal(torch.random.get_rng_state(), random)
     assert report["autoattack"].correct <= min(report["pgd-20"].correct, report["apgd"].correct)
     assert 0 < report["autoattack"].correct <= report["square"].correct <= report["clean"].correct
     assert report["autoattack"].parameters["implementation"] == "pyautoattack"
     assert report["autoattack"].parameters["version"] and pyautoattack
-    assert evaluate(attacks=attacks[-1:], norm=norm, epsilon=epsilon, n=16)["square"] == report["square"]
+    assert evaluate(attacks=attacks[-1:], norm=norm, epsilon=epsilon, n=8)["square"] == report["square"]
 
 
 def test_autoattack_goes_on_within_a_batch(evaluate, robust_network, digits, tmp_path):
