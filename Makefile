@@ -10,7 +10,7 @@ PEER_PACKAGES := torchattacks==3.5.1 foolbox==3.3.4 eagerpy==0.30.0 GitPython gi
 
 # The oldest versions that pyproject.toml allows, in a folder of their own. Python 3.11 and 3.12 have wheels of them.
 OLDEST := .venv-oldest
-# Two processes, each with whole files: what the tests of a file share is made once. The longest come first (testpaths).
+# Two processes, each with whole files: what the tests of a file share is made once. The longest come first (tests/conftest.py).
 PYTEST := -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 # Nothing that pushes to a Hub.
 FAST := tests/method tests/data tests/artifact --ignore tests/artifact/repository

@@ -24,6 +24,31 @@ pytest_plugins = ["tests.trainers"]  # models of several kinds, and trainers for
 CLASS_NAMES = [str(digit) for digit in range(10)]
 
 
+# Files that take more than half a minute, the longest first: what runs last is short then, and no process waits.
+LONG = (
+    "docs/test_blocks",
+    "evaluation/test_run",
+    "training/ablation/test_grid",
+    "training/resume/test_faults",
+    "evaluation/test_whole_evaluation",
+    "recipes/test_accelerate_configs",
+    "training/resume/test_sharded_training",
+    "recipes/test_recipes",
+    "cli/test_evaluate",
+    "training/resume/test_resume",
+    "evaluation/measures/test_masking",
+    "recipes/test_configs",
+    "training/test_layouts",
+    "training/test_combinations",
+    "training/test_hub_strategies",
+)
+
+
+def pytest_collection_modifyitems(items):
+    places = {f"tests/{name}.py": place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.nodeid.split("::")[0], len(LONG)))
+
+
 @pytest.fixture(autouse=True)
 def _no_process_is_left():
     yield

@@ -70,10 +70,14 @@ def _done(command: list, found: int, printed: str, errors: str, status: int | No
 
 
 def fork(function: Callable, *args, environment: dict[str, str] | None = None) -> multiprocessing.Process:
-    """`function(*args)` in a process that is not a fork of this one, with the environment of this one and more."""
+    """
+    `function(*args)` in a process that is not a fork of this one, with the environment of this one and more, but
+    without what a trainer of an earlier test has set in it.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
-    process = context.Process(target=_forked, args=(function, args, dict(os.environ) | (environment or {})))
+    here = {name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "FSDP_"))}
+    process = context.Process(target=_forked, args=(function, args, here | (environment or {})))
     process.start()
     return process
 

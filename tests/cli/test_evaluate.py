@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 import time
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from transformers import (
     ViTImageProcessor,
 )
 
-from tests.processes import PATIENCE, run_command, run_python, started_python
+from tests.processes import PATIENCE, run_python, started_python
 from tests.results_page import check_results
 from tscnc_hf import evaluate_robustness
 from tscnc_hf.artifact.models.config import input_format
@@ -80,16 +79,16 @@ def test_dense_and_packed_give_the_figures_of_the_function(folders, tmp_path, di
 
 
 def test_the_command_line(folders, tmp_path):
-    """As a user starts it: the console script, options from a file, then `accelerate launch` of the module."""
+    """As a user starts it, options from a file, then by `accelerate launch` of the module."""
     config = tmp_path / "evaluation.yaml"
     config.write_text("dataset: digits\nattacks: [clean, pgd-2]\nepsilon: 0.02\nn: 40\ncpu_threads: 1\n")
     common = ["--model", str(folders["packed"]), "--config", str(config), "--device", "cpu"]
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
+    launch = ["-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--module", "tscnc_hf.cli", "evaluate"]
     results = []
-    for command, name in (([sys.executable, "-m", "tscnc_hf.cli", "evaluate"], "a"), (launch, "b")):
+    for command, name in ((["-m", "tscnc_hf.cli", "evaluate"], "a"), (launch, "b")):
         command = [*command, *common, "--output_dir", str(tmp_path / name)]
-        done = run_command(command, cwd=ROOT)
+        done = run_python(command, cwd=ROOT)
         assert "clean accuracy" in done.stdout and "img/s" in done.stderr
         results.append((tmp_path / name / "results.json").read_bytes())
     assert results[0] == results[1]

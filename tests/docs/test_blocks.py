@@ -8,7 +8,6 @@ import re
 import runpy
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,13 +17,13 @@ import pytest
 from transformers import HfArgumentParser
 
 from tests.docs.pages import EXEMPTION, ROOT, Block, blocks, pages, tracked
+from tests.processes import run_command, run_python
 from tscnc_hf.cli import main as tscnc
 
 
 PYTHON, SHELL = ("python",), ("bash", "sh", "shell")
 TO_READ = ("", "text", "console", "yaml", "json", "toml", "bibtex", "markdown", "{eval-rst}")
 BIN = Path(sys.executable).parent
-PATIENCE = 1200  # seconds
 OFFLINE = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
 OFFLINE |= {name: "http://127.0.0.1:9" for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")}
 
@@ -45,27 +44,6 @@ def program(page: str, languages: tuple[str, ...]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def run(command: list, folder: Path, **environment: str) -> None:
-    process = subprocess.Popen(
-        [str(part) for part in command],
-        cwd=folder,
-        env=os.environ | OFFLINE | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"} | environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        printed, _ = process.communicate(timeout=PATIENCE)
-    finally:
-        try:
-            os.killpg(process.pid, signal.SIGKILL)  # what it has started, too
-        except ProcessLookupError:
-            pass
-    assert process.returncode == 0, printed[-6000:]
-
-
 # ---- blocks that run ----
 
 
@@ -75,7 +53,7 @@ def test_python_runs(page, tmp_path):
     script, folder = tmp_path / Path(page).with_suffix(".py").name, tmp_path / "empty"
     script.write_text(program(page, PYTHON), encoding="utf-8")
     folder.mkdir()
-    run([sys.executable, script], folder, PYTHONPATH=str(ROOT))
+    run_python([script], cwd=folder, environment=OFFLINE)
 
 
 @pytest.mark.parametrize("page", pages_to_run(SHELL))
@@ -87,7 +65,9 @@ def test_shell_runs(page, tmp_path):
         shutil.copy(ROOT / path, clone / path)
     (clone / ".installed").touch()
     script.write_text(program(page, SHELL), encoding="utf-8")
-    run(["bash", "-ex", script], clone, PYTHONPATH=str(clone), MAKEFLAGS=f"BIN={BIN} STAMP=.installed")
+    environment = os.environ | OFFLINE | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(clone)}
+    environment["MAKEFLAGS"] = f"BIN={BIN} STAMP=.installed"
+    run_command(["bash", "-ex", script], cwd=clone, env=environment, stdin=subprocess.DEVNULL)
 
 
 # ---- blocks that do not ----

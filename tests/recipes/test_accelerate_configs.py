@@ -1,8 +1,6 @@
 """The files of `recipes/accelerate` as a user gives them to `accelerate launch`: as many processes as they say."""
 
 import json
-import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +8,7 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.torch import load_file
 
-from tests.processes import run_command
+from tests.processes import run_python
 from tscnc_hf.training.trainer import TSCNCTrainer
 
 
@@ -55,14 +53,13 @@ def launch(name: str, folder: Path) -> Path:
     processes, size = SIZES[name]
     config, out = folder / "vit.yaml", folder / name
     config.write_text(VIT)
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", CONFIGS / f"{name}.yaml"]
+    command = ["-m", "accelerate.commands.launch", "--config_file", CONFIGS / f"{name}.yaml"]
     if processes > 1:
         command += ["--main_process_port", "0"]  # a free one
     command += [ROOT / "recipes" / "vit_cifar10.py", "--config", config, "--output_dir", out]
     command += ["--per_device_train_batch_size", str(size)]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder), "CUDA_VISIBLE_DEVICES": ""}
-    environment = {key: value for key, value in environment.items() if not key.startswith("ACCELERATE_")}
-    run_command(command, env=environment, cwd=folder)
+    environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder), "CUDA_VISIBLE_DEVICES": ""}
+    run_python(command, environment=environment, cwd=folder)
     return out
 
 

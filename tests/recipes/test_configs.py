@@ -3,8 +3,6 @@
 import io
 import json
 import math
-import os
-import sys
 from pathlib import Path
 
 import datasets
@@ -15,7 +13,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
-from tests.processes import run_command
+from tests.processes import run_python
 
 
 ROOT = Path(__file__).parents[2]
@@ -106,9 +104,9 @@ def runs(tmp_path_factory) -> tuple[Path, str]:
         command = [str(RECIPES / f"{recipe}.py"), "--config", str(RECIPES / "configs" / f"{config}.yaml")]
         commands.append(command + [str(text) for name, value in options.items() for text in (f"--{name}", value)])
     (root / "users.py").write_text(ONE_AFTER_THE_OTHER)
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", RECIPES / "accelerate/single.yaml"]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(root / "hf"), "CUDA_VISIBLE_DEVICES": ""}
-    done = run_command([*command, root / "users.py", json.dumps(commands)], cwd=root, env=environment)
+    command = ["-m", "accelerate.commands.launch", "--config_file", RECIPES / "accelerate/single.yaml"]
+    environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(root / "hf"), "CUDA_VISIBLE_DEVICES": ""}
+    done = run_python([*command, root / "users.py", json.dumps(commands)], cwd=root, environment=environment)
     return root, done.stdout
 
 

@@ -2,9 +2,7 @@
 
 import io
 import json
-import os
 import re
-import sys
 from pathlib import Path
 
 import datasets
@@ -14,7 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from tests.processes import run_command, run_python
+from tests.processes import run_python
 from tests.results_page import check_results
 from tscnc_hf import load_sparse
 from tscnc_hf.artifact.models.loading import logits_fn
@@ -80,21 +78,16 @@ cpu_threads: 1
 
 
 def environment(cache: Path) -> dict:
-    return os.environ | {
-        "HF_HUB_OFFLINE": "1",
-        "HF_HOME": str(cache),
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
+    return {"HF_HUB_OFFLINE": "1", "HF_HOME": str(cache), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def launch(recipe: str, options: str, folder: Path, *more: str) -> str:
     config = folder / f"{recipe}.yaml"
     config.write_text(options)
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
+    command = ["-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
     command += ["--mixed_precision", "no", "--dynamo_backend", "no", ROOT / "recipes" / f"{recipe}.py"]
     command += ["--config", config, "--output_dir", folder / recipe, *more]
-    return run_command(command, env=environment(folder), cwd=folder).stdout
+    return run_python(command, environment=environment(folder), cwd=folder).stdout
 
 
 def write_parquet(folder: Path) -> Path:

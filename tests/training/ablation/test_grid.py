@@ -223,8 +223,8 @@ def test_a_cell_that_fails_does_not_stop_the_others(ablation, tmp_path, capsys):
 
 def test_a_time_limit_ends_it_and_it_goes_on_from_there(ablation, tmp_path):
     """Models are published as well; each row is that of a run which was not interrupted."""
-    long = {"sparsities": "0.5", "arms": '{"plain": {}}', "max_steps": 120, "pretraining": '{"max_steps": 120}'}
-    long |= {"save_strategy": "steps", "save_steps": 20, "save_total_limit": 1, "cpu_threads": 1, "test_limit": 12}
+    long = {"sparsities": "0.5", "arms": '{"plain": {}}', "max_steps": 60, "pretraining": '{"max_steps": 60}'}
+    long |= {"save_strategy": "steps", "save_steps": 10, "save_total_limit": 1, "cpu_threads": 1, "test_limit": 12}
     command = [RECIPES / "ablation.py", *options(tmp_path, **long), "--time_limit"]
     for limit in (1, 2, 4, 8, 16, 32, 64, 128):  # until one ends within a cell, however slow the machine
         done = run_python([*command, limit], status=None, environment={"CUDA_VISIBLE_DEVICES": ""})

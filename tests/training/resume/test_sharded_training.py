@@ -1,8 +1,6 @@
 """Two processes share a model by FSDP2, the method fully on: the same training, masks and files as of one process."""
 
 import json
-import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification
 
 from tests.hub import LocalHub
-from tests.processes import run_command
+from tests.processes import run_python
 from tests.sharded_runs import CASES, CUT, REPOSITORY, run
 from tscnc_hf.artifact.models.loading import load_sparse
 from tscnc_hf.training.resume.fsdp import check_optimizer_layout, check_sharding
@@ -35,12 +33,11 @@ def hub():
 def shared(tmp_path_factory, hub) -> dict:
     """Case -> what each of the two processes found, that were started with the recipe's own file."""
     folder = tmp_path_factory.mktemp("shared")
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0", "--config_file"]
+    command = ["-m", "accelerate.commands.launch", "--main_process_port", "0", "--config_file"]
     command += [ROOT / "recipes" / "accelerate" / "fsdp2.yaml", ROOT / "tests" / "sharded_runs.py", folder]
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("ACCELERATE_", "FSDP_"))}
-    environment |= {"ACCELERATE_USE_CPU": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    environment = {"ACCELERATE_USE_CPU": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
     environment |= hub.environment(folder / "home")
-    run_command(command, env=environment, cwd=folder)
+    run_python(command, environment=environment, cwd=folder)
     found = {}
     for case in (*CASES, "resumed"):
         ranks = [folder / f"{case}.{rank}" for rank in range(2)]
