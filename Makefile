@@ -15,7 +15,7 @@ PYTEST := -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 # Nothing that pushes to a Hub.
 FAST := tests/method tests/data tests/artifact --ignore tests/artifact/repository
 
-.PHONY: demo docs test test-fast test-oldest test-faults test-peers lint bench bench-constraints bench-slimming \
+.PHONY: demo docs test test-launched test-fast test-oldest test-faults test-peers lint bench bench-constraints bench-slimming \
 	bench-adversary bench-packing bench-pruning bench-training bench-inputs clean
 
 demo: $(STAMP)
@@ -24,6 +24,10 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python $(PYTEST)
+
+# Whole runs in processes of their own: accelerate's configurations, shared weights, workers, time limits.
+test-launched: $(STAMP)
+	$(BIN)/python $(PYTEST) -m launched
 
 test-fast: $(STAMP)
 	$(BIN)/python $(PYTEST) $(FAST)

@@ -244,6 +244,7 @@ RECIPE = {
 }  # fmt: skip
 
 
+@pytest.mark.launched
 def test_autoattack_after_training_killed_twice_ends_as_uncut(tmp_path):
     pytest.importorskip("pyautoattack", reason="pyautoattack is not installed (tscnc-hf[eval])")
     whole, cut = Recipe(tmp_path / "whole" / "run", **RECIPE), Recipe(tmp_path / "cut" / "run", **RECIPE)

@@ -69,6 +69,7 @@ def runs(tmp_path_factory) -> dict[str, Path]:
     return {name: launch(name, folder) for name in SIZES}
 
 
+@pytest.mark.launched
 @pytest.mark.parametrize("name", SIZES)
 def test_as_many_processes_as_the_file_says_shared_the_run(name, runs):
     processes, _ = SIZES[name]
@@ -78,6 +79,7 @@ def test_as_many_processes_as_the_file_says_shared_the_run(name, runs):
     assert files == ({f"rng_state_{rank}.pth" for rank in range(processes)} if processes > 1 else {"rng_state.pth"})
 
 
+@pytest.mark.launched
 @pytest.mark.parametrize("name", [name for name in SIZES if name != "single"])
 def test_several_processes_train_and_test_as_one(name, runs):
     one, two = (load_file(runs[which] / "model.safetensors") for which in ("single", name))

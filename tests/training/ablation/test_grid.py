@@ -221,6 +221,7 @@ def test_a_cell_that_fails_does_not_stop_the_others(ablation, tmp_path, capsys):
     assert {row["arm"] for row in read_rows(tmp_path / "rows.jsonl")} == {"dense", "plain"}
 
 
+@pytest.mark.launched
 def test_a_time_limit_ends_it_and_it_goes_on_from_there(ablation, tmp_path):
     """Models are published as well; each row is that of a run which was not interrupted."""
     long = {"sparsities": "0.5", "arms": '{"plain": {}}', "max_steps": 60, "pretraining": '{"max_steps": 60}'}
@@ -249,6 +250,7 @@ def test_a_time_limit_ends_it_and_it_goes_on_from_there(ablation, tmp_path):
     assert "50.0 %" in (folder / "README.md").read_text() and (folder / "figures").is_dir()
 
 
+@pytest.mark.launched
 def test_sigterm_leaves_no_worker_behind(tmp_path):
     command = [sys.executable, RECIPES / "ablation.py", *options(tmp_path, workers=2, max_steps=100_000)]
     with started(command, stdout=subprocess.PIPE) as parent:
@@ -262,6 +264,7 @@ def test_sigterm_leaves_no_worker_behind(tmp_path):
         assert left_behind() == []
 
 
+@pytest.mark.launched
 def test_workers_give_the_rows_of_one_process(ablation, tmp_path):
     ablation(tmp_path / "one", sparsities="0.9", cpu_threads=1)
     command = [RECIPES / "ablation.py", *options(tmp_path / "two", sparsities="0.9", workers=2)]

@@ -17,6 +17,7 @@ from tscnc_hf.training.resume.fsdp import check_optimizer_layout, check_sharding
 from tscnc_hf.training.trainer import TSCNCTrainer
 
 
+pytestmark = pytest.mark.launched
 ROOT = Path(__file__).parents[3]
 ONCE_SHARED = ("weights", "gates")
 
