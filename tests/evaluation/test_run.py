@@ -226,24 +226,23 @@ def test_more_restarts_break_no_less(evaluate):
 # ---- autoattack, by another library ----
 
 
-@pytest.mark.parametrize("norm, epsilon", [("linf", 0.1), ("l2", 0.6)])
-def test_autoattack(norm, epsilon, evaluate):
+def test_autoattack(evaluate):
     pyautoattack = pytest.importorskip("pyautoattack", reason="pyautoattack is not installed (tscnc-hf[eval])")
     random = torch.random.get_rng_state()
     attacks = ("clean", "pgd-20", "apgd", "autoattack", "square")
-    report = evaluate(attacks=attacks, norm=norm, epsilon=epsilon, n=8)
+    report = evaluate(attacks=attacks, epsilon=0.1, n=8)
     assert torch.equal(torch.random.get_rng_state(), random)
     assert report["autoattack"].correct <= min(report["pgd-20"].correct, report["apgd"].correct)
     assert 0 < report["autoattack"].correct <= report["square"].correct <= report["clean"].correct
     assert report["autoattack"].parameters["implementation"] == "pyautoattack"
     assert report["autoattack"].parameters["version"] and pyautoattack
-    assert evaluate(attacks=attacks[-1:], norm=norm, epsilon=epsilon, n=8)["square"] == report["square"]
+    assert evaluate(attacks=attacks[-1:], epsilon=0.1, n=8)["square"] == report["square"]
 
 
 def test_autoattack_goes_on_within_a_batch(evaluate, robust_network, digits, tmp_path):
     """It is kept part by part, and the parts find what pyautoattack's own run of them all does."""
     pytest.importorskip("pyautoattack", reason="pyautoattack is not installed (tscnc-hf[eval])")
-    options = {"attacks": ("clean", "autoattack"), "n": 6, "batch_size": 6, "epsilon": 0.1}
+    options = {"attacks": ("clean", "autoattack"), "n": 6, "batch_size": 6, "norm": "l2", "epsilon": 0.6}
     with pytest.raises(KeyboardInterrupt):
         evaluate(Fuse(robust_network, 1500), state_folder=tmp_path, **options)
     (file,) = tmp_path.glob("batch-*.json")
@@ -256,7 +255,7 @@ def test_autoattack_goes_on_within_a_batch(evaluate, robust_network, digits, tmp
     with attack_mode(robust_network):
         survived = robust_network(x).argmax(-1) == y
         places = torch.arange(6)[survived]
-        x_adv = make_attack("autoattack", 0.1).run(robust_network, x[survived], y[survived], places, 0)
+        x_adv = make_attack("autoattack", 0.6, "l2").run(robust_network, x[survived], y[survived], places, 0)
         survived[survived.clone()] = robust_network(x_adv).argmax(-1) == y[survived]
     assert survived.int().tolist() == json.loads(file.read_text())["found"]["autoattack"]
     assert report["autoattack"].correct == survived.sum() and 0 < survived.sum() < 6

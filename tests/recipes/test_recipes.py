@@ -84,9 +84,7 @@ def environment(cache: Path) -> dict:
 def launch(recipe: str, options: str, folder: Path, *more: str) -> str:
     config = folder / f"{recipe}.yaml"
     config.write_text(options)
-    command = ["-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
-    command += ["--mixed_precision", "no", "--dynamo_backend", "no", ROOT / "recipes" / f"{recipe}.py"]
-    command += ["--config", config, "--output_dir", folder / recipe, *more]
+    command = [ROOT / "recipes" / f"{recipe}.py", "--config", config, "--output_dir", folder / recipe, *more]
     return run_python(command, environment=environment(folder), cwd=folder).stdout
 
 
