@@ -20,7 +20,8 @@ SCOPES = ("global", "uniform", "erk", "learned")
 @dataclass(frozen=True)
 class Allocation:
     """
-    How zeros are shared among the layers, and what may not become zero.
+    How zeros are shared among the layers, and what may not become zero. No matrix is emptied whole, unless
+    `layer_sparsity` says so of its layer: each keeps its best weight at least.
 
     Attributes:
         scope: "global" ranks all weights together; "uniform" prunes every layer alike; "erk" keeps in each layer a
@@ -78,8 +79,24 @@ class Allocation:
         sizes = {name: score.numel() for name, score in scores.items()}
         pruned = round(sparsity * sum(sizes.values()))
         barred = {} if self.pattern is None else outside_pattern(records, scores, *self.pattern)
-        needed = self._needed(records, scores, barred)
+        needed, free = self._needed(records, scores, barred), self._with_own_sparsity(sizes)
+        while True:  # ranked without them first: where no matrix is emptied, as it is by far the most often
+            masks = self._ranked(records, scores, sizes, pruned, needed, barred)
+            emptied = {}
+            for record in records:
+                best = None if record.name in free else _best_of_emptied(record, masks[record.name], scores, barred)
+                if best is not None:
+                    emptied[record.name] = best | needed[record.name] if record.name in needed else best
+            if not emptied:
+                return masks
+            needed |= emptied
+
+    def _ranked(self, records, scores, sizes, pruned: int, needed, barred) -> dict[str, Tensor]:
+        """Masks with so many zeros, that keep what is needed."""
         minimum, bars = ({n: int(m[n].sum()) if n in m else 0 for n in sizes} for m in (needed, barred))
+        for record in records:
+            if record.name not in self._with_own_sparsity(sizes):
+                minimum[record.name] = max(minimum[record.name], _matrices(record))
         whole = pruned >= sum(bars.values())  # else only a part of the groups follows the pattern yet
         maximum = {name: size - bars[name] * whole for name, size in sizes.items()}
         masks = {}
@@ -98,7 +115,9 @@ class Allocation:
 
     def check(self, records: Sequence[WeightMatrix], target: float) -> None:
         """Raise what `masks` would raise at the target, before any training."""
-        if not (self.layer_sparsity or self.layer_floor or self.row_floor or self.pattern):
+        size = sum(record.weight.numel() for record in records)
+        few = size - round(target * size) < sum(_matrices(record) for record in records)
+        if not (self.layer_sparsity or self.layer_floor or self.row_floor or self.pattern or few):
             return
         generator = torch.Generator().manual_seed(0)
         scores = {record.name: torch.rand(record.weight.shape, generator=generator) for record in records}
@@ -106,7 +125,6 @@ class Allocation:
         if self.pattern is not None:
             n, m = self.pattern
             fixed = 1 - n / m
-            size = sum(score.numel() for score in scores.values())
             if round(target * size) < round(fixed * size):
                 what = f"{n}:{m}, which has {fixed:.4g} zeros: use {fixed:.4g} or more"
                 raise ValueError(f"target_sparsity={target} does not give {what}")
@@ -130,6 +148,9 @@ class Allocation:
                 mask = flat.view(mask.shape)
             needed[name] = mask & ~barred[name] if name in barred else mask
         return needed
+
+    def _with_own_sparsity(self, names) -> set[str]:
+        return {name for name in names if any(part in name for part in self.layer_sparsity)}
 
     def _kept(self, records, sizes, total: int, minimum, maximum) -> list[tuple[list[str], int]]:
         """Groups of layers that are ranked together, and how many weights each group keeps."""
@@ -155,8 +176,9 @@ class Allocation:
             wanted, most, least = (1 - (total - left + kept) / sum(sizes.values()) for kept in (left, lowest, highest))
             raise ValueError(
                 f"a sparsity of {wanted:.6g} is not reachable with the floors (layer_floor={self.layer_floor}, "
-                f"row_floor={self.row_floor}) and the layers' own sparsities: the largest is {most:.6g}, the smallest "
-                f"{least:.6g} of the prunable weights. Lower the target or the floors, or leave fewer layers dense"
+                f"row_floor={self.row_floor}, and one weight of each matrix) and the layers' own sparsities: the "
+                f"largest is {most:.6g}, the smallest {least:.6g} of the prunable weights. Lower the target or the "
+                "floors, or leave fewer layers dense"
             )
         groups = [([name], count) for name, count in fixed.items()]
         if self.scope in ("global", "learned"):
@@ -197,6 +219,30 @@ def share_out(
                 counts[name] += step
                 missing -= step
     return counts
+
+
+def _matrices(record: WeightMatrix) -> int:
+    """How many a weight holds that are not to be emptied; rows and columns of a grouped layer are none."""
+    b, rows, columns = record.view(torch.empty(record.weight.shape, device="meta")).shape
+    return b if min(rows, columns) > 1 else 1
+
+
+def _best_of_emptied(record: WeightMatrix, mask: Tensor, scores, barred) -> Tensor | None:
+    """A mask of the best weight of each matrix of which nothing is kept, None where there is no such matrix."""
+    whole = _matrices(record) == 1
+    kept = mask.reshape(1, -1) if whole else record.view(mask).flatten(1)
+    empty = ~kept.any(dim=-1)
+    if not empty.any():
+        return None
+    score = scores[record.name]
+    if record.name in barred:
+        score = score.masked_fill(barred[record.name], -math.inf)
+    index = torch.arange(score.numel(), device=score.device).view(1, *score.shape)
+    index = index.flatten(1) if whole else index_view(record, score.device).flatten(1)
+    best = index.gather(-1, score.reshape(-1)[index].argmax(dim=-1, keepdim=True))[empty]
+    found = torch.zeros(score.numel(), dtype=torch.bool, device=score.device)
+    found[best.flatten()] = True
+    return found.view(score.shape)
 
 
 def _erk(record: WeightMatrix) -> float:
