@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
@@ -45,6 +45,8 @@ class Attack:
         parameters: everything that decides its strength, plain JSON types.
         run: (logits_fn, x, y, index, seed) -> x_adv; x (b, c, h, w) in [0, 1], y and index (b,), int64: labels, and
             places of the images in the data set. None for "clean".
+        classes: how many a model needs at least.
+        height: pixels that an image needs at least.
         parts: name -> what `run` does one after the other, each to the images that withstood those before; one that
             is called like the attack unless said otherwise. An evaluation keeps what each of them found.
     """
@@ -52,6 +54,8 @@ class Attack:
     name: str
     parameters: dict = field(default_factory=dict)
     run: Run | None = None
+    classes: int = 1
+    height: int = 1
     parts: Mapping[str, Run] = field(default_factory=dict)
 
     def __post_init__(self):
@@ -82,7 +86,7 @@ def make_attack(name: str, epsilon: float, norm: str = "linf") -> Attack:
     if name in ("apgd", "apgd-dlr"):
         options = {"steps": APGD_STEPS, "loss": "dlr" if name == "apgd-dlr" else "cross-entropy"}
         run = partial(_apgd, name=name, epsilon=epsilon, norm=norm, **options)
-        return Attack(name, {"restarts": 1} | options | OURS, run)
+        return Attack(name, {"restarts": 1} | options | OURS, run, 3 if name == "apgd-dlr" else 2)
     options = {"restarts": 1, "random_start": True, "loss": "cross-entropy"}
     if name == "fgsm":
         options |= {"steps": 1, "step_size": epsilon, "random_start": False}
@@ -93,7 +97,35 @@ def make_attack(name: str, epsilon: float, norm: str = "linf") -> Attack:
     else:
         raise ValueError(f"attack {name!r} does not exist; known are {KNOWN_ATTACKS}")
     run = partial(_pgd, name=name, epsilon=epsilon, norm=norm, **options)
-    return Attack(name, options | {"early_stop": True} | OURS, run)
+    return Attack(name, options | {"early_stop": True} | OURS, run, 2)
+
+
+def check_attacks(
+    names: Sequence[str] | str,
+    classes: int,
+    *,
+    epsilon: float = 0.0,
+    norm: str = "linf",
+    image_size: tuple[int, int] | None = None,
+) -> None:
+    """
+    Whether these attacks can be run on a model of so many classes and images (h, w): known before it is trained.
+
+    Raises:
+        ValueError, ImportError: as `make_attack`; none is named; one needs more classes, or larger images.
+    """
+    if not names:
+        raise ValueError(f"no attack was named; known are {KNOWN_ATTACKS}")
+    for name in [names] if isinstance(names, str) else names:
+        attack = make_attack(name, epsilon, norm)
+        if classes < attack.classes:
+            rest = "; pgd-20, apgd and square do with two" if classes > 1 else ": with one class no answer is wrong"
+            raise ValueError(f"attack {name!r} needs at least {attack.classes} classes, there are {classes}{rest}")
+        if image_size is not None and image_size[0] < attack.height:
+            raise ValueError(
+                f"attack {name!r} in {norm} needs images of at least {attack.height} pixels in height (its squares "
+                f"are a fifth of that), these have {image_size[0]}; pgd-20 and apgd do with fewer"
+            )
 
 
 def pgd_step_size(epsilon: float, steps: int) -> float:
@@ -150,19 +182,18 @@ def _from_pyautoattack(name: str, epsilon: float, norm: str) -> Attack:
         raise ImportError(f"attack {name!r} needs the package pyautoattack: {INSTALL}") from error
     parameters = {"implementation": "pyautoattack", "version": version("pyautoattack")}
     run = partial(_autoattack, AutoAttack, name=name, epsilon=epsilon, norm=norm)
+    height = 5 if norm == "l2" else 1
     if name == "square":
-        return Attack(name, parameters | {"queries": 5000, "restarts": 1}, partial(run, attacks=["square"]))
+        return Attack(name, parameters | {"queries": 5000, "restarts": 1}, partial(run, attacks=["square"]), 2, height)
     names = list(AUTOATTACK_PARTS)
     parameters |= {"attacks": names, "steps": 100, "queries": 5000}
     parts = {f"{name}: {part}": partial(run, attacks=[part]) for part in names}
-    return Attack(name, parameters, partial(run, attacks=names), parts)
+    return Attack(name, parameters, partial(run, attacks=names), 4, height, parts)  # for its targeted losses
 
 
 def _autoattack(autoattack, forward, x, y, index, seed, *, attacks, name, epsilon, norm) -> Tensor:
     with torch.no_grad():
         classes = forward(x[:1]).shape[-1]
-    if classes < 4 and name == "autoattack":
-        raise ValueError(f"autoattack needs at least 4 classes (its targeted losses), the model has {classes}")
     key = seeded_generator("cpu", seed, name).initial_seed() % 2**31  # the same for all batches, as in the reference
     norm = {"linf": "Linf", "l2": "L2"}[norm]
     attack = autoattack(_Logits(forward), norm=norm, eps=epsilon, seed=key, device=x.device, version="standard")

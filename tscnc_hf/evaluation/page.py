@@ -6,7 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tscnc_hf.artifact.card.figures import save_figure
-from tscnc_hf.artifact.card.formatting import attack_label, settings_text
+from tscnc_hf.artifact.card.formatting import (
+    attack_label,
+    collapse_text,
+    format_number,
+    format_pixels,
+    settings_text,
+)
 from tscnc_hf.artifact.card.robustness_figures import curve_figure, examples_figure
 from tscnc_hf.artifact.files.atomic import atomic_file
 from tscnc_hf.evaluation.measures.robustness_report import RobustnessReport
@@ -26,12 +32,12 @@ def write_page(
 
 def _page(results: Mapping, class_names: Sequence[str] | None) -> str:
     """The tables as Markdown, with the figures beside them."""
-    report = RobustnessReport.from_dict(results["robustness"])
+    report = RobustnessReport.from_dict(results["robustness"] | {"collapsed": results["collapsed"]})
     threat = report.threat_model
     parts = [
         f"# Robustness of {results['model']}",
         f"{report.n} test images of {results['dataset']}; {threat['norm']} perturbations within "
-        f"{threat['epsilon']:.4g} ({255 * threat['epsilon']:.3g}/255), seed {threat['seed']}. White-box attacks, 95 % "
+        f"{format_pixels(threat['epsilon'])}, seed {threat['seed']}. White-box attacks, 95 % "
         "Wilson intervals.",
         report.to_markdown(),
         "## Are gradients hidden?\n\n" + report.masking_markdown(),
@@ -58,14 +64,19 @@ def comparison_table(results: Mapping[str, Mapping]) -> str:
         worst = (_accuracy(results[name]["robustness"]["worst_case"]) for name in names)
         rows.append(["worst case accuracy", *worst])
     rows.append(["sparsity", *(f"{results[name]['sparsity']['sparsity']:.2%}" for name in names)])
+    for which, label in (("clean", "balanced accuracy"), ("attack", "balanced accuracy, attack")):
+        shown = [_balanced(results[name]["robustness"], which) for name in names]
+        if all(value is not None for value in shown):
+            rows.append([label, *(f"{value:.1%}" for value in shown)])
     for key, label in (
         ("median_effective_condition_number", "median effective condition number"),
         ("max_effective_condition_number", "largest effective condition number"),
         ("rank_deficient", "rank-deficient matrices"),
     ):
-        rows.append([label, *(_number(results[name]["spectrum"][key]) for name in names)])
+        rows.append([label, *(format_number(results[name]["spectrum"][key]) for name in names)])
     if all("lipschitz" in results[name] for name in names):
-        rows.append(["local Lipschitz, median", *(_number(results[n]["lipschitz"]["local_median"]) for n in names)])
+        medians = (results[name]["lipschitz"]["local_median"] for name in names)
+        rows.append(["local Lipschitz, median", *map(format_number, medians)])
     widths = [max(len(row[column]) for row in rows) for column in range(len(names) + 1)]
     lines = [
         "  ".join(
@@ -74,9 +85,10 @@ def comparison_table(results: Mapping[str, Mapping]) -> str:
         for row in rows
     ]
     first = results[names[0]]["robustness"]
-    epsilon = first["threat_model"]["epsilon"]
     norm = {"linf": "L-infinity", "l2": "L2"}[first["threat_model"]["norm"]]
-    note = f"{first['n']} test images, {norm} epsilon {epsilon:.4g} ({epsilon * 255:.3g}/255), 95 % intervals"
+    note = (
+        f"{first['n']} test images, {norm} epsilon {format_pixels(first['threat_model']['epsilon'])}, 95 % intervals"
+    )
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], note, *_masking_notes(results)])
 
 
@@ -84,6 +96,8 @@ def _masking_notes(results: Mapping[str, Mapping]) -> list[str]:
     """One line for each model whose accuracy under attack is not to be trusted."""
     notes = []
     for name, figures in results.items():
+        if found := figures.get("collapsed"):
+            notes.append(f"COLLAPSED: {name}: {collapse_text(found, found.get('emptied', ()))}")
         checks = (figures["robustness"].get("masking") or {}).get("checks", ())
         if failed := [check["name"] for check in checks if not check["passed"]]:
             notes.append(f"SUSPICIOUS: {name} failed gradient-masking checks ({', '.join(failed)}); see the card")
@@ -94,5 +108,10 @@ def _accuracy(attack: Mapping) -> str:
     return f"{attack['accuracy']:.1%} [{attack['low']:.1%}, {attack['high']:.1%}]"
 
 
-def _number(value: float | str | None) -> str:
-    return "n/a" if value is None else value if isinstance(value, str) else f"{value:.4g}"
+def _balanced(robustness: Mapping, which: str) -> float | None:
+    """Clean, or after all attacks; None where it was not measured."""
+    hostile = [attack for attack in robustness["attacks"] if attack["name"] != "clean"]
+    clean = [attack for attack in robustness["attacks"] if attack["name"] == "clean"]
+    worst = robustness.get("worst_case")
+    found = clean if which == "clean" else [worst] if worst else hostile
+    return found[0].get("balanced_accuracy") if found else None

@@ -23,7 +23,7 @@ from tscnc_hf.method.reports.spectrum import spectral_report
 
 
 FEW_IMAGES = 256  # for what costs many steps an image
-SHOWN = ("robustness", "sparsity", "spectrum", "curve", "lipschitz", "gates", "dense")
+SHOWN = ("collapsed", "robustness", "sparsity", "spectrum", "curve", "lipschitz", "gates", "dense")
 
 
 @contextmanager
@@ -72,7 +72,7 @@ def evaluate(
     """
     The figures of a model: what `results.json` holds (docs/results_json.md), plain JSON types. Zeros, spectra and
     accuracies; where something was attacked, also masking checks, accuracy over the radius under PGD-20, and for
-    L-infinity Lipschitz bounds, the last two on at most 256 of the images.
+    L-infinity Lipschitz bounds, the last two on at most 256 of the images, drawn with the seed.
 
     An evaluation that was cut off goes on where it was. `results.json` is there as soon as the accuracies are, and
     again when all is.
@@ -83,7 +83,8 @@ def evaluate(
         exclude (`Sequence[str]`): as in `weight_matrices`, for the zeros.
         model_name, dataset_name (*optional*): what the results say that they are of.
         gates (*optional*): `GateReport.to_dict()` of the gates that are folded into the weights.
-        full (`bool`): False leaves checks, curve and Lipschitz bounds out.
+        full (`bool`): False leaves out checks, curve, Lipschitz bounds and examples. How long it will take is said
+            before it starts, if `progress`.
         folder (*optional*): of results.json, and of state/, where what is finished is kept; None keeps nothing.
         mixed (`bool`): the folder may see evaluations of other weights, data and attacks; each is kept on its own.
             By default, another one is refused where one was begun.
@@ -103,13 +104,20 @@ def evaluate(
         state_folder=None if folder is None else folder / STATE_FOLDER, mixed=mixed, distributed=distributed, **same,
     )  # fmt: skip
     state, epsilon = work.state, work.epsilon
+    if progress and not state.begun:
+        announce(work.estimate_text(full, FEW_IMAGES))
     weights = {
         "sparsity": lambda: sparsity_report(model, exclude).to_dict(),
         "spectrum": lambda: spectral_report(model).to_dict(),
     }
     of_weights = state.share(weights, of=list(exclude), doing="Computing zeros and condition numbers")
     report = work.accuracies()
-    results = {"model": model_name, "dataset": dataset_name, "robustness": report.to_dict(), **of_weights}
+    robustness, zeros = report.to_dict(), of_weights["sparsity"]["rows"]
+    collapsed = robustness.pop("collapsed")
+    if collapsed is not None:
+        collapsed |= {"emptied": [row["name"] for row in zeros if row["zeros"] == row["numel"]]}
+    results = {"collapsed": collapsed, "model": model_name, "dataset": dataset_name, "robustness": robustness}
+    results |= of_weights
     results |= {"gates": dict(gates)} if gates else {}
     results["identity"] = work.identity.to_dict()
 
@@ -134,7 +142,7 @@ def evaluate(
     examples = None
     if "curve" in results:
         announce("Making adversarial examples", progress)
-        found = kept_examples(state, model, dataset, epsilon=epsilon, norm=norm, **same)
+        found = kept_examples(state, model, dataset, epsilon=epsilon, norm=norm, n=few["n"], **same)
         examples = found and found.for_figure(class_names)
         if on_examples is not None:
             on_examples(examples)

@@ -22,7 +22,7 @@ from tscnc_hf.evaluation.memory import announce
 logger = logging.get_logger(__name__)
 
 IDENTITY_FILE = "evaluation.json"
-FORMAT = 3  # of what is in a piece's file, and of how attacks draw: counted up with either
+FORMAT = 4  # of what is in a piece's file, and of how attacks draw: counted up with either
 LOOKED_AT = 16  # images, evenly spaced
 
 
@@ -30,10 +30,11 @@ class OtherEvaluation(ValueError):
     """A folder holds an evaluation with other settings, of other weights or of other data."""
 
 
-def data_identity(dataset, n: int) -> dict[str, Any]:
-    """What tells the first n images of a data set from others, a digest of a few among it; plain JSON types."""
-    items = collate([dataset[place] for place in spread(n, LOOKED_AT)])
-    return {"n": n, "set": dataset_identity(dataset), "pixels": digest(value for _, value in sorted(items.items()))}
+def data_identity(dataset, places: Sequence[int]) -> dict[str, Any]:
+    """What tells images of a data set from others, a digest of a few among it; plain JSON types."""
+    items = collate([dataset[places[place]] for place in spread(len(places), LOOKED_AT)])
+    pixels = digest(value for _, value in sorted(items.items()))
+    return {"n": len(places), "set": dataset_identity(dataset), "pixels": pixels}
 
 
 class EvaluationState:
@@ -75,6 +76,11 @@ class EvaluationState:
             )
         if (other := found.differences(identity, ("code",))) and rank == 0:
             logger.warning(f"{self.folder} was begun with other code, and is kept: {', '.join(map(str, other))}")
+
+    @property
+    def begun(self) -> bool:
+        """Whether some of it is kept."""
+        return self.folder is not None and any(self.folder.glob("batch-*.json"))
 
     def read(self, name: str, of: Any = None) -> Any:
         """What `write` was given under this name, or None; also where a crash of the machine left a damaged file."""

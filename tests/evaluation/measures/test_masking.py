@@ -96,7 +96,7 @@ def test_the_dense_model_is_normalised_as_it_says(robust_network, plain_network,
             return self.model(x / 2 + 0.5)
 
     halves = SimpleNamespace(image_mean=[0.5], image_std=[0.5])
-    options = {"attacks": ("pgd-2",), "epsilon": 0.1, "n": 16, "processing_class": as_they_are, "progress": False}
+    options = {"attacks": ("pgd-2",), "epsilon": 0.1, "n": 32, "processing_class": as_they_are, "progress": False}
     one = evaluate_robustness(plain_network, digits.test, dense_model=robust_network, **options)
     dense = {"dense_model": Centred(robust_network), "dense_processing_class": halves}
     two = evaluate_robustness(plain_network, digits.test, **dense, **options)

@@ -13,8 +13,17 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.utils import yaml_dump
 
 from tscnc_hf.artifact.card import figures, formatting, robustness_figures
-from tscnc_hf.artifact.card.formatting import is_hub_id, plain, without_paths
-from tscnc_hf.artifact.card.tables import KAPPAS, NOT_YET, evaluation_results, layer_table, results_table, size_table
+from tscnc_hf.artifact.card.formatting import collapse_text, is_hub_id, plain, without_paths
+from tscnc_hf.artifact.card.tables import (
+    KAPPAS,
+    NOT_YET,
+    class_table,
+    confusion_table,
+    evaluation_results,
+    layer_table,
+    results_table,
+    size_table,
+)
 from tscnc_hf.artifact.files.atomic import atomic_file
 
 
@@ -34,6 +43,7 @@ def write_card(
     *,
     model_name: str,
     robustness: Mapping[str, Any] | None,
+    collapsed: Mapping[str, Any] | None = None,
     sparsity: Mapping[str, Any],
     spectrum: Mapping[str, Any],
     config: Mapping[str, Any],
@@ -62,6 +72,7 @@ def write_card(
         model_name: what the reader loads: a Hub id ("user/name"), or the name of the folder.
         robustness: robustness report as a dict (accuracies in [0, 1], epsilon in pixel units), None before evaluation:
             the card then says so and holds no accuracy.
+        collapsed: what the results say under this name: the first line of the card is about it.
         sparsity, spectrum: the two reports as dicts (sparsity = fraction of zeros; an infinite number is "inf").
         config: the flat training configuration; tokens, empty values and folders of this machine are left out.
         dataset_name: a Hub id ("user/name"), or a plain name or a local folder, which stays out of `datasets`; None
@@ -105,6 +116,7 @@ def write_card(
     dataset = without_paths(str(dataset_name)) if dataset_name else ""
 
     classes = [str(name) for name in class_names or ()]
+    shown_names = [] if all(name.startswith("LABEL_") for name in classes) else classes
 
     folder = Path(folder)
     drawn = {
@@ -133,7 +145,10 @@ def write_card(
         card_data,
         template_path=str(TEMPLATE),
         model_name=model_name,
-        results=results_table(reports, dense),
+        results=results_table(reports, dense, shown_names),
+        collapsed=collapse_text(collapsed, collapsed.get("emptied", ()), classes) if collapsed else "",
+        by_class=class_table(robustness, shown_names) if robustness else ([], 0),
+        confusion=confusion_table(robustness, shown_names) if robustness else [],
         twin=any(dense.values()),
         **reports,
         curve=curve,
@@ -143,7 +158,7 @@ def write_card(
         config_yaml=yaml_dump(formatting.used_settings(config), sort_keys=False).strip(),
         dataset=dataset,
         split=dataset_split,
-        classes=[] if all(name.startswith("LABEL_") for name in classes) else classes,
+        classes=shown_names,
         base_model=without_paths(str(base_model)) if base_model else "",
         command=formatting.wrapped_command(without_paths(command)) if command else "",
         sizes=size_table(sizes) if sizes else [],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,13 +76,32 @@ def used_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if not key.startswith(off)}
 
 
+def collapse_text(
+    found: Mapping, emptied: Sequence[str] = (), class_names: Sequence[str] | Mapping | None = None
+) -> str:
+    """What a collapsed network is, in a sentence; `found` as results have it, `emptied` are weights that are zero."""
+    if found.get("constant"):
+        said = "it gives the same logits for every image"
+    else:
+        label = found["class"]
+        name = f"{label}" if not class_names else f"{label} ({class_names[label]})"
+        said = f"it names class {name} for {found['share']:.1%} of the images"
+    if found.get("largest_class") is not None:
+        said += f", of which {found['largest_class']:.1%} belong to the largest class"
+    text = f"the network has collapsed: {said}. Its accuracies are no sign of robustness"
+    if not emptied:
+        return text
+    rest = f" and {len(emptied) - 3} more" if len(emptied) > 3 else ""
+    return f"{text}. Weights that are zero throughout: {', '.join(emptied[:3])}{rest}"
+
+
 def wrapped_command(command: str, width: int = 100) -> str:
     """A long command over several lines, one option each, which a shell takes as it is."""
     return command if len(command) <= width else re.sub(r" (?=--\w)", " \\\\\n    ", command)
 
 
 def format_pixels(value: float | str) -> str:
-    """A pixel quantity in [0, 1] units and in steps of 1/255."""
+    """A pixel quantity in [0, 1] units and in steps of 1/255; a text such as "8/255" as it is."""
     return f"{value:.4g} ({255 * value:.3g}/255)" if isinstance(value, int | float) else str(value)
 
 
@@ -99,14 +118,20 @@ def number(value: Any) -> float:
     return math.nan if value is None else float(value)
 
 
+def format_number(value: Any, digits: str = ".4g") -> str:
+    """A JSON figure that may be "inf", "-inf", "nan" or None: "∞", "-∞" or "n/a" then, and else as `digits` says."""
+    value = number(value)
+    if math.isnan(value):
+        return "n/a"
+    return f"{value:{digits}}" if math.isfinite(value) else "∞" if value > 0 else "-∞"
+
+
 def format_kappa(value: Any) -> str:
     """A condition number for people: three significant digits, "∞" when infinite, "n/a" when undefined."""
     value = number(value)
-    if not math.isfinite(value):
-        return "n/a" if math.isnan(value) else "∞"
-    if value >= 1e6:
+    if math.isfinite(value) and value >= 1e6:
         return re.sub(r"e\+0*", "e", f"{value:.3g}")
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    return format_number(value, ",.0f" if value >= 100 else ".3g")
 
 
 def format_percent(fraction: Any) -> str:

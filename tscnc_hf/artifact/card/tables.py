@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from huggingface_hub import EvalResult
@@ -13,6 +13,7 @@ from tscnc_hf.artifact.card.formatting import (
     by_layer,
     format_bytes,
     format_kappa,
+    format_number,
     format_percent,
     number,
 )
@@ -25,6 +26,7 @@ KAPPAS = {
     "Largest condition number": "max_condition_number",
 }
 NOT_YET = "not evaluated yet"
+SHOWN_CLASSES = 20  # of more a card shows a part
 
 
 def evaluation_results(
@@ -44,6 +46,8 @@ def evaluation_results(
             name = f"Robust accuracy{which} ({ball})"
             args |= {**threat, **attack.get("parameters", {})}
         args |= {"n": attack["n"], "correct": attack["correct"], "interval_95": [attack["low"], attack["high"]]}
+        if attack.get("balanced_accuracy") is not None:
+            args["balanced_accuracy"] = attack["balanced_accuracy"]
         results.append(
             EvalResult(
                 metric_type="accuracy", metric_name=name, metric_value=attack["accuracy"], metric_args=args, **same
@@ -61,7 +65,9 @@ def evaluation_results(
     return results
 
 
-def results_table(own: Mapping[str, Any], dense: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
+def results_table(
+    own: Mapping[str, Any], dense: Mapping[str, Any], class_names: Sequence[str] = ()
+) -> list[tuple[str, list[str]]]:
     """
     Rows of the results table: what is measured, then this model and, if it is there, the dense twin before it. Both
     are {"robustness", "sparsity", "spectrum", "lipschitz"}, None where there is no such report.
@@ -77,18 +83,82 @@ def results_table(own: Mapping[str, Any], dense: Mapping[str, Any]) -> list[tupl
     worst = [report.get("worst_case") for report in robustness]
     if any(worst):
         rows.append(("Worst case of these attacks", [_accuracy(attack) for attack in worst]))
+    for label, which in (("Balanced accuracy, clean", "clean"), ("Balanced accuracy under attack", None)):
+        shown = [_of_classes(report, which) for report in robustness]
+        if any(shown):
+            rows.append((label, [format_percent(found["balanced_accuracy"]) if found else NOT_YET for found in shown]))
+    shown = [_of_classes(report, None) for report in robustness]
+    if any(shown):
+        rows.append(
+            ("Worst class under attack", [_worst(found, class_names) if found else NOT_YET for found in shown])
+        )
     lines = [
         ("Sparsity of the prunable weights", "sparsity", lambda report: format_percent(report["sparsity"])),
         ("Sparsity of all parameters", "sparsity", lambda report: format_percent(report["parameter_sparsity"])),
         *((label, "spectrum", lambda report, key=key: format_kappa(report.get(key))) for label, key in KAPPAS.items()),
         ("Rank-deficient matrices", "spectrum", lambda r: f"{r.get('rank_deficient', 0)} of {len(r['rows'])}"),
-        ("Local Lipschitz constant, median", "lipschitz", lambda report: f"at least {report['local_median']:.4g}"),
-        ("Product of layer norms, log10", "lipschitz", lambda report: f"{number(report['product_log10']):.2f}"),
+        ("Local Lipschitz constant, median", "lipschitz", lambda r: f"at least {format_number(r['local_median'])}"),
+        ("Product of layer norms, log10", "lipschitz", lambda report: format_number(report["product_log10"], ".2f")),
     ]
     for label, name, text in lines:
         if name != "lipschitz" or own[name] is not None:
             rows.append((label, [NOT_YET if column[name] is None else text(column[name]) for column in columns]))
     return rows
+
+
+def _of_classes(robustness: Mapping[str, Any], name: str | None) -> Mapping[str, Any] | None:
+    """The result of an attack by name, None: of the strongest (all together), where classes were looked at."""
+    attacks = {attack["name"]: attack for attack in robustness.get("attacks", ())}
+    if name is None:
+        hostile = [attack for name, attack in attacks.items() if name != "clean"]
+        found = robustness.get("worst_case") or (hostile[0] if hostile else None)
+    else:
+        found = attacks.get(name)
+    return found if found and found.get("worst_class") else None
+
+
+def _worst(found: Mapping[str, Any], class_names: Sequence[str]) -> str:
+    worst = found["worst_class"]
+    return f"{format_percent(worst['accuracy'])} ({_class(worst['label'], class_names)}, {worst['n']} images)"
+
+
+def _class(label: int | str, class_names: Sequence[str]) -> str:
+    label = int(label)
+    return str(class_names[label]).replace("|", "\\|") if label < len(class_names) else f"class {label}"
+
+
+def class_table(robustness: Mapping[str, Any], class_names: Sequence[str] = ()) -> tuple[list[list[str]], int]:
+    """
+    Rows of the table by class, the first its header: images, accuracy under each attack, and what the class is
+    taken for most often after all attacks. Of many classes those that fare worst; and how many are left out.
+    """
+    classes, named = robustness.get("per_class") or {}, robustness.get("confusion") or {}
+    names = [attack["name"] for attack in robustness["attacks"]]
+    last = next((name for name in reversed(names) if name != "clean"), names[-1])
+    labels = list(classes)
+    if len(labels) > SHOWN_CLASSES:
+        labels = sorted(labels, key=lambda label: classes[label][last] / classes[label]["n"])[:SHOWN_CLASSES]
+    table = [["class", "images", *(attack_label(name) for name in names), "most often taken for"]]
+    for label in labels:
+        row, guesses = classes[label], named.get(label, {})
+        wrong = sorted(((n, guess) for guess, n in guesses.items() if guess != label), reverse=True)
+        taken = f"{_class(wrong[0][1], class_names)} ({wrong[0][0]})" if wrong else ""
+        shares = [format_percent(row[name] / row["n"]) for name in names]
+        table.append([_class(label, class_names), str(row["n"]), *shares, taken])
+    return table if len(table) > 1 else [], len(classes) - len(labels)
+
+
+def confusion_table(robustness: Mapping[str, Any], class_names: Sequence[str] = ()) -> list[list[str]]:
+    """Rows true class, columns named class, after all attacks; [] of more classes than can be read."""
+    counts = robustness.get("confusion") or {}
+    labels = sorted({*counts, *(guess for row in counts.values() for guess in row)}, key=int)
+    if not 1 < len(labels) <= SHOWN_CLASSES:
+        return []
+    table = [["true class", *(_class(label, class_names) for label in labels)]]
+    for label in counts:
+        cells = (counts[label].get(guess, 0) for guess in labels)
+        table.append([_class(label, class_names), *(str(count or "") for count in cells)])
+    return table
 
 
 def layer_table(sparsity: Mapping[str, Any], spectrum: Mapping[str, Any]) -> list[list[str]]:

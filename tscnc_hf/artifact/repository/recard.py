@@ -95,7 +95,7 @@ def rebuild_card(
             "sizes": repository.sizes | {"limit_bytes": storage_limit(tensors)},
             "kept_figures": [name for name in KEPT_FIGURES if _keep_figure(folder, target, name)],
             "own_widths": bool(recorded_widths(model.config)),
-            **{key: results.get(key) for key in ("lipschitz", "gates", "curve", "dense")},
+            **{key: results.get(key) for key in ("collapsed", "lipschitz", "gates", "curve", "dense")},
             **known,
             **given,
         },

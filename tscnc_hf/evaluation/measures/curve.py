@@ -13,6 +13,7 @@ from torch.utils.data import Subset
 from tscnc_hf.evaluation.measures.robustness import evaluate_robustness
 from tscnc_hf.evaluation.measures.robustness_report import AttackResult
 from tscnc_hf.evaluation.state import EvaluationState
+from tscnc_hf.evaluation.subset import drawn
 from tscnc_hf.method.adversarial.pixels import pixel_quantity
 
 
@@ -82,7 +83,7 @@ def security_curve(
     Args:
         epsilons (`Sequence`): radii in pixel units; sorted, 0 (clean images) is always there.
         attack (`str`): see `make_attack`; "clean" has no curve.
-        n (`int`): the first n images, or all where there are fewer.
+        n (`int`): as many images, drawn with the seed, or all where there are fewer.
         state (*optional*): where each radius is kept, and which processes share its images.
 
     Everything else, and what is raised, as in `evaluate_robustness`.
@@ -90,7 +91,7 @@ def security_curve(
     if attack == "clean":
         raise ValueError("attack='clean' has no radius; use an attack such as 'pgd-20'")
     radii = sorted({pixel_quantity("epsilon", epsilon, norm) for epsilon in epsilons} - {0.0})
-    left = list(range(min(n, len(dataset))))
+    left = sorted(drawn(len(dataset), n, seed))
     count, points = len(left), []
     state = EvaluationState() if state is None else state
     options = {"seed": seed, "processing_class": processing_class, "norm": norm, "distributed": state.world > 1}

@@ -14,18 +14,17 @@ from tscnc_hf.data.batches import collate
 from tscnc_hf.evaluation.attacks import make_attack
 from tscnc_hf.evaluation.memory import InParts
 from tscnc_hf.evaluation.state import EvaluationState
+from tscnc_hf.evaluation.subset import drawn
 from tscnc_hf.method.adversarial.pixels import attack_mode, normalisation, pixel_logits, pixel_quantity
 
 
 logger = logging.get_logger(__name__)
 
-SEARCHED = 256  # images, for some that are classified correctly
-
 
 @dataclass(frozen=True)
 class AdversarialExamples:
     """
-    The first images of a data set that are classified correctly, and what an attack makes of them.
+    Images of a data set that are classified correctly, and what an attack makes of them.
 
     Attributes:
         clean, adversarial: pixels (k, c, h, w) in [0, 1], on the CPU.
@@ -66,13 +65,15 @@ def adversarial_examples(
     norm: str = "linf",
     attack: str = "pgd-20",
     count: int = 8,
+    n: int = 256,
     seed: int = 0,
     processing_class: object | None = None,
 ) -> AdversarialExamples | None:
     """
-    Attack the first `count` images that are classified correctly; fewer, or None, where the first 256 have fewer.
+    Attack `count` images that are classified correctly; fewer, or None, where there are fewer of them among n images,
+    which are drawn with the seed.
 
-    Arguments and what is raised as in `evaluate_robustness`.
+    Other arguments and what is raised as in `evaluate_robustness`.
     """
     epsilon = pixel_quantity("epsilon", epsilon, norm)
     run = make_attack(attack, epsilon, norm).run
@@ -80,7 +81,7 @@ def adversarial_examples(
         raise ValueError("attack='clean' makes no adversarial examples; use an attack such as 'pgd-20'")
     device = next(model.parameters()).device
     forward = pixel_logits(model, *normalisation(model, processing_class))
-    batch = collate([dataset[index] for index in range(min(SEARCHED, len(dataset)))])
+    batch = collate([dataset[place] for place in drawn(len(dataset), n, seed)])
     x, y = batch["pixel_values"].to(device), batch["labels"].to(device)
     with attack_mode(model):
         with torch.no_grad():

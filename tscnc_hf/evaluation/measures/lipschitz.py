@@ -14,6 +14,7 @@ from torch import nn
 from tscnc_hf.data.batches import collate
 from tscnc_hf.evaluation.memory import halving
 from tscnc_hf.evaluation.state import EvaluationState
+from tscnc_hf.evaluation.subset import drawn
 from tscnc_hf.method.adversarial.pgd import seeded_generator
 from tscnc_hf.method.adversarial.pixels import attack_mode, normalisation, pixel_logits, pixel_quantity
 from tscnc_hf.method.reports.lipschitz import LipschitzProduct, lipschitz_product, local_lipschitz
@@ -77,7 +78,7 @@ def evaluate_lipschitz(
         model (`nn.Module`): a classifier of normalised images.
         dataset: gives {"pixel_values": (c, h, w) in [0, 1], ...} items.
         epsilon (`float` or `str`): radius of the ball around each image, in pixel units, above 0.
-        n (`int`): the first n images, or all where there are fewer.
+        n (`int`): as many images, drawn with the seed, or all where there are fewer.
         steps (`int`): gradient steps of the search; costs steps forwards and backwards of n images.
         seed, batch_size (`int`): the starts of the search depend on both; halved by itself where memory runs out.
         processing_class (*optional*): image processor that says how inputs are normalised, unless the config does.
@@ -92,10 +93,11 @@ def evaluate_lipschitz(
         raise ValueError(f"n={n} of a data set of {size} images: at least one image is needed")
     device = next(model.parameters()).device
     forward = pixel_logits(model, *normalisation(model, processing_class))
-    n, state = min(n, size), EvaluationState() if state is None else state
+    places, state = sorted(drawn(size, n, seed)), EvaluationState() if state is None else state
+    n = len(places)
 
     def ascend(batch: range, number: int, part: range) -> list[float]:
-        x = collate([dataset[place] for place in part])["pixel_values"].to(device)
+        x = collate([dataset[places[place]] for place in part])["pixel_values"].to(device)
         generator = seeded_generator(device, seed, "lipschitz", number)
         noise = torch.rand((len(batch), *x.shape[1:]), generator=generator, device=device, dtype=x.dtype)
         noise = noise[part.start - batch.start : part.stop - batch.start]

@@ -42,18 +42,22 @@ class MaskingReport:
     """
     Attributes:
         n: images that were classified correctly, and attacked.
-        checks: in a fixed order.
+        checks: in a fixed order; none were run where n is 0.
+        looked_at: images, n of them right.
     """
 
     n: int
     checks: tuple[MaskingCheck, ...]
+    looked_at: int
 
     @property
-    def suspicious(self) -> bool:
-        return not all(check.passed for check in self.checks)
+    def suspicious(self) -> bool | None:
+        """Whether a check failed; None where none was run."""
+        return not all(check.passed for check in self.checks) if self.checks else None
 
     def to_dict(self) -> dict:
-        return {"n": self.n, "suspicious": self.suspicious, "checks": [asdict(check) for check in self.checks]}
+        checks = [asdict(check) for check in self.checks]
+        return {"n": self.n, "looked_at": self.looked_at, "suspicious": self.suspicious, "checks": checks}
 
 
 def masking_report(
@@ -90,10 +94,11 @@ def masking_report(
             return (logits_fn(x).argmax(-1) == y).int().tolist()
 
     right = torch.tensor(share({"classified": classified})["classified"], device=y.device) == 1
+    looked_at = len(y)
     x, y, index = x[right], y[right], right.nonzero().flatten().cpu()
     n = len(y)
     if n == 0:
-        return MaskingReport(0, ())
+        return MaskingReport(0, (), looked_at)
 
     def held(x_adv: Tensor, part: slice) -> Tensor:
         with torch.no_grad():
@@ -171,7 +176,7 @@ def masking_report(
                 {"PGD-50": many, "from the dense model": transfer},
             )
         )  # fmt: skip
-    return MaskingReport(n, tuple(checks))
+    return MaskingReport(n, tuple(checks), looked_at)
 
 
 def _zero_gradients(logits_fn: LogitsFn, x: Tensor, y: Tensor) -> Tensor:

@@ -20,11 +20,14 @@ from tqdm.auto import tqdm
 from tscnc_hf import __version__
 from tscnc_hf.artifact.files.identity import RunIdentity, code_identity, weights_digest
 from tscnc_hf.data.batches import collate
-from tscnc_hf.evaluation.attacks import KNOWN_ATTACKS, Attack, make_attack
+from tscnc_hf.evaluation.attacks import KNOWN_ATTACKS, Attack, check_attacks, make_attack
+from tscnc_hf.evaluation.duration import estimate, estimate_text, timed
+from tscnc_hf.evaluation.measures.classes import collapse, confusion
 from tscnc_hf.evaluation.measures.masking import masking_report
 from tscnc_hf.evaluation.measures.robustness_report import AttackResult, RobustnessReport
 from tscnc_hf.evaluation.memory import InParts, halving
 from tscnc_hf.evaluation.state import FORMAT, EvaluationState, OtherEvaluation, data_identity
+from tscnc_hf.evaluation.subset import drawn
 from tscnc_hf.method.adversarial.ball import check_norm
 from tscnc_hf.method.adversarial.pixels import attack_mode, normalisation, pixel_logits, pixel_quantity
 
@@ -61,8 +64,9 @@ def evaluate_robustness(
             run; for figures to publish add "autoattack".
         epsilon (`float` or `str`): radius in pixel units.
         norm (`str`): "linf" or "l2".
-        n (`int`, *optional*): the first n images; all by default.
-        seed (`int`): of the attacks' random starts; torch's global generator is neither used nor changed.
+        n (`int`, *optional*): as many images, drawn with the seed; all by default.
+        seed (`int`): of what is drawn, and of the attacks' random starts; torch's global generator is neither used nor
+            changed.
         batch_size (`int`): images attacked together; halved by itself where memory runs out. Changes no count of the
             attacks that are ours (those of pyautoattack draw for a whole batch).
         processing_class (*optional*): image processor that says how inputs are normalised, unless the config does.
@@ -77,8 +81,9 @@ def evaluate_robustness(
             and all get the whole report.
 
     Raises:
-        ValueError: unknown attack or norm, epsilon outside its range, no images, n too large, labels that the model
-            has no output for, a model that returns probabilities, a state folder of another evaluation.
+        ValueError: unknown attack or norm, an attack that needs more classes, epsilon outside its range, no images, n
+            too large, labels that the model has no output for, a model that returns probabilities, a state folder of
+            another evaluation.
         ImportError: an attack needs a package that is not installed.
     """
     work = Robustness(
@@ -134,6 +139,7 @@ class Robustness:
         if n is not None and not 0 < n <= size:
             raise ValueError(f"n={n} of a data set of {size} images: give n between 1 and {size} (or leave it out)")
         self.n, self.model, self.dataset = size if n is None else n, model, dataset
+        self.places = sorted(drawn(size, self.n, seed))
         self.norm, self.seed, self.batch_size, self.progress = norm, seed, batch_size, progress
         device = next(model.parameters()).device if device is None else torch.device(device)
         rank, world = _processes(device) if distributed else (0, 1)
@@ -141,6 +147,13 @@ class Robustness:
         model.to(self.device)
         self.processing_class, self.mean_std = processing_class, normalisation(model, processing_class)
         self.forward = pixel_logits(model, *self.mean_std)
+        if self.attacks != [Attack("clean")]:
+            some = collate([dataset[self.places[0]]])["pixel_values"].to(self.device)
+            with attack_mode(model), torch.no_grad():
+                logits = self.forward(some)
+            if logits.ndim == 2:  # else `check_logits` says what is wrong
+                options = {"epsilon": self.epsilon, "norm": norm, "image_size": tuple(some.shape[-2:])}
+                check_attacks([attack.name for attack in self.attacks], logits.shape[1], **options)
         if state_folder is not None and mixed:
             state_folder = Path(state_folder) / self.identity.digest()
         identity = None if state_folder is None else self.identity
@@ -165,13 +178,13 @@ class Robustness:
             parameters[attack.name] = dict(attack.parameters)
             if number := parameters[attack.name].pop("version", None):
                 code[attack.parameters["implementation"].replace("_", "-")] = number
-        weights, data = {"model": weights_digest(self.model)}, data_identity(self.dataset, self.n)
+        weights, data = {"model": weights_digest(self.model)}, data_identity(self.dataset, self.places)
         return RunIdentity(options | {"attacks": parameters}, data, code, weights)
 
     def accuracies(self) -> RobustnessReport:
         """The report but for its masking checks."""
         made, n, state = self.attacks, self.n, self.state
-        batches = [list(range(first, min(first + self.batch_size, n))) for first in range(0, n, self.batch_size)]
+        batches = [self.places[first : first + self.batch_size] for first in range(0, n, self.batch_size)]
         found = {index: state.read(_name(index)) for index in range(state.rank, len(batches), state.world)}
         names = {attack.name for attack in made}
         todo = [index for index, result in found.items() if result is None or not names <= result.keys()]
@@ -188,10 +201,10 @@ class Robustness:
                 steps = _attack_batch(
                     self.forward, made, x, y, batches[index], self.seed, in_parts, found[index] or {}
                 )
-                for flags, part in steps:
-                    if flags != found[index]:
-                        state.write(_name(index), flags)
-                    found[index] = flags
+                for guesses, part in steps:
+                    if guesses != found[index]:
+                        state.write(_name(index), guesses)
+                    found[index] = guesses
                     bar.set_description(f"Robust evaluation: {part}" if part else "Robust evaluation")
                 bar.update(min(len(y) * state.world, n - bar.n))
                 done = [result for result in found.values() if result is not None and names <= result.keys()]
@@ -199,10 +212,35 @@ class Robustness:
         if state.world > 1:
             found = dict(gather_object(list(found.items())))
         versions = {"tscnc_hf": __version__, "torch": torch.__version__, "transformers": version("transformers")}
-        return _report([found[index] for index in range(len(batches))], made, self.threat_model, versions)
+        report = _report([found[index] for index in range(len(batches))], made, self.threat_model, versions)
+        if len(report.per_class) > 1 or not self._constant():
+            return report
+        return replace(report, collapsed={"constant": True})
+
+    def estimate_text(self, full: bool, few: int) -> str:
+        """How long it will take at most, in words: of all processes together, as far as they are alike."""
+        batch = collate([self.dataset[place] for place in self.places[: self.batch_size]])
+        x, y = batch["pixel_values"].to(self.device), batch["labels"].to(self.device)
+        with attack_mode(self.model):
+            gradient, forward = halving(lambda size: timed(self.forward, x[:size], y[:size]), len(x))
+        gradient, forward = gradient / self.state.world, forward / self.state.world
+        sizes = {"few": min(self.n, few), "checked": min(self.n, CHECKED)}
+        found = estimate(self.attacks, self.n, gradient, forward, **sizes, lipschitz=self.norm == "linf")
+        return estimate_text(found, full and self.attacked)
+
+    def _constant(self) -> bool:
+        """Whether the logits are the same for some images: of one class, which naming it for all of them is right."""
+        x = self._some()["pixel_values"]
+        with attack_mode(self.model), torch.no_grad():
+            logits = InParts()(lambda part: self.forward(x[part].to(self.device)), len(x))
+        return len(x) > 1 and torch.allclose(logits, logits[:1].expand_as(logits), rtol=1e-5, atol=1e-6)
+
+    def _some(self) -> dict[str, Tensor]:
+        """Up to 64 of the images, as drawn."""
+        return collate([self.dataset[place] for place in drawn(len(self.dataset), min(self.n, CHECKED), self.seed)])
 
     def checks(self, dense_model: nn.Module | None, dense_processing_class: object | None) -> dict | None:
-        """The masking checks on the first 64 images, on fewer if memory runs out; None where nothing is attacked."""
+        """The masking checks on up to 64 of the images, fewer if memory runs out; None where nothing is attacked."""
         if not self.attacked:
             return None
         options, of = {"epsilon": self.epsilon, "norm": self.norm, "seed": self.seed}, None
@@ -212,7 +250,7 @@ class Robustness:
             options["dense_fn"] = pixel_logits(dense_model.to(self.device), *dense_mean_std)
             if self.state.folder is not None:
                 of = {"model": weights_digest(dense_model), "mean_std": dense_mean_std}
-        batch = collate([self.dataset[index] for index in range(min(self.n, CHECKED))])
+        batch = self._some()
         x, y = batch["pixel_values"].to(self.device), batch["labels"].to(self.device)
 
         def check(count: int) -> dict:
@@ -244,43 +282,44 @@ def _processes(device: torch.device) -> tuple[int, int]:
 
 
 def _attack_batch(
-    forward, attacks: Sequence[Attack], x, y, places: list[int], seed, in_parts, flags: Mapping
+    forward, attacks: Sequence[Attack], x, y, places: list[int], seed, in_parts, found: Mapping
 ) -> Iterator[tuple[dict[str, list[int]], str | None]]:
     """
-    Per image: its label, and for each attack and each of its parts whether it is right after it (1) or not (0); what
-    there is, `flags` to begin with, is yielded before each part, with the part's name, and at last with None.
+    Per image: its label, and the class that is named for it clean, and after each attack and each of its parts; an
+    image that is wrong is not attacked any more. What there is, `found` to begin with, is yielded before each part,
+    with the part's name, and at last with None.
     """
     with torch.no_grad():
         logits = in_parts(lambda part: forward(x[part]), len(x))
     check_logits(logits, y)
-    right, index = logits.argmax(-1) == y, torch.tensor(places)
-    if "clean" in flags:  # what attacks were run on; another kernel may decide a tie otherwise
-        right = torch.tensor(flags["clean"], device=y.device) == 1
-    flags = {"labels": y.tolist(), **flags}
-    if flags["labels"] != y.tolist():
+    # kept ones are what attacks were run on; another kernel may decide a tie otherwise
+    found = {"labels": y.tolist(), "clean": logits.argmax(-1).tolist(), **found}
+    if found["labels"] != y.tolist():
         raise OtherEvaluation(
             f"the state folder has other labels for images {places[0]} to {places[-1]}: the data set has changed "
             "since. Give another folder"
         )
+    index = torch.tensor(places)
     for attack in attacks:
-        survived = right.clone()
+        named = torch.tensor(found["clean"], device=y.device)
         for name, run in attack.parts.items():
-            if name in flags:
-                survived = torch.tensor(flags[name], device=y.device) == 1
+            if name in found:
+                named = torch.tensor(found[name], device=y.device)
                 continue
-            yield dict(flags), name
-            if survived.any():
-                images, labels, kept = x[survived], y[survived], index[survived.cpu()]
+            yield dict(found), name
+            right = named == y
+            if right.any():
+                images, labels, kept = x[right], y[right], index[right.cpu()]
 
-                def survives(part, run=run, images=images, labels=labels, kept=kept):
+                def attacked(part, run=run, images=images, labels=labels, kept=kept):
                     x_adv = run(forward, images[part], labels[part], kept[part], seed)
                     with torch.no_grad():
-                        return forward(x_adv).argmax(-1) == labels[part]
+                        return forward(x_adv).argmax(-1)
 
-                survived[survived.clone()] = in_parts(survives, len(labels))
-            flags[name] = survived.int().tolist()
-        flags[attack.name] = survived.int().tolist()
-    yield dict(flags), None
+                named[right] = in_parts(attacked, len(labels))
+            found[name] = named.tolist()
+        found[attack.name] = named.tolist()
+    yield dict(found), None
 
 
 def check_logits(logits: Tensor, y: Tensor) -> None:
@@ -309,23 +348,29 @@ def check_logits(logits: Tensor, y: Tensor) -> None:
 
 
 def _share(results: list[dict], name: str) -> float:
-    flags = [flag for result in results for flag in result[name]]
-    return sum(flags) / len(flags)
+    right = [guess == label for result in results for guess, label in zip(result[name], result["labels"], strict=True)]
+    return sum(right) / len(right)
 
 
 def _report(results, attacks, threat_model, versions) -> RobustnessReport:
     names = [attack.name for attack in attacks]
-    labels = [label for result in results for label in result["labels"]]
-    flags = {name: [flag for result in results for flag in result[name]] for name in names}
-    n = len(labels)
-    rows = tuple(AttackResult.count(attack.name, sum(flags[attack.name]), n, attack.parameters) for attack in attacks)
-    hostile, worst = [name for name in names if name != "clean"], None
+    labels, clean = ([value for result in results for value in result[key]] for key in ("labels", "clean"))
+    named = {name: [guess for result in results for guess in result[name]] for name in names}
+    right = {name: [int(a == b) for a, b in zip(named[name], labels, strict=True)] for name in names}
+    rows = tuple(AttackResult.of_classes(a.name, confusion(labels, named[a.name]), a.parameters) for a in attacks)
+    hostile, worst, shown = [name for name in names if name != "clean"], None, clean
+    if hostile:  # of each image the first wrong class that an attack has found
+        guesses = zip(*(named[name] for name in hostile), strict=True)
+        wrong = zip(labels, guesses, strict=True)
+        shown = [next((guess for guess in found if guess != label), label) for label, found in wrong]
     if len(hostile) > 1:
-        survivors = sum(all(flags[name][i] for name in hostile) for i in range(n))
-        worst = AttackResult.count("worst case", survivors, n, {"attacks": hostile})
+        worst = AttackResult.of_classes("worst case", confusion(labels, shown), {"attacks": hostile})
     per_class = {}
     for label in sorted(set(labels)):
-        mine = [i for i in range(n) if labels[i] == label]
-        per_class[label] = {"n": len(mine)} | {name: sum(flags[name][i] for i in mine) for name in names}
-    survived = {name: tuple(flags[name]) for name in names}
-    return RobustnessReport(threat_model, n, rows, versions, worst, per_class, survived=survived)
+        mine = [i for i, one in enumerate(labels) if one == label]
+        per_class[label] = {"n": len(mine)} | {name: sum(right[name][i] for i in mine) for name in names}
+    return RobustnessReport(
+        threat_model, len(labels), rows, versions, worst, per_class,
+        survived={name: tuple(flags) for name, flags in right.items()}, confusion=confusion(labels, shown),
+        collapsed=collapse(confusion(labels, clean)),
+    )  # fmt: skip

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+
+from tscnc_hf.artifact.card.formatting import collapse_text
+from tscnc_hf.evaluation.measures.classes import FEW, Confusion, balanced_accuracy, worst_class
 
 
-FEW = 8  # images; a check on fewer says little
 MASKED = "The model may only hide its gradients: do not trust its accuracy under attack."
 
 
@@ -21,7 +23,13 @@ def wilson_interval(correct: int, n: int, z: float = 1.959964) -> tuple[float, f
 
 @dataclass(frozen=True)
 class AttackResult:
-    """Accuracy under one attack: correct of n, and its 95 % Wilson interval [low, high] (fractions)."""
+    """
+    Accuracy under one attack: correct of n, and its 95 % Wilson interval [low, high] (fractions).
+
+    Attributes:
+        balanced_accuracy: the mean of the classes' accuracies; None where classes were not looked at.
+        worst_class: {"label", "accuracy", "n"} of the class that fares worst; likewise.
+    """
 
     name: str
     accuracy: float
@@ -30,6 +38,18 @@ class AttackResult:
     correct: int
     n: int
     parameters: dict = field(default_factory=dict)
+    balanced_accuracy: float | None = None
+    worst_class: dict | None = None
+
+    @classmethod
+    def of_classes(cls, name: str, found: Confusion, parameters: Mapping | None = None) -> AttackResult:
+        """From true class -> named class -> images."""
+        correct = sum(row.get(label, 0) for label, row in found.items())
+        return replace(
+            cls.count(name, correct, sum(sum(row.values()) for row in found.values()), parameters),
+            balanced_accuracy=balanced_accuracy(found),
+            worst_class=worst_class(found),
+        )
 
     @classmethod
     def count(cls, name: str, correct: int, n: int, parameters: Mapping | None = None) -> AttackResult:
@@ -50,6 +70,10 @@ class RobustnessReport:
         per_class: label -> {"n", attack: correct, ...}.
         survived: attack -> 1 or 0 for each image, in order; left out of `to_dict`.
         masking: `MaskingReport.to_dict()` of the gradient-masking checks; None where they were switched off.
+        confusion: true class -> named class -> images, after all attacks (the first wrong class that one of them
+            found), or clean where there are none.
+        collapsed: what `collapse` says of the clean images; {"constant": True} where all logits are the same and the
+            images are of one class.
     """
 
     threat_model: dict
@@ -60,6 +84,8 @@ class RobustnessReport:
     per_class: dict[int, dict] = field(default_factory=dict)
     masking: dict | None = None
     survived: dict[str, tuple[int, ...]] = field(default_factory=dict, repr=False)
+    confusion: dict[int, dict[int, int]] = field(default_factory=dict, repr=False)
+    collapsed: dict | None = None
 
     def __getitem__(self, name: str) -> AttackResult:
         if self.worst_case is not None and name == self.worst_case.name:
@@ -70,7 +96,8 @@ class RobustnessReport:
         """Plain JSON types; the labels of `per_class` are strings, as JSON has them."""
         plain = asdict(self) | {"attacks": [asdict(attack) for attack in self.attacks]}
         del plain["survived"]
-        return plain | {"per_class": {str(label): row for label, row in self.per_class.items()}}
+        named = {str(label): {str(g): n for g, n in row.items()} for label, row in self.confusion.items()}
+        return plain | {"per_class": {str(label): row for label, row in self.per_class.items()}, "confusion": named}
 
     @classmethod
     def from_dict(cls, plain: Mapping) -> RobustnessReport:
@@ -84,14 +111,26 @@ class RobustnessReport:
             worst_case=AttackResult(**worst) if worst else None,
             per_class={int(label): dict(row) for label, row in plain.get("per_class", {}).items()},
             masking=plain.get("masking"),
+            confusion={
+                int(label): {int(guess): n for guess, n in row.items()}
+                for label, row in plain.get("confusion", {}).items()
+            },
+            collapsed=plain.get("collapsed"),
         )
 
     def to_markdown(self) -> str:
-        lines = ["| attack | accuracy | 95 % interval | correct |", "| --- | ---: | ---: | ---: |"]
+        lines = ["| attack | accuracy | 95 % interval | correct | balanced | worst class |"]
+        lines += ["| --- | ---: | ---: | ---: | ---: | ---: |"]
         rows = [*self.attacks, *([self.worst_case] if self.worst_case else [])]
-        lines += [
-            f"| {a.name} | {a.accuracy:.1%} | {a.low:.1%} to {a.high:.1%} | {a.correct} of {a.n} |" for a in rows
-        ]
+        for a in rows:
+            balanced = "" if a.balanced_accuracy is None else f"{a.balanced_accuracy:.1%}"
+            worst = "" if a.worst_class is None else _worst(a.worst_class)
+            lines.append(
+                f"| {a.name} | {a.accuracy:.1%} | {a.low:.1%} to {a.high:.1%} | {a.correct} of {a.n} | {balanced} | "
+                f"{worst} |"
+            )
+        if self.collapsed:
+            lines = [f"**Collapsed:** {collapse_text(self.collapsed)}.", "", *lines]
         if self.masking is not None and self.masking["suspicious"]:
             odd = [check["name"] for check in self.masking["checks"] if not check["passed"]]
             lines += ["", f"**Suspicious:** gradient-masking checks failed: {', '.join(odd)}. {MASKED}"]
@@ -104,7 +143,7 @@ class RobustnessReport:
             return "Not checked." if attacked else "Not checked: nothing was attacked."
         checks, n = self.masking["checks"], self.masking["n"]
         if n == 0:
-            return "Not checked: no image was classified correctly among those that were looked at."
+            return f"Not run: none of the {self.masking['looked_at']} images that were drawn is classified correctly."
         lines = [] if n >= FEW else [f"On only {n} image{'s' if n > 1 else ''}: too few to tell much.", ""]
         lines += ["| gradient-masking check | figures | |", "| --- | --- | --- |"]
         for check in checks:
@@ -120,3 +159,7 @@ class RobustnessReport:
             shown = class_names[label] if class_names else label
             lines.append(f"| {shown} | {row['n']} | " + " | ".join(cells) + " |")
         return "\n".join(lines)
+
+
+def _worst(found: Mapping) -> str:
+    return f"{found['accuracy']:.1%} (class {found['label']}, {found['n']} images)"
