@@ -104,6 +104,11 @@ def _parser() -> argparse.ArgumentParser:
     packing.add_argument("--value-dtype", choices=("fp16", "bf16"), help="round values: half as large, another model")
     made["inspect"].add_argument("--layers", action="store_true", help="also every weight and every matrix")
     made["inspect"].add_argument("--no-spectrum", action="store_true", help="leave singular values out: faster")
+    looked = "what pruning to this sparsity by magnitude would leave of each layer, e.g. 0.95"
+    made["inspect"].add_argument("--target", type=float, metavar="SPARSITY", help=looked)
+    made["inspect"].add_argument(
+        "--scope", choices=("global", "uniform", "erk"), default="global", help="how --target shares zeros out"
+    )
     card = made["card"]
     card.add_argument("--results", metavar="FILE", help="results.json of `tscnc evaluate`; copied beside the card")
     card.add_argument("--name", help="what a reader loads. Default: the name of the folder, or the Hub id")
@@ -125,16 +130,20 @@ def _inspect(options: argparse.Namespace) -> dict[str, Any]:
     from tscnc_hf.artifact.repository.opening import open_repository
 
     repository = open_repository(options.model, options.revision)
-    return inspect_model(repository, layers=options.layers, spectrum=not options.no_spectrum)
+    how = {"target": options.target, "scope": options.scope}
+    return inspect_model(repository, layers=options.layers, spectrum=not options.no_spectrum, **how)
 
 
 def _show_model(options: argparse.Namespace, found: dict[str, Any]) -> None:
-    from tscnc_hf.artifact.repository.inspection import layer_rows, summary_rows
+    from tscnc_hf.artifact.repository.inspection import layer_rows, summary_rows, target_rows
 
     _table(summary_rows(found))
     if options.layers:
         print()
         _table(layer_rows(found), header=True)
+    if options.target is not None:
+        print()
+        _table(target_rows(found), header=True)
 
 
 def _convert(options: argparse.Namespace) -> dict[str, Any]:

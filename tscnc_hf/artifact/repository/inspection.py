@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,11 @@ from huggingface_hub import ModelCard
 
 from tscnc_hf.artifact.card.formatting import (
     by_layer,
+    collapse_text,
     format_bytes,
     format_kappa,
+    format_number,
+    format_percent,
     format_pixels,
     number,
     without_paths,
@@ -27,11 +30,19 @@ from tscnc_hf.artifact.repository.opening import (
     read_json,
     read_model,
 )
+from tscnc_hf.method.matrices import WeightMatrix, weight_matrices
+from tscnc_hf.method.pruning.allocation import Allocation
 from tscnc_hf.method.reports.sparsity import sparsity_report
 from tscnc_hf.method.reports.spectrum import spectral_report
 
 
-def inspect_model(repository: Repository, layers: bool = False, spectrum: bool = True) -> dict[str, Any]:
+def inspect_model(
+    repository: Repository,
+    layers: bool = False,
+    spectrum: bool = True,
+    target: float | None = None,
+    scope: str = "global",
+) -> dict[str, Any]:
     """
     Plain JSON types; what is not known is left out, an infinite number is "inf".
 
@@ -39,6 +50,8 @@ def inspect_model(repository: Repository, layers: bool = False, spectrum: bool =
         repository: from `open_repository`.
         layers: also the rows of `sparsity_report` and `spectral_report`, one a weight and one a matrix.
         spectrum: singular values take a second for every ten million weights or so; False leaves them out.
+        target: also what pruning to this sparsity by magnitude would leave of each layer now.
+        scope: how zeros would be shared among the layers, as `pruning_scope`.
 
     Returns:
         {"model", "commit", "architecture", "classes", "dtype", "parameters",
@@ -46,11 +59,13 @@ def inspect_model(repository: Repository, layers: bool = False, spectrum: bool =
         "spectrum": {"matrices", "lost_ranks", and the summary of `SpectralReport`},
         "sizes": {"dense_bytes", "sparse_bytes", "limit_bytes"}: of the two files, and what a lossless file needs at
         least (`storage_limit`), "metrics": [{"name", "value", ...}], "metrics_from": the file that they are from,
-        "method": options of the run, "gates", "narrowed": layers that are narrower than config.json says by itself}
+        "target": {"sparsity", "scope", "rows": [{"name", "shape", "numel", "kept", "rows", "live_rows"}]},
+        "collapsed": what the results say, "method": options of the run, "gates", "narrowed": layers that are narrower
+        than config.json says by itself}
 
     Raises:
         FileNotFoundError: no weights, or no config.json.
-        ValueError: damaged files, or weights that do not fit config.json.
+        ValueError: damaged files, or weights that do not fit config.json; a target that can not be reached.
     """
     model, tensors = read_model(repository)
     config, results = model.config, read_json(repository.folder / RESULTS_FILE)
@@ -71,13 +86,41 @@ def inspect_model(repository: Repository, layers: bool = False, spectrum: bool =
         whole = {key: value for key, value in report.to_dict().items() if value is not None}
         lost = sum(row.full_rank - row.rank for row in report.rows)
         found["spectrum"] = whole | {"matrices": len(report.rows), "lost_ranks": lost}
+    if target is not None:
+        records = list(weight_matrices(model, method.get("pruning_exclude") or ()))
+        found["target"] = {"sparsity": target, "scope": scope, "rows": what_would_be_left(records, target, scope)}
     if not layers:
         for name in ("sparsity", "spectrum"):
             found.get(name, {}).pop("rows", None)
     found["sizes"] = repository.sizes | {"limit_bytes": storage_limit(tensors)}
     found["metrics"], found["metrics_from"] = _known_metrics(repository.folder, results)
-    found |= {"method": method, "gates": results.get("gates"), "narrowed": sorted(recorded_widths(config))}
+    found |= {
+        "collapsed": results.get("collapsed"),
+        "method": method,
+        "gates": results.get("gates"),
+        "narrowed": sorted(recorded_widths(config)),
+    }
     return {key: value for key, value in found.items() if value not in (None, {}, [])}
+
+
+def what_would_be_left(records: Sequence[WeightMatrix], target: float, scope: str = "global") -> list[dict[str, Any]]:
+    """
+    Of each prunable weight, what pruning by magnitude would keep: weights, and rows of its matrices (outputs) that
+    are not all zero.
+
+    Raises:
+        ValueError: a target outside [0, 1), or one that can not be reached.
+    """
+    if not 0 <= target < 1:
+        raise ValueError(f"target={target} is outside [0, 1): a fraction of zeros")
+    scores = {record.name: record.weight.detach().float().abs() for record in records}
+    masks, rows = Allocation(scope).masks(records, scores, target), []
+    for record in records:
+        mask = masks[record.name] & (scores[record.name] > 0)
+        live = record.view(mask).any(dim=-1)
+        row = {"name": record.name, "shape": list(mask.shape), "numel": mask.numel(), "kept": int(mask.sum())}
+        rows.append(row | {"rows": live.numel(), "live_rows": int(live.sum())})
+    return rows
 
 
 def _known_metrics(folder: Path, results: Mapping[str, Any]) -> tuple[list[dict], str | None]:
@@ -106,7 +149,9 @@ def _known_metrics(folder: Path, results: Mapping[str, Any]) -> tuple[list[dict]
 def summary_rows(found: Mapping[str, Any]) -> list[tuple[str, str]]:
     """`inspect_model`'s result for people: (what, value)."""
     sparsity, sizes = found["sparsity"], found["sizes"]
-    rows = [
+    collapsed = found.get("collapsed")
+    rows = [] if collapsed is None else [("COLLAPSED", collapse_text(collapsed, collapsed.get("emptied", ())))]
+    rows += [
         ("model", found["model"] + (f" at {found['commit'][:8]}" if "commit" in found else "")),
         ("architecture", found["architecture"] + (f", {found['classes']} classes" if "classes" in found else "")),
         ("parameters", f"{found['parameters']:,} in {found['dtype']}"),
@@ -147,10 +192,21 @@ def layer_rows(found: Mapping[str, Any]) -> list[tuple[str, ...]]:
     return table
 
 
+def target_rows(found: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """What a target would leave of the layers, `inspect_model(..., target=...)`, as rows of a table."""
+    target = found["target"]
+    table = [("weight", "shape", f"left at {target['sparsity']:g}", "share", "live rows")]
+    for row in target["rows"]:
+        shape = " x ".join(map(str, row["shape"]))
+        left, live = f"{row['kept']:,} of {row['numel']:,}", f"{row['live_rows']:,} of {row['rows']:,}"
+        table.append((row["name"], shape, left, format_percent(row["kept"] / row["numel"]), live))
+    return table
+
+
 def _metric(metric: Mapping[str, Any]) -> str:
     value, text = metric["value"], metric["name"]
     fraction = isinstance(value, float) and 0 <= value <= 1
-    text += f" {value:.1%}" if fraction else f" {value:.4g}" if isinstance(value, int | float) else f" {value}"
+    text += f" {value:.1%}" if fraction else f" {format_number(value)}"
     if metric.get("low") is not None:
         text += f" ({metric['low']:.1%} to {metric['high']:.1%}, n = {metric['n']})"
     if metric.get("epsilon") is not None:
