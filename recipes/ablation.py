@@ -18,9 +18,11 @@ import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 
-from tscnc_hf.cli.recipe import interruptible, load_data, parse, resume_point
+from tscnc_hf.artifact.card.formatting import format_kappa
+from tscnc_hf.cli.recipe import check_test, interruptible, load_data, parse, resume_point
 from tscnc_hf.cli.threads import set_cpu_threads
 from tscnc_hf.training.config import json_option
+from tscnc_hf.training.numbers import check_numbers
 
 
 @dataclass
@@ -52,6 +54,7 @@ class AblationArguments:
     only: list[str] = field(default_factory=list, metadata={"help": "Only cells with one of these in their name."})
 
     def __post_init__(self):
+        check_numbers(self)
         for name in ("model_args", "arms", "pretraining"):
             setattr(self, name, json_option(name, getattr(self, name)))
         if self.workers < 1:
@@ -68,6 +71,7 @@ def make_grid(config, data_arguments, arguments):
     disable_progress_bar()
     set_cpu_threads(config.device, config.world_size, data_arguments.cpu_threads)
     data = load_data(data_arguments, config.seed)
+    check_test(config, data_arguments, data)
 
     def build():
         shape = (data.class_names, data.image_size, data.channels)
@@ -135,9 +139,11 @@ def run_cells(parts, workers: int, options, grid):
 def say(row: dict, done: int, total: int, start: float, begun: int) -> None:
     left = (time.perf_counter() - start) / max(done - begun, 1) * (total - done) / 60
     shown = ", ".join(f"{name} {value:.1%}" for name, value in row["accuracy"].items())
+    shown += ", collapsed" if row.get("collapsed") else ""
     print(
         f"[{done}/{total}] {row['arm']} at {row['sparsity']:.2%}, seed {row['seed']}: {shown}, median kappa "
-        f"{row['median_kappa']:.3g}, {row['lost_ranks']} ranks lost, {row['seconds']:.0f} s; {left:.0f} min left",
+        f"{format_kappa(row['median_kappa'])}, {row['lost_ranks']} ranks lost, {row['seconds']:.0f} s; {left:.0f} min "
+        "left",
         flush=True,
     )
 

@@ -11,7 +11,7 @@ gets a new head. Every option is in `--help`; the YAML file sets defaults, the c
 
 from dataclasses import dataclass, field, replace
 
-from tscnc_hf.cli.recipe import interruptible, load_data, one_line_errors, parse, run
+from tscnc_hf.cli.recipe import interruptible, load_data, one_line_errors, parse, run, say
 from tscnc_hf.cli.threads import set_cpu_threads
 
 
@@ -40,7 +40,7 @@ def main(args: list[str] | None = None) -> None:
     def build():
         with one_line_errors():
             model, processor, changes = load_for_finetuning(name, data.class_names, data.image_size)
-        print(f"Model: {name}, {changes}", flush=True)
+        say(f"Model: {name}, {changes}")
         return model, processor
 
     run(config, data_arguments, build, data)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from tscnc_hf.cli.parser import ConfigParser
 from tscnc_hf.cli.threads import set_cpu_threads
+from tscnc_hf.training.numbers import check_numbers
 
 
 @dataclass
@@ -27,8 +28,10 @@ class EvaluationArguments:
             pgd-KxR, cw-K, apgd, apgd-dlr, square and autoattack; see `make_attack`.
         epsilon (`str`, *optional*, defaults to `"8/255"`): radius in pixel units, e.g. "8/255".
         norm (`str`, *optional*, defaults to `"linf"`): norm of the perturbation, "linf" or "l2".
-        n (`int`, *optional*): the first n test images; all by default.
-        seed (`int`, *optional*, defaults to 0): seed of the attacks.
+        n (`int`, *optional*): as many test images, drawn with the seed; all by default.
+        full (`bool`, *optional*, defaults to `True`): also checks for hidden gradients, accuracy over the radius,
+            Lipschitz bounds and examples, which may take longer than the attacks.
+        seed (`int`, *optional*, defaults to 0): seed of the attacks, and of what is drawn.
         batch_size (`int`, *optional*, defaults to 128): images attacked at a time; halved by itself where memory runs
             out.
         dense_model (`str`, *optional*): the model before pruning, whose adversarial images must not be stronger.
@@ -48,6 +51,7 @@ class EvaluationArguments:
     epsilon: str = "8/255"
     norm: str = field(default="linf", metadata={"choices": ("linf", "l2")})
     n: int | None = None
+    full: bool = True
     seed: int = 0
     batch_size: int = 128
     dense_model: str | None = None
@@ -57,6 +61,7 @@ class EvaluationArguments:
     json: bool = False
 
     def __post_init__(self):
+        check_numbers(self)
         if self.batch_size < 1:
             raise ValueError(f"batch_size={self.batch_size}: at least 1 image is attacked at a time")
         if self.n is not None and self.n < 1:
@@ -132,6 +137,7 @@ def evaluate_model(arguments: EvaluationArguments) -> dict:
             norm=arguments.norm,
             attacks=arguments.attacks,
             n=n,
+            full=arguments.full,
             seed=arguments.seed,
             batch_size=arguments.batch_size,
             processing_class=processor,
@@ -197,7 +203,6 @@ def _load_data(arguments: EvaluationArguments, model, processor, say: Callable[[
         channels=channels or "auto",
         augmentation="none",
         train_limit=1,
-        test_limit=arguments.n,
     )
     names = [str(model.config.id2label[index]) for index in range(model.config.num_labels)]
     if warning := compare_class_names(names, data.class_names):

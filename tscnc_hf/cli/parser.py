@@ -78,6 +78,15 @@ class ConfigParser(HfArgumentParser):
                 value = "no"  # YAML reads a bare `no` as false
             if isinstance(value, list | dict) and action.nargs is None and action.type is not str:
                 self.error(f"--config {path}: {name}={value!r}; give one value")
+            if action.type in (int, float) and any(
+                isinstance(item, bool) for item in (value if isinstance(value, list) else [value])
+            ):
+                self.error(f"--config {path}: {name}={value!r}; give a number")
+            if isinstance(value, list) and action.type in (int, float):
+                try:
+                    value = [action.type(str(item)) for item in value]
+                except ValueError as error:
+                    self.error(f"--config {path}: {name}={value!r}; {error}")
             if action.choices is not None and value is not None and value not in action.choices:
                 allowed = ", ".join(map(str, action.choices))
                 self.error(f"--config {path}: {name}={value!r}; use one of {allowed}")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from tscnc_hf.cli.parser import ConfigParser
 from tscnc_hf.training.config import TSCNCConfig
+from tscnc_hf.training.numbers import check_numbers
 from tscnc_hf.training.resume.termination import INTERRUPTED_STATUS
 
 
@@ -48,6 +49,8 @@ class DataArguments:
         test_limit (`int`, *optional*): test on the first n images only.
         test_attacks (`list[str]`, *optional*, defaults to `["clean", "pgd-20"]`): attacks of the final figures; see
             `make_attack`.
+        test_full (`bool`, *optional*, defaults to `True`): also checks for hidden gradients, accuracy over the radius,
+            Lipschitz bounds and examples, which may take longer than the attacks.
         compare_dense (`bool`, *optional*, defaults to `False`): also train a dense twin, the same but for pruning and
             constraints, and show both side by side.
         cpu_threads (`int`, *optional*): threads on a CPU. By default a single process has all cores: `accelerate
@@ -69,9 +72,13 @@ class DataArguments:
     train_limit: int | None = None
     test_limit: int | None = None
     test_attacks: list[str] = field(default_factory=lambda: ["clean", "pgd-20"])
+    test_full: bool = True
     compare_dense: bool = False
     cpu_threads: int | None = None
     resume: bool = False
+
+    def __post_init__(self):
+        check_numbers(self)
 
 
 def parse(model_arguments: type, args: list[str] | None = None) -> tuple[TSCNCConfig, DataArguments, object]:
@@ -121,7 +128,7 @@ def interruptible() -> Iterator[None]:
 
 
 def load_data(arguments: DataArguments, seed: int):
-    """`ImageData` as the options say. An attack that does not exist ends here, before any training."""
+    """`ImageData` as the options say. An attack that does not exist ends here, before data is read."""
     from tscnc_hf.data.loading import load_image_data
     from tscnc_hf.evaluation.attacks import make_attack
 
@@ -134,8 +141,23 @@ def load_data(arguments: DataArguments, seed: int):
             in_memory=DECODE[arguments.decode],
             seed=seed,
         )
-    print(f"Data: {data.description}", flush=True)
+    say(f"Data: {data.description}")
     return data
+
+
+def check_test(config: TSCNCConfig, arguments: DataArguments, data) -> None:
+    """SystemExit where an attack of the test does not fit the data: known before any training."""
+    from tscnc_hf.evaluation.attacks import check_attacks
+
+    fit = {"epsilon": config.epsilon, "norm": config.norm, "image_size": data.image_size}
+    with one_line_errors():
+        check_attacks(arguments.test_attacks, len(data.class_names), **fit)
+
+
+def say(text: str) -> None:
+    """One line on stdout, from the first of several processes only."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(text, flush=True)
 
 
 def train(config: TSCNCConfig, model, processor, data, resume: str | bool = False):
@@ -156,13 +178,12 @@ def train(config: TSCNCConfig, model, processor, data, resume: str | bool = Fals
     goal = f"to {config.target_sparsity:.1%} sparsity" if config.target_sparsity else "dense"
     parameters = sum(parameter.numel() for parameter in model.parameters())
     adversary = f"with {config.adversary}, epsilon {config.epsilon:.4g}"
-    print(
+    say(
         f"Training {goal}: {config.objective} {adversary if config.objective != 'natural' else '(no adversary)'}, "
-        f"TSC {config.tsc_weight:g}, CNC {config.cnc_weight:g}; {parameters:,} parameters",
-        flush=True,
+        f"TSC {config.tsc_weight:g}, CNC {config.cnc_weight:g}; {parameters:,} parameters"
     )
     if resume is True and not checkpoints(config.output_dir):  # cut off before the first, or a twin that is to come
-        print(f"No checkpoint in {config.output_dir} yet: training from the beginning", flush=True)
+        say(f"No checkpoint in {config.output_dir} yet: training from the beginning")
         resume = False
     trainer.train(resume_from_checkpoint=resume or None)
     return trainer
@@ -177,16 +198,18 @@ def dense_twin(config: TSCNCConfig) -> TSCNCConfig:
 
 
 def finish(trainer, data, arguments: DataArguments, dense: dict | None = None) -> dict:
-    """Test once, save the folder, write the card, push if asked for; print the table and the folder's path."""
+    """
+    Test once (which saves the model before), save the folder with its results and card, push if asked for; print the
+    table and the folder's path.
+    """
     from tscnc_hf.evaluation.page import comparison_table
 
-    results = trainer.test(data.test, attacks=arguments.test_attacks)
+    results = trainer.test(data.test, attacks=arguments.test_attacks, full=arguments.test_full)
     if dense is not None:
         results["dense"] = dense
     trainer.save_model()  # with the card; uploads too when push_to_hub is set
-    if trainer.is_world_process_zero():
-        columns = ({"dense": dense} if dense else {}) | {"pruned": results}
-        print(f"\n{comparison_table(columns)}\n\nModel, card and figures: {Path(trainer.args.output_dir).resolve()}")
+    columns = ({"dense": dense} if dense else {}) | {"pruned": results}
+    say(f"\n{comparison_table(columns)}\n\nModel, card and figures: {Path(trainer.args.output_dir).resolve()}")
     return results
 
 
@@ -206,6 +229,7 @@ def run(config: TSCNCConfig, arguments: DataArguments, build: Callable[[], tuple
     def train_one(config: TSCNCConfig, resume: str | bool):
         return train(config, *build_one(config), data, resume)
 
+    check_test(config, arguments, data)
     dense = None
     with one_line_errors((StorageError, ResumeError, ScheduleError)):  # of others a traceback says more
         resume = resume_point(config, arguments)
@@ -215,7 +239,9 @@ def run(config: TSCNCConfig, arguments: DataArguments, build: Callable[[], tuple
             with one_line_errors():
                 model, _ = build_one(config)
                 build_pruner(model, with_dense_ends(model, config))
-            dense = train_one(dense_twin(config), bool(resume)).test(data.test, arguments.test_attacks)
+            dense = train_one(dense_twin(config), bool(resume)).test(
+                data.test, arguments.test_attacks, full=arguments.test_full
+            )
         trainer = train_one(config, resume)
         finish(trainer, data, arguments, dense)
     trainer.end()

@@ -23,9 +23,11 @@ from tscnc_hf.method.pruning.allocation import SCOPES
 from tscnc_hf.method.pruning.schedule import SCHEDULES
 from tscnc_hf.method.pruning.unit_allocation import UNIT_SCOPES
 from tscnc_hf.method.units.groups import KINDS
+from tscnc_hf.training.numbers import check_numbers
 
 
 UNSTRUCTURED = "unstructured"
+LESS_IS_BETTER = ("condition_number", "rank_deficient", "collapsed")  # endings of metrics
 UNITS = {"units": KINDS} | {kind: (kind,) for kind in KINDS}
 # numbers that an option may be: stated in its annotation
 INSIDE = {
@@ -63,6 +65,8 @@ class TSCNCConfig(TrainingArguments):
         epsilon_warmup (`float`, *optional*, defaults to 0): fraction of training in which epsilon, and with it the
             step size, grows from 0.
         trades_beta (`float`, *optional*, defaults to 6): weight of the divergence in TRADES and MART.
+        class_weights (`str`, *optional*, defaults to `"none"`): how much an image counts in the objective, "none" (all
+            alike) or "balanced" (inversely to the size of its class among the training images, 1 on average).
         ema_decay (`float`, *optional*, defaults to 0): decay of a moving average of the weights, in [0, 1), e.g.
             0.995; the average is what is evaluated and published. 0 has none.
         awp_gamma (`float`, *optional*, defaults to 0): adversarial weight perturbation, in units of each weight's
@@ -150,6 +154,7 @@ class TSCNCConfig(TrainingArguments):
     attack_step_size: str | None = None
     epsilon_warmup: Annotated[float, "[0, 1]"] = 0.0
     trades_beta: Annotated[float, "[0, infinity)"] = 6.0
+    class_weights: str = _choice("none", ("none", "balanced"))
     ema_decay: Annotated[float, "[0, 1)"] = 0.0
     awp_gamma: Annotated[float, "[0, infinity)"] = 0.0
     awp_start: Annotated[float, "[0, 1]"] = 0.0
@@ -202,6 +207,13 @@ class TSCNCConfig(TrainingArguments):
                 "recipes/accelerate/ddp.yaml), or FSDP2 (recipes/accelerate/fsdp2.yaml) to share out weights and "
                 "moments"
             )
+        check_numbers(self)
+        for name, kind in get_annotations(TSCNCConfig, eval_str=True).items():
+            if get_origin(kind) is Annotated:
+                _check_range(name, getattr(self, name), *kind.__metadata__)
+        metric = (self.metric_for_best_model or "").removeprefix("eval_")
+        if self.greater_is_better is None and metric.endswith(LESS_IS_BETTER):
+            self.greater_is_better = False  # else it is taken for an accuracy
         super().__post_init__()
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # torch would only warn
@@ -225,9 +237,6 @@ class TSCNCConfig(TrainingArguments):
             if isinstance(getattr(self, name), str):
                 raise ValueError(f"{name}={getattr(self, name)!r}: give a list of name parts")
 
-        for name, kind in get_annotations(TSCNCConfig, eval_str=True).items():
-            if get_origin(kind) is Annotated:
-                _check_range(name, getattr(self, name), *kind.__metadata__)
         if self.pruning_end < self.pruning_start:
             raise ValueError(
                 f"pruning_end={self.pruning_end} lies before pruning_start={self.pruning_start}; both are fractions "

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,6 +21,7 @@ def objective_terms(
     *,
     beta: float = 6.0,
     label_smoothing: float = 0.0,
+    weights: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """
     The terms of a named objective, batch means:
@@ -41,26 +40,33 @@ def objective_terms(
         x, x_adv (`Tensor`): clean and adversarial pixels; `x_adv` None falls back on x (epsilon = 0).
         y (`Tensor`): labels (b,), int64.
         beta (`float`): weight of the divergence in TRADES and MART.
+        weights (`Tensor`, *optional*): (b,), of the images, by which each one's part of every term is multiplied. The
+            sum is divided by the number of images, not by that of the weights: micro-batches add up to their batch.
 
     Raises:
         ValueError: unknown objective.
     """
     if objective not in OBJECTIVES:
         raise ValueError(f"objective={objective!r} is unknown; use one of {', '.join(OBJECTIVES)}")
-    cross_entropy = partial(F.cross_entropy, target=y, label_smoothing=label_smoothing)
+
+    def mean(values: Tensor) -> Tensor:
+        return (values if weights is None else weights * values).mean()
+
+    def cross_entropy(logits: Tensor) -> Tensor:
+        return F.cross_entropy(logits, y, label_smoothing=label_smoothing, reduction="none")
+
     x_adv = x if x_adv is None else x_adv
     if objective in ("natural", "pgd-at"):
         name, images = ("natural_loss", x) if objective == "natural" else ("robust_loss", x_adv)
-        return {name: cross_entropy(forward(images))}
+        return {name: mean(cross_entropy(forward(images)))}
     clean, adversarial = forward(torch.cat([x, x_adv])).chunk(2)
     log_clean, log_adv = F.log_softmax(clean, dim=-1), F.log_softmax(adversarial, dim=-1)
+    divergence = F.kl_div(log_adv, log_clean, reduction="none", log_target=True).sum(-1)
     if objective == "trades":
-        divergence = F.kl_div(log_adv, log_clean, reduction="batchmean", log_target=True)
-        return {"natural_loss": cross_entropy(clean), "robust_loss": beta * divergence}
+        return {"natural_loss": mean(cross_entropy(clean)), "robust_loss": beta * mean(divergence)}
     wrong = log_adv.scatter(-1, y[:, None], -torch.inf).argmax(-1, keepdim=True)
     # log(1 - p) as a sum over the other classes: finite and with a gradient where p rounds to 1
     others = log_adv.scatter(-1, wrong, -torch.inf).logsumexp(-1)
-    divergence = F.kl_div(log_adv, log_clean, reduction="none", log_target=True).sum(-1)
     doubt = 1 - log_clean.gather(-1, y[:, None]).squeeze(-1).exp()
-    boosted = cross_entropy(adversarial) - others.mean()
-    return {"robust_loss": boosted, "consistency_loss": beta * (divergence * doubt).mean()}
+    boosted = mean(cross_entropy(adversarial) - others)
+    return {"robust_loss": boosted, "consistency_loss": beta * mean(divergence * doubt)}
