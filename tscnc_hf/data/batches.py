@@ -51,6 +51,16 @@ def collate(items: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> dict[str,
     return {"pixel_values": pixels.float(), "labels": labels.long()}
 
 
+def collate_unlabelled(items: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+    """`collate`, or without "labels" where the items have none: for predictions."""
+    ready = isinstance(items, Mapping)
+    if any(key in (items if ready else items[0]) for key in LABEL_KEYS):
+        return collate(items)
+    labels = torch.zeros(len(items["pixel_values"]), dtype=torch.int64) if ready else 0
+    batch = collate({**items, "labels": labels} if ready else [{**item, "labels": labels} for item in items])
+    return {"pixel_values": batch["pixel_values"]}
+
+
 def _read_pixels(item: Mapping[str, Any]) -> torch.Tensor:
     if not isinstance(item, Mapping):
         raise ValueError(

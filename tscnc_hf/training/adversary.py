@@ -53,18 +53,26 @@ class Adversary:
             forward = self.logits(self._to_attack(model, x))
             return craft(args.adversary, forward, x, y, generator=noise, **options)
 
-    def evaluate(self, model: nn.Module, x: Tensor, y: Tensor, place: int) -> tuple[Tensor, ...]:
-        """Logits (b, k) of the clean images and, where evaluation attacks, of the adversarial ones."""
+    @property
+    def evaluates(self) -> bool:
+        """Whether evaluations attack."""
+        return self.args.eval_attack_steps > 0 and self.args.epsilon > 0
+
+    def evaluate(self, model: nn.Module, x: Tensor, y: Tensor | None, place: int) -> tuple[Tensor, ...]:
+        """
+        Logits (b, k) of the clean images and, where evaluation attacks and there are labels, of the adversarial ones.
+        Of an image that is wrong as it is they are the clean ones: what is right of the second is the robust accuracy.
+        """
         args, forward = self.args, self.logits(model)
         with attack_mode(model):
             with torch.no_grad():
                 clean = forward(x)
-            if args.eval_attack_steps == 0 or args.epsilon == 0:
+            if not self.evaluates or y is None:
                 return (clean,)
             options = {"epsilon": args.epsilon, "steps": args.eval_attack_steps, "norm": args.norm}
             x_adv = pgd(forward, x, y, generator=self._noise(x, place, "eval"), **options)
             with torch.no_grad():
-                return clean, forward(x_adv)
+                return clean, torch.where((clean.argmax(-1) == y)[:, None], forward(x_adv), clean)
 
     def perturbed(
         self, model: Callable, inner: nn.Module, terms: Callable[[Callable], Mapping[str, Tensor]], step: int,

@@ -178,6 +178,10 @@ class Compressor:
             found["gates_open"] = sum(row.expected_open for row in gates) / sum(row.gates for row in gates)
         return found
 
+    def emptied(self) -> list[str]:
+        """Prunable weights that are zero throughout; of a model that is sharded, all processes call this."""
+        return [record.name for record in weight_matrices(self.model) if not full_tensor(record.weight).any()]
+
     # ---- what others get ----
 
     def averaged(self):

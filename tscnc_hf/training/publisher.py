@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,7 @@ from transformers.utils import PushInProgress
 from tscnc_hf.artifact.card.card import write_card
 from tscnc_hf.artifact.card.formatting import plain
 from tscnc_hf.artifact.files.atomic import write_json
-from tscnc_hf.artifact.files.identity import code_identity
+from tscnc_hf.artifact.files.identity import RunIdentity, code_identity, weights_digest
 from tscnc_hf.artifact.models.recorded_widths import recorded_widths, width_record
 from tscnc_hf.artifact.models.saving import save_sparse
 from tscnc_hf.artifact.packed.limit import storage_limit
@@ -64,12 +65,13 @@ class Publisher:
         write_json(self.args.method_dict() | self.facts(model), folder / METHOD_FILE)
         (folder / "training_args.bin").unlink(missing_ok=True)
 
-    def write_results(self, folder: Path, trained: bool) -> None:
-        """`results.json`, where there are results; those of weights that were here before go."""
+    def write_results(self, folder: Path, model: nn.Module) -> None:
+        """`results.json`, where there are results; those of other weights than these are kept under another name."""
+        path = folder / RESULTS_FILE
+        if path.is_file() and (other := _other_weights(path, model)):
+            path.replace(folder / f"results-of-{other}.json")
         if self.results is not None:
-            write_json(self.results, folder / RESULTS_FILE)
-        elif trained:
-            (folder / RESULTS_FILE).unlink(missing_ok=True)
+            write_json(self.results, path)
 
     def write_card(self, folder: Path, model: nn.Module, name: str | None, log_history: Sequence[Mapping]) -> Path:
         """README.md and its figures, with what is known at the time; `name` is the repository's, if it has one."""
@@ -136,6 +138,17 @@ class Publisher:
         args = self.args
         usual = {"token": args.hub_token, "revision": args.hub_revision, "private": args.hub_private_repo}
         return {"message": message} | usual | {key: value for key, value in given.items() if value is not None}
+
+
+def _other_weights(path: Path, model: nn.Module) -> str | None:
+    """What the weights are called that results are of, None where these are the model's."""
+    try:
+        found = RunIdentity.from_dict(json.loads(path.read_text(encoding="utf-8")).get("identity")).weights.get(
+            "model"
+        )
+    except (ValueError, AttributeError):  # damaged, or of somebody else
+        return "unknown-weights"
+    return None if found == weights_digest(model) else str(found)[:8]
 
 
 def failed_pushes(pushes: PushInProgress | None) -> list[BaseException]:

@@ -11,13 +11,13 @@ import torch
 from huggingface_hub import CommitInfo
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
+from transformers.trainer_utils import HubStrategy, PredictionOutput
 from transformers.utils import logging
 
-from tscnc_hf.artifact.card.formatting import without_paths
+from tscnc_hf.artifact.card.formatting import collapse_text, without_paths
 from tscnc_hf.artifact.files.state import STATE_FILE, save_state
 from tscnc_hf.artifact.models.saving import disk_state
-from tscnc_hf.data.batches import collate
+from tscnc_hf.data.batches import collate, collate_unlabelled
 from tscnc_hf.evaluation.run import as_published, evaluate
 from tscnc_hf.method.adversarial.objectives import objective_terms
 from tscnc_hf.method.adversarial.pixels import normalisation
@@ -26,9 +26,10 @@ from tscnc_hf.method.sharding import is_sharded, reshard_
 from tscnc_hf.method.units.gates import detached_gates, folded_gates, gate_report
 from tscnc_hf.training.adversary import Adversary
 from tscnc_hf.training.checks import check_datasets, check_finite_weights, check_processes, check_terms
+from tscnc_hf.training.class_weights import balanced_weights, image_weights
 from tscnc_hf.training.compressor import Compressor, with_dense_ends
 from tscnc_hf.training.config import TSCNCConfig
-from tscnc_hf.training.metrics import robust_accuracy_metrics, spectral_metrics
+from tscnc_hf.training.metrics import Metrics, given, observed, spectral_metrics
 from tscnc_hf.training.publisher import Publisher, failed_pushes
 from tscnc_hf.training.resume.fsdp import check_sharding
 from tscnc_hf.training.resume.resumable import ResumableTrainer
@@ -47,6 +48,7 @@ class TSCNCTrainer(ResumableTrainer):
 
     Attributes:
         adversary (`Adversary`), compressor (`Compressor`), publisher (`Publisher`): which do the work.
+        class_weights (`Tensor`, *optional*): (classes,), of the terms of the objective; None where all are 1.
 
     Args:
         model (`nn.Module` or `str`): a classifier of normalised images, or the name of one (folder or Hub id).
@@ -54,8 +56,10 @@ class TSCNCTrainer(ResumableTrainer):
         train_dataset, eval_dataset: anything that gives {"pixel_values": (c, h, w) in [0, 1], "labels": int} items.
         processing_class: the image processor, which says how pixels are normalised (may be left out when the model's
             config says so, as timm's does). Saved with the model.
-        compute_metrics (`Callable`, *optional*): gets an `EvalPrediction` whose predictions are the pair (clean,
-            adversarial) logits; its result is added to the two accuracies.
+        compute_metrics (`Callable`, *optional*): any that a Trainer takes. It gets the predictions of the clean
+            images and then, where evaluation attacks, those of the adversarial ones, whose metrics are named
+            "robust_...". What it gives is added to our own metrics, and wins over one of the same name.
+            `preprocess_logits_for_metrics` gets the logits in the same turn.
 
     Everything else is as in `transformers.Trainer`.
 
@@ -93,16 +97,23 @@ class TSCNCTrainer(ResumableTrainer):
         mean, std = normalisation(model, processing_class)
         data_collator = data_collator or collate
         check_datasets(model, train_dataset, eval_dataset, data_collator)
+        self.class_weights = balanced_weights(model, train_dataset) if args.class_weights == "balanced" else None
         args = with_dense_ends(model, args)
         if args.channels_last:
             model.to(memory_format=torch.channels_last)
         self.adversary, self.compressor = Adversary(args, mean, std), Compressor(model, args)
         self.publisher = Publisher(args, mean, std)
         given = (model, args, data_collator, train_dataset, eval_dataset, processing_class)
-        super().__init__(*given, compute_metrics=robust_accuracy_metrics(compute_metrics), **kwargs)
+        metrics = Metrics(compute_metrics, args.batch_eval_metrics)
+        metrics.check_best(
+            args, eval_dataset, self.adversary.evaluates, getattr(getattr(model, "config", None), "num_labels", None)
+        )
+        self._preprocess = kwargs.pop("preprocess_logits_for_metrics", None)
+        super().__init__(*given, compute_metrics=metrics, **kwargs)
         check_sharding(self)
         self.callback_handler.callbacks.insert(0, StepCallback(self))  # masks first: whatever follows sees them
         self._micro_batch = self._eval_batches = 0
+        self._saved_at = 0  # the step of the weights that were last published
         self.clear_terms()
         if isinstance(model, PreTrainedModel):
             model.add_model_tags(list(self._tag_names))
@@ -142,6 +153,8 @@ class TSCNCTrainer(ResumableTrainer):
     def objective(self, model: Callable, x: Tensor, x_adv: Tensor | None, y: Tensor) -> dict[str, Tensor]:
         """The terms of the objective; `model` is the model, or a function like it."""
         options = {"beta": self.args.trades_beta, "label_smoothing": self.args.label_smoothing_factor}
+        if self.class_weights is not None:
+            options["weights"] = image_weights(self.class_weights, y)
         return objective_terms(self.args.objective, self.adversary.logits(model), x, x_adv, y, **options)
 
     def constraints(self, model: nn.Module) -> dict[str, Tensor]:
@@ -210,16 +223,17 @@ class TSCNCTrainer(ResumableTrainer):
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         inputs = self._prepare_inputs(inputs)
-        x, y = inputs["pixel_values"], inputs["labels"]
+        x, y = inputs["pixel_values"], inputs.get("labels")
         place = self._place(self._eval_batches, self.args.eval_batch_size)
         self._eval_batches += 1
         inner = self.accelerator.unwrap_model(model, keep_torch_compile=True)
         logits = self.adversary.evaluate(inner, x, y, place)
-        loss = nn.functional.cross_entropy(logits[0], y)
-        return (loss, None, None) if prediction_loss_only else (loss, logits if len(logits) > 1 else logits[0], y)
+        loss = None if y is None else nn.functional.cross_entropy(logits[0], y)
+        return (loss, None, None) if prediction_loss_only else (loss, observed(logits, y, self._preprocess), y)
 
     def evaluation_loop(self, *args, **kwargs):
         self._eval_batches = 0
+        self.compute_metrics.reset()
         # A data loader draws its seed from torch's global generator: evaluating must not change what follows.
         devices = [self.args.device] if self.args.device.type == "cuda" else []
         with self.compressor.averaged(), torch.random.fork_rng(devices):
@@ -233,27 +247,66 @@ class TSCNCTrainer(ResumableTrainer):
             prefix = kwargs.get("metric_key_prefix", "eval")
             spectra = spectral_metrics(self.accelerator.unwrap_model(self.model))
             output.metrics.update({f"{prefix}_{name}": value for name, value in spectra.items()})
+            if output.metrics.get(f"{prefix}_collapsed"):
+                self._say_collapsed(prefix)
         return output
+
+    def _say_collapsed(self, prefix: str) -> None:
+        emptied = self.compressor.emptied()
+        if self.is_world_process_zero():
+            names = getattr(getattr(self.model, "config", None), "id2label", None)
+            text = collapse_text(self.compute_metrics.collapsed, emptied, names)
+            logger.warning(f"{prefix}, step {self.state.global_step}: {text}")
+
+    def predict(self, test_dataset, ignore_keys=None, metric_key_prefix: str = "test") -> Predictions:
+        """
+        As `Trainer.predict`: `predictions` are those of the clean images. Those of the adversarial ones are
+        `adversarial_predictions`; without labels there are none, and no metrics.
+        """
+        collator = self.data_collator
+        try:
+            if collator is collate:
+                self.data_collator = collate_unlabelled
+            output = super().predict(test_dataset, ignore_keys, metric_key_prefix)
+        finally:
+            self.data_collator = collator
+        clean, *adversarial = given(output.predictions) or [None]
+        found = Predictions(clean, output.label_ids, output.metrics)
+        found.adversarial_predictions = adversarial[0] if adversarial else None
+        return found
 
     def _determine_best_metric(self, metrics, trial) -> bool:
         if self.args.target_sparsity > 0 and not self.masks_frozen():
             return False  # less sparse than asked for, or with masks that are still being chosen: no candidate
+        if any(value for name, value in metrics.items() if name.endswith("_collapsed")):
+            return False
         return super()._determine_best_metric(metrics, trial)
 
     def masks_frozen(self) -> bool:
         """Whether the masks are final, as of the step being taken."""
         return self.compressor.masks_frozen(self.state.global_step, self.state.max_steps)
 
-    def test(self, dataset, attacks: Sequence[str] = ("clean", "pgd-20"), n: int | None = None) -> dict:
+    def test(
+        self, dataset, attacks: Sequence[str] = ("clean", "pgd-20"), n: int | None = None, full: bool = True
+    ) -> dict:
         """
         The final figures, on data that training has not seen: robustness, sparsity and spectrum. Written to
         `results.json` in the output folder and shown on the card. Several processes share the work. A test that was
-        cut off goes on when the same weights are tested again.
+        cut off goes on when the same weights are tested again. A model that was trained and not saved since is saved
+        first: whatever happens to the test, it is there.
+
+        Args:
+            attacks: see `make_attack`.
+            n (*optional*): as many of the images, drawn with the seed; all by default.
+            full (`bool`): False leaves checks, curve, Lipschitz bounds and examples out, which may take longer than
+                the attacks.
 
         Returns:
             `dict`: what `results.json` holds (docs/results_json.md).
         """
         args, publisher, gates = self.args, self.publisher, gate_report(self.model)
+        if self.state.global_step != self._saved_at:
+            self.save_model(_internal_call=True)  # pushes nothing
         with (
             self.writing("The results", args.output_dir),
             self.compressor.published() as trained,
@@ -273,6 +326,7 @@ class TSCNCTrainer(ResumableTrainer):
                 model_name=without_paths(self.hub_model_id or publisher.folder.resolve().name),
                 dataset_name=publisher.card_options.get("dataset_name"),
                 gates=gates.to_dict() if gates.rows else None,
+                full=full,
                 folder=args.output_dir,
                 mixed=True,
                 class_names=getattr(getattr(self.model, "config", None), "id2label", None),
@@ -285,7 +339,7 @@ class TSCNCTrainer(ResumableTrainer):
     # ---- saving, loading, publishing ----
 
     def train(self, *args, **kwargs):
-        self.publisher.results = None  # of other weights, from now on
+        self.publisher.results = self._saved_at = None  # what there is is of other weights, from now on
         return super().train(*args, **kwargs)
 
     def _save_checkpoint(self, model, trial):
@@ -300,7 +354,9 @@ class TSCNCTrainer(ResumableTrainer):
         published, compressor = Path(self.args.output_dir), self.compressor
         folder = Path(output_dir if output_dir is not None else published)
         check_finite_weights(self.model, self.state.global_step, str(published))
-        is_checkpoint = folder.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-") and folder != published
+        is_checkpoint = (
+            self._unfinished is not None and folder.parent == self._unfinished
+        )  # whatever others are called
         if not is_checkpoint:
             self._finish_current_push()  # it reads these files
         with (
@@ -318,15 +374,15 @@ class TSCNCTrainer(ResumableTrainer):
                 return
             if not is_checkpoint and self.args.should_save:
                 self.publisher.write_extras(folder, model)
+                self.publisher.write_results(folder, model)
         if is_checkpoint:
             state = compressor.state()
             if self.args.should_save:
                 save_state(state, folder / STATE_FILE)
             return
-        with self.writing("The card and the results", published):
-            if self.args.should_save:
-                self.publisher.write_results(folder, trained=self.state.global_step > 0)
+        with self.writing("The card", published):
             self._write_card(folder)
+        self._saved_at = self.state.global_step if folder == published else self._saved_at
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         reshard_(self.model)
@@ -400,6 +456,15 @@ class TSCNCTrainer(ResumableTrainer):
         for error in failed_pushes(getattr(self, "push_in_progress", None)):
             # the run goes on: the next push sends everything, and the last one, which is not in the background, raises
             logger.error(f"A push during training failed, the repository is as it was before: {error!r}")
+
+
+class Predictions(PredictionOutput):
+    """
+    Attributes:
+        adversarial_predictions: like `predictions`, of the adversarial images; None where nothing was attacked.
+    """
+
+    adversarial_predictions = None
 
 
 class StepCallback(TrainerCallback):

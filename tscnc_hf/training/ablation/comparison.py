@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from scipy.stats import t
 
+from tscnc_hf.artifact.card.formatting import format_number, number
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -88,7 +90,8 @@ def comparison_markdown(rows: Iterable[Mapping], attack: str, baselines: Sequenc
             cells += [_spread([row["accuracy"][name] for row in seeds.values()]) for name in ("clean", attack)]
             cells += [_minus(seeds, arms.get(name, {}), attack) if arm != name else "" for name in baselines]
             for key in ("median_kappa", "max_kappa", "lost_ranks", "empty_matrices"):
-                cells.append(f"{statistics.median(float(row[key]) for row in seeds.values()):.3g}")
+                known = [value for row in seeds.values() if not math.isnan(value := number(row[key]))]
+                cells.append(format_number(statistics.median(known) if known else None, ".3g"))
             parts.append(f"| {' | '.join(cells)} |")
     return "\n".join(parts) + "\n"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +13,7 @@ from pathlib import Path
 
 from transformers import set_seed
 
+from tscnc_hf.artifact.card.formatting import number
 from tscnc_hf.artifact.files.identity import RunIdentity
 from tscnc_hf.artifact.files.state import load_state, save_state
 from tscnc_hf.evaluation.run import as_published, evaluate
@@ -215,14 +217,20 @@ class Grid:
             trainer.publisher.keep(class_names=self.data.class_names, dataset_name=self.data.name)
             trainer.save_model()
         robustness, spectrum = results["robustness"], results["spectrum"]
-        return {
+        return ({"collapsed": True} if results["collapsed"] else {}) | {
             "n": robustness["n"],
             "accuracy": {attack["name"]: attack["accuracy"] for attack in robustness["attacks"]},
             "zeros": results["sparsity"]["sparsity"],
             "median_kappa": spectrum["median_effective_condition_number"],
             "max_kappa": spectrum["max_effective_condition_number"],
-            "mean_cnc": statistics.fmean(row["cnc"] for row in spectrum["rows"]),
+            "mean_cnc": _mean([number(row["cnc"]) for row in spectrum["rows"]]),
             "lost_ranks": sum(row["full_rank"] - row["rank"] for row in spectrum["rows"]),
             "empty_matrices": sum(row["rank"] == 0 for row in spectrum["rows"]),
             "matrices": len(spectrum["rows"]),
         }
+
+
+def _mean(values: Sequence[float]) -> float | str | None:
+    """As JSON has it: "inf" where one is infinite, None without values."""
+    mean = statistics.fmean(values) if values else None
+    return mean if mean is None or math.isfinite(mean) else str(mean)
