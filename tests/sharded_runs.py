@@ -127,7 +127,7 @@ def run(case: str, folder: Path, resume: Path | None = None, **changes) -> dict:
     watch, logits = Watch(), {}
 
     def keep(given):
-        logits.update(clean=given.predictions[0], adversarial=given.predictions[1])
+        logits["clean"], logits["adversarial"] = logits.get("adversarial"), given.predictions  # in turn
         return {}
 
     size = 8 // (int(os.environ.get("WORLD_SIZE", 1)) * accumulation)

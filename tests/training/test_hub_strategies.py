@@ -89,6 +89,9 @@ def test_results_of_other_weights_do_not_stay_in_the_folder(build, make_trainer,
     trainer.save_model()
     results, card = tmp_path / "out" / "results.json", tmp_path / "out" / "README.md"
     assert results.is_file() and "not evaluated yet" not in card.read_text().split("\n\n|")[0]
+    before = results.read_bytes()
     trainer.train()
     trainer.save_model()
+    (kept,) = results.parent.glob("_results-of-*.json")
+    assert kept.read_bytes() == before
     assert not results.exists() and "its accuracy is not evaluated yet" in card.read_text()

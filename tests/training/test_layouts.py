@@ -79,7 +79,7 @@ def run(
     logits, end = {}, AtTheEnd()
 
     def keep(given):
-        logits.update(clean=given.predictions[0], adversarial=given.predictions[1])
+        logits["clean"], logits["adversarial"] = logits.get("adversarial"), given.predictions  # in turn
         return {}
 
     trainer = TSCNCTrainer(

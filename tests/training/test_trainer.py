@@ -12,7 +12,7 @@ from tscnc_hf.artifact.files.state import load_state
 from tscnc_hf.data.image_datasets import ImageTensorDataset
 from tscnc_hf.training import adversary as attacking
 from tscnc_hf.training.config import TSCNCConfig
-from tscnc_hf.training.metrics import robust_accuracy_metrics
+from tscnc_hf.training.metrics import Metrics, observed
 from tscnc_hf.training.trainer import TSCNCTrainer
 
 
@@ -403,10 +403,14 @@ def test_robust_accuracy_in_numbers():
     """Of four images: right and robust, right and broken, wrong and still wrong, wrong but right when attacked."""
     clean = np.array([[2.0, 1.0], [2.0, 1.0], [1.0, 2.0], [1.0, 2.0]])
     adversarial = np.array([[2.0, 1.0], [1.0, 2.0], [1.0, 2.0], [2.0, 1.0]])
-    prediction = EvalPrediction(predictions=(clean, adversarial), label_ids=np.zeros(4, dtype=int))
-    assert robust_accuracy_metrics()(prediction) == {"accuracy": 0.5, "robust_accuracy": 0.25}
-    prediction = EvalPrediction(predictions=clean, label_ids=np.zeros(4, dtype=int))
-    assert robust_accuracy_metrics()(prediction) == {"accuracy": 0.5}
+    y = torch.zeros(4, dtype=torch.int64)
+    for logits, expected in (
+        ((clean, adversarial), {"accuracy": 0.5, "robust_accuracy": 0.25}),
+        ((clean,), {"accuracy": 0.5}),
+    ):
+        predictions = observed([torch.from_numpy(part) for part in logits], y)
+        found = Metrics()(EvalPrediction(predictions=predictions, label_ids=y.numpy()))
+        assert {name: value for name, value in found.items() if name in ("accuracy", "robust_accuracy")} == expected
 
 
 def test_every_evaluation_makes_the_same_adversarial_images(build, make_trainer):
@@ -418,7 +422,7 @@ def test_every_evaluation_makes_the_same_adversarial_images(build, make_trainer)
     )
     trainer.evaluate()
     trainer.evaluate()
-    (clean, adversarial), (clean_again, adversarial_again) = logits
+    clean, adversarial, clean_again, adversarial_again = logits
     assert np.array_equal(clean, clean_again) and np.array_equal(adversarial, adversarial_again)
 
 
@@ -428,7 +432,7 @@ def test_robust_accuracy_counts_images_that_are_right_clean_and_attacked(build, 
     trainer = make_trainer((model, processor), evaluate=140, epsilon=0.15, num_train_epochs=20, target_sparsity=0)
     trainer.train()
     output = trainer.predict(digits.validation)
-    clean, adversarial = output.predictions
+    clean, adversarial = output.predictions, output.adversarial_predictions
     right, survived = clean.argmax(-1) == output.label_ids, adversarial.argmax(-1) == output.label_ids
     assert output.metrics["test_accuracy"] == pytest.approx(right.mean())
     assert output.metrics["test_robust_accuracy"] == pytest.approx((right & survived).mean())
@@ -439,7 +443,8 @@ def test_robust_accuracy_counts_images_that_are_right_clean_and_attacked(build, 
     assert np.abs(own.numpy() - clean).max() < 1e-4
     log_p = torch.log_softmax(torch.from_numpy(np.stack([clean, adversarial])), -1)
     losses = -log_p[:, torch.arange(len(right)), torch.from_numpy(output.label_ids)]
-    assert (losses[1] > losses[0]).float().mean() > 0.95
+    assert (losses[1] > losses[0])[right].float().mean() > 0.95
+    assert np.array_equal(clean[~right], adversarial[~right])  # what is wrong already is not attacked
 
 
 @pytest.mark.parametrize("kind", ["vit", "resnet"])
@@ -481,7 +486,8 @@ def test_metrics_of_the_user_are_added(build, make_trainer):
 
     metrics = make_trainer(build("vit"), compute_metrics=own).evaluate()
     assert metrics["eval_answer"] == 42 and {"eval_accuracy", "eval_robust_accuracy"} <= metrics.keys()
-    clean, adversarial = given[0].predictions
+    clean, adversarial = (prediction.predictions for prediction in given)
+    assert metrics["eval_robust_answer"] == 42
     assert clean.shape == adversarial.shape == (32, 10) and not np.array_equal(clean, adversarial)
 
 
@@ -490,11 +496,12 @@ def test_metrics_of_the_user_are_added(build, make_trainer):
 
 @pytest.mark.parametrize("kind", ["vit", "resnet"])
 def test_the_best_checkpoint_has_the_sparsity_asked_for_and_comes_back_whole(kind, build, make_trainer):
-    scores = iter([0.9, 0.8, 0.7, 0.5, 0.6, 0.4])
+    # of a trial before training, then of clean and of adversarial images in turn
+    scores = iter([0, 0.1, 0.9, 0.2, 0.8, 0.3, 0.7, 0.4, 0.5, 0.5, 0.6, 0.6, 0.4])
     model, processor = build(kind)
     trainer = make_trainer(
         (model, processor),
-        compute_metrics=lambda prediction: {"robust_accuracy": next(scores)},
+        compute_metrics=lambda prediction: {"score": next(scores)},
         max_steps=6,
         pruning_start=0.0,
         pruning_end=0.66,
@@ -503,7 +510,7 @@ def test_the_best_checkpoint_has_the_sparsity_asked_for_and_comes_back_whole(kin
         eval_steps=1,
         save_steps=1,
         load_best_model_at_end=True,
-        metric_for_best_model="robust_accuracy",
+        metric_for_best_model="robust_score",
         learning_rate=1e-2,
     )
     trainer.train()

@@ -69,7 +69,7 @@ class Publisher:
         """`results.json`, where there are results; those of other weights than these are kept under another name."""
         path = folder / RESULTS_FILE
         if path.is_file() and (other := _other_weights(path, model)):
-            path.replace(folder / f"results-of-{other}.json")
+            path.replace(folder / f"_results-of-{other}.json")  # which no push takes along
         if self.results is not None:
             write_json(self.results, path)
 

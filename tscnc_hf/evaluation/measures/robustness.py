@@ -213,7 +213,7 @@ class Robustness:
             found = dict(gather_object(list(found.items())))
         versions = {"tscnc_hf": __version__, "torch": torch.__version__, "transformers": version("transformers")}
         report = _report([found[index] for index in range(len(batches))], made, self.threat_model, versions)
-        if len(report.per_class) > 1 or not self._constant():
+        if report.collapsed is not None or len(report.per_class) > 1 or not self._constant():
             return report
         return replace(report, collapsed={"constant": True})
 

@@ -28,6 +28,8 @@ def pixel_quantity(name: str, value: float | str, norm: str = "linf") -> float:
         if isinstance(value, str) and "/" in value:
             numerator, denominator = value.split("/")
             number = float(numerator) / float(denominator)
+        elif isinstance(value, bool):
+            raise TypeError("a truth value")
         else:
             number = float(value)
     except (TypeError, ValueError, ZeroDivisionError) as error:

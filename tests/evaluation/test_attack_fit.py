@@ -1,0 +1,68 @@
+"""An attack that cannot be run on a model is refused before anything is trained or measured."""
+
+import pytest
+import torch
+from torch import nn
+
+from recipes import ablation, vit_cifar10
+from tscnc_hf.evaluation.attacks import check_attacks, make_attack
+from tscnc_hf.evaluation.measures.robustness import evaluate_robustness
+from tscnc_hf.training.trainer import TSCNCTrainer
+
+
+class Pixels:
+    image_mean, image_std = [0.0], [1.0]
+
+
+def data(classes: int, shape=(1, 6, 6)) -> list[dict]:
+    return [{"pixel_values": torch.rand(shape), "labels": i % classes} for i in range(8)]
+
+
+@pytest.mark.parametrize(
+    "name, classes, norm, shape, message",
+    [
+        ("autoattack", 3, "linf", (1, 6, 6), "'autoattack' needs at least 4 classes, there are 3; pgd-20"),
+        ("autoattack", 2, "l2", (1, 6, 6), "needs at least 4 classes"),
+        ("apgd-dlr", 2, "linf", (1, 6, 6), "'apgd-dlr' needs at least 3 classes"),
+        ("pgd-3", 1, "linf", (1, 6, 6), "needs at least 2 classes, there are 1: with one class no answer is wrong"),
+        ("cw-3", 1, "l2", (1, 6, 6), "needs at least 2 classes"),
+        ("square", 4, "l2", (3, 4, 32), "at least 5 pixels in height .*these have 4"),
+        ("autoattack", 10, "l2", (1, 1, 1), "at least 5 pixels in height"),
+    ],
+)
+def test_what_does_not_fit_is_refused_in_words_before_an_image_is_attacked(name, classes, norm, shape, message):
+    pytest.importorskip("pyautoattack", reason="pyautoattack is not installed (tscnc-hf[eval])")
+    with pytest.raises(ValueError, match=message):
+        check_attacks(["clean", name], classes, epsilon=0.1, norm=norm, image_size=shape[1:])
+    model = nn.Sequential(nn.Flatten(), nn.Linear(torch.Size(shape).numel(), classes))
+    options = {"epsilon": 0.1, "norm": norm, "processing_class": Pixels, "progress": False}
+    with pytest.raises(ValueError, match=message):
+        evaluate_robustness(model, data(classes, shape), ("clean", name), **options)
+
+
+@pytest.mark.parametrize(
+    "name, classes, norm, height", [("square", 2, "l2", 5), ("apgd-dlr", 3, "linf", 1), ("fgsm", 2, "l2", 1)]
+)
+def test_what_fits_barely_runs(name, classes, norm, height):
+    pytest.importorskip("pyautoattack", reason="pyautoattack is not installed (tscnc-hf[eval])")
+    check_attacks(name, classes, epsilon=0.05, norm=norm, image_size=(height, height))
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Flatten(), nn.Linear(height**2, classes)), torch.rand(2, 1, height, height)
+    y = 1 - model(x).argmax(-1).clamp(max=1)  # wrong already: a few queries of Square
+    out = make_attack(name, 0.05, norm).run(model, x, y, torch.arange(2), 0)
+    assert out.shape == x.shape
+
+
+def test_no_attack_is_refused():
+    with pytest.raises(ValueError, match="no attack was named; known are clean"):
+        check_attacks([], 10)
+
+
+def test_recipes_refuse_before_training(monkeypatch, tmp_path):
+    pytest.importorskip("pyautoattack", reason="pyautoattack is not installed (tscnc-hf[eval])")
+    monkeypatch.setattr(TSCNCTrainer, "train", None)
+    same = ["--dataset", "digits", "--augmentation", "none", "--output_dir", str(tmp_path), "--use_cpu", "true"]
+    same += ["--train_limit", "40", "--report_to", "none", "--norm", "l2", "--image_size", "4"]
+    for recipe, options in ((vit_cifar10, []), (ablation, ["--results", str(tmp_path / "rows.jsonl")])):
+        with pytest.raises(SystemExit, match="error: attack 'square' in l2 needs images of at least 5 pixels"):
+            recipe.main([*same, *options, "--test_attacks", "clean", "square"])

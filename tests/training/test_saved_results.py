@@ -1,0 +1,71 @@
+"""What saving does beside the weights: no results are lost, none stand beside other weights, no checkpoint by name."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForImageClassification
+
+from tscnc_hf import load_sparse
+from tscnc_hf.evaluation.run import evaluate
+
+
+def test_a_folder_that_is_called_like_a_checkpoint_holds_a_model(build, make_trainer, tmp_path):
+    trainer = make_trainer(build("vit"))
+    for name in ("checkpoint-final", "checkpoint-7"):
+        trainer.save_model(str(tmp_path / name))
+        names = {path.name for path in (tmp_path / name).iterdir()}
+        assert {"README.md", "model.sparse.safetensors", "tscnc_config.json"} <= names
+        assert not {"training_args.bin", "tscnc_state.safetensors"} & names
+        load_sparse(tmp_path / name)
+
+
+def test_training_checkpoints_are_ones_still(build, make_trainer, tmp_path):
+    trainer = make_trainer(build("vit"), max_steps=2, save_strategy="steps", save_steps=2)
+    trainer.train()
+    names = {path.name for path in (tmp_path / "out" / "checkpoint-2").iterdir()}
+    assert "tscnc_state.safetensors" in names and "README.md" not in names
+
+
+def test_saving_keeps_the_results_of_other_folders(build, make_trainer, digits, tmp_path):
+    """Of the weights that are saved they stay; of others they get another name; damaged ones too."""
+    trainer, folder = make_trainer(build("vit"), max_steps=2), tmp_path / "other"
+    trainer.train()
+    trainer.save_model(str(folder))
+    options = {
+        "epsilon": 0.1,
+        "attacks": "clean",
+        "n": 4,
+        "progress": False,
+        "processing_class": trainer.processing_class,
+    }
+    evaluate(trainer.model, digits.test, folder=folder, **options)
+    before = (folder / "results.json").read_bytes()
+    trainer.save_model(str(folder))
+    assert (folder / "results.json").read_bytes() == before
+    with torch.no_grad():
+        next(trainer.model.parameters()).add_(1)
+    trainer.save_model(str(folder))
+    (kept,) = folder.glob("_results-of-*.json")
+    assert kept.read_bytes() == before and not (folder / "results.json").exists()
+    (folder / "results.json").write_text('{"mod')
+    trainer.save_model(str(folder))
+    assert (folder / "_results-of-unknown-weights.json").read_text() == '{"mod'
+
+
+def test_a_test_that_fails_has_the_model_saved_before(build, make_trainer, digits, tmp_path):
+    trainer = make_trainer(build("vit"), max_steps=2)
+    trainer.train()
+    with pytest.raises(ValueError, match="attack 'pgd-none' does not exist"):
+        trainer.test(digits.test, attacks=["clean", "pgd-none"])
+    stock = AutoModelForImageClassification.from_pretrained(tmp_path / "out")
+    assert all(torch.equal(stock.state_dict()[name], value) for name, value in trainer.model.state_dict().items())
+    stamp = (tmp_path / "out" / "model.safetensors").stat().st_mtime_ns
+    results = trainer.test(digits.test.subset(range(8)), attacks=["clean"])
+    assert (tmp_path / "out" / "model.safetensors").stat().st_mtime_ns == stamp  # nothing has changed since
+    assert json.loads((tmp_path / "out" / "results.json").read_text()) == results
+
+
+def test_a_test_without_what_comes_on_top(build, make_trainer, digits):
+    results = make_trainer(build("vit")).test(digits.test.subset(range(8)), attacks=["clean", "pgd-1"], full=False)
+    assert not {"curve", "lipschitz"} & results.keys() and results["robustness"]["masking"] is None
