@@ -92,3 +92,26 @@ def test_compiled_with_constraints_on_weights(build, make_trainer, watcher):
     compiled = train(build, make_trainer, watcher, torch_compile=True, torch_compile_backend="aot_eager", **options)
     assert difference(compiled[0], eager[0]) < 1e-5 and compiled[1] == pytest.approx(eager[1], rel=1e-5)
     assert all("tsc_loss" in entry for entry in compiled[2].state.log_history if "loss" in entry)
+
+
+@pytest.mark.parametrize("options", [{"use_reentrant": True}, {"use_reentrant": False}])
+def test_activation_checkpointing_with_perturbed_weights(options, build, make_trainer, watcher):
+    """What is recomputed in the backward is the perturbed network, as the forward was."""
+    everything = {"awp_gamma": 0.05, "gradient_accumulation_steps": 1, "tsc_on": "weights", "tsc_weight": 1e-4}
+    everything |= {"pruning_criterion": "taylor", "num_train_epochs": 1, "max_steps": 6}
+    plain, losses, _ = train(build, make_trainer, watcher, **everything)
+    everything |= {"activation_checkpointing": True, "activation_checkpointing_kwargs": options}
+    weights, again, trainer = train(build, make_trainer, watcher, **everything)
+    assert trainer.model.is_gradient_checkpointing
+    assert difference(weights, plain) < 1e-6 and again == pytest.approx(losses, rel=1e-5)
+
+
+def test_checkpointing_of_a_timm_model_with_perturbed_weights(build, make_trainer):
+    results = []
+    for on in (False, True):
+        model, processor = build("timm-vit")
+        model.timm_model.set_grad_checkpointing(on)
+        options = {"awp_gamma": 0.05, "optim": "sgd", "learning_rate": 0.1, "max_steps": 2, "target_sparsity": 0}
+        make_trainer((model, processor), **options).train()
+        results.append(model.state_dict())
+    assert difference(*results) < 1e-6

@@ -272,7 +272,8 @@ def constraint_terms(
     cnc_form: str = "scale-invariant",
 ) -> dict[str, Tensor]:
     """
-    The weighted constraints of a step: {"tsc_loss", "cnc_loss"}, each only if its weight is positive.
+    The weighted constraints of a step: {"tsc_loss", "cnc_loss"}, each only if its weight is positive and there are
+    weights for it.
 
     Args:
         weights (`Sequence[WeightMatrix]`): all that CNC looks at; TSC takes those that have a scale.
@@ -282,12 +283,12 @@ def constraint_terms(
         ValueError: a scale is of no weight.
     """
     terms = {}
-    if tsc_weight > 0:
+    if tsc_weight > 0 and scales:
         prunable = [record for record in weights if record.name in scales]
         if len(prunable) < len(scales):
             lost = sorted(scales.keys() - {record.name for record in prunable})
             raise ValueError(f"TSC has a scale for {', '.join(lost)}, which is not among the weights: pass all")
         terms["tsc_loss"] = tsc_weight * transformed_sparse_constraint(prunable, scales, tsc_a)
-    if cnc_weight > 0:
+    if cnc_weight > 0 and weights:
         terms["cnc_loss"] = cnc_weight * condition_number_penalty(weights, cnc_ridge, cnc_form)
     return terms

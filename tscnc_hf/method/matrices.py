@@ -93,7 +93,8 @@ class WeightMatrices(Iterator[WeightMatrix]):
         return next(self._records)
 
     def __repr__(self) -> str:
-        taken = {record.name: record for record in _find(self._model, self._excluded)}
+        found = {record.name: record for record in _find(self._model, self._excluded)}
+        taken = {name: record for name, record in found.items() if record.weight.requires_grad}
         lines = [f"{len(taken)} weights are constrained and pruned:", *(f"  {taken[name]}" for name in taken), "not:"]
         for module_name, module in self._model.named_modules():
             for parameter, weight in module._parameters.items():
@@ -114,6 +115,7 @@ def weight_matrices(model: nn.Module, exclude: Sequence[str] = ()) -> WeightMatr
 
     Returns:
         An iterator over `WeightMatrix`. `print(weight_matrices(model))` shows what is left out as well, and why.
+        Frozen weights (requires_grad=False) are among them, for reports; training leaves them alone.
     """
     return WeightMatrices(model, exclude)
 
@@ -157,6 +159,8 @@ def _views(module: nn.Module) -> dict[str, MatrixView]:
 def _why_not(name: str, module: nn.Module, weight: Tensor, excluded: Callable[[str], bool]) -> str:
     if excluded(name):
         return "excluded"
+    if not weight.requires_grad:
+        return "frozen (requires_grad=False), left alone while training"
     if isinstance(module, _LEFT_OUT):
         return "norm or embedding"
     parameter = name.rsplit(".", 1)[-1]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
-from tscnc_hf.method.adversarial.awp import perturbed_model
+from tscnc_hf.method.adversarial.awp import moved, weight_perturbation
 from tscnc_hf.method.adversarial.folding import FoldedCopy, folded_copy
 from tscnc_hf.method.adversarial.noise import PlacedNoise
 from tscnc_hf.method.adversarial.pgd import craft, pgd
@@ -75,25 +76,25 @@ class Adversary:
                 return clean, torch.where((clean.argmax(-1) == y)[:, None], forward(x_adv), clean)
 
     def perturbed(
-        self, model: Callable, inner: nn.Module, terms: Callable[[Callable], Mapping[str, Tensor]], step: int,
-        max_steps: int, average: Callable[[Tensor], Tensor],
-    ) -> Callable:  # fmt: skip
+        self, model: nn.Module, terms: Callable[[Callable], Mapping[str, Tensor]], step: int, max_steps: int,
+        average: Callable[[Tensor], Tensor],
+    ) -> AbstractContextManager[None]:  # fmt: skip
         """
-        The model, or from `awp_start` on a function like it whose weights are perturbed by up to `awp_gamma`.
+        Inside, and from `awp_start` on, the weights of the module that are not frozen are perturbed by up to
+        `awp_gamma`. To be left when the backward is over (`moved`).
 
         Args:
-            model: what is called in training; `inner` is the module whose weights it uses.
             terms: from a model to the terms of the loss that the perturbation is to raise.
             average: of a gradient over the processes.
         """
-        if self.args.awp_gamma == 0 or step < self.args.awp_start * max_steps:
-            return model
-        weights = {record.name: record.weight for record in weight_matrices(inner)}
+        weights = {record.name: record.weight for record in weight_matrices(model) if record.weight.requires_grad}
+        if self.args.awp_gamma == 0 or step < self.args.awp_start * max_steps or not weights:
+            return nullcontext()
 
         def loss(function: Callable) -> Tensor:
             return sum(terms(function).values())
 
-        return perturbed_model(model, loss, weights, self.args.awp_gamma, inner=inner, average=average)
+        return moved(model, weights, weight_perturbation(model, loss, weights, self.args.awp_gamma, average=average))
 
     def _noise(self, x: Tensor, place: int, *key: int | str) -> PlacedNoise:
         return PlacedNoise(x.device, (self.args.seed, *key), place, len(x))

@@ -6,14 +6,15 @@ follows from the step that is being taken, so that a resumed run goes on as an u
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import logging
 
 from tscnc_hf.artifact.files.state import STATE_FILE, load_state
 from tscnc_hf.artifact.models.saving import whole_copy
@@ -39,6 +40,9 @@ from tscnc_hf.method.units.gates import (
 from tscnc_hf.training.config import UNITS, TSCNCConfig, pattern
 
 
+logger = logging.get_logger(__name__)
+
+
 class ScheduleError(ValueError):
     """A run too short for its pruning schedule: known only when the steps of training are."""
 
@@ -47,13 +51,16 @@ class Compressor:
     """
     Prunes a model, constrains it, gates it and averages it, as the options say.
 
+    Weights with requires_grad=False are left alone, by pruning and by constraints. Those that are frozen when training
+    begins are named among `args.pruning_exclude`, so that a sparsity is a share of the same weights everywhere.
+
     In training it is called in this order: `begin`; for each step `before_step`, `constraints`, `before_clipping`,
     `after_backward` and `after_step`; `end`. Steps are counted from 0, `after_step` gets the number of those taken.
 
     Args:
         model (`nn.Module`): gates are attached to it here, if the options ask for some. Scales of TSC are those of its
-            weights now.
-        args (`TSCNCConfig`): the options, with the dense ends named (`with_dense_ends`).
+            weights when training begins.
+        args (`TSCNCConfig`): the options, with the dense ends named (`with_dense_ends`); changed as said above.
 
     Raises:
         ValueError: see `build_pruner` and `attach_gates`.
@@ -61,29 +68,46 @@ class Compressor:
 
     def __init__(self, model: nn.Module, args: TSCNCConfig):
         self.model, self.args = model, args
+        self._excluded = list(args.pruning_exclude)  # as asked for
         if args.tsc_on == "gates" and not gated_layers(model):
             attach_gates(model, args.gate_layers, args.gate_drop_rate, seeded_generator("cpu", args.seed, "gates"))
-        self.pruner = build_pruner(model, args)
-        self.scales = weight_scales(weight_matrices(model, args.pruning_exclude))
+        self.restart()
+
+    def restart(self) -> None:
+        """
+        Forget all masks, scales and averages: what training begins with is a model as it is now.
+
+        Raises:
+            ValueError: see `build_pruner`.
+        """
+        args, self._frozen = self.args, [r.name for r in weight_matrices(self.model) if not r.weight.requires_grad]
+        args.pruning_exclude = list(dict.fromkeys([*self._excluded, *self._frozen]))
+        self.pruner = build_pruner(self.model, args)
+        self.scales = weight_scales(weight_matrices(self.model, args.pruning_exclude))
         self.average: WeightAverage | None = None  # while training with ema_decay
+        self._fresh, self._frozen_later = True, False
 
     # ---- around an optimizer step ----
 
     def begin(self, step: int, max_steps: int) -> None:
         """
-        Training begins, or goes on after `step` steps.
+        Training begins, or goes on after `step` steps. At step 0 nothing is left of a training before.
 
         Raises:
             ScheduleError: it is too short for a gradual schedule.
         """
         self._schedule(max_steps)
+        if step == 0 and not self._fresh:
+            self.restart()
+        if self._frozen and self.args.process_index == 0:
+            logger.warning(self._frozen_text())
         self.scales = {name: scale.to(self.args.device) for name, scale in self.scales.items()}
         if self.args.ema_decay > 0 and (step == 0 or self.average is None):
             self.average = WeightAverage(self.model, self.args.ema_decay)
 
     def before_step(self, step: int, max_steps: int, optimizer: torch.optim.Optimizer | None) -> None:
         """The schedule begins at this step, or did so before an interruption; gates are drawn for it."""
-        args, pruner = self.args, self.pruner
+        args, pruner, self._fresh = self.args, self.pruner, False
         if args.target_sparsity > 0:
             start, end = self._schedule(max_steps)
             if start <= step < end and not pruner.active:
@@ -100,9 +124,10 @@ class Compressor:
         reshard_(model)  # after a forward some weights are rounded to the dtype it was computed in
         on_weights = args.tsc_on == "weights"
         now = step % args.cnc_interval == 0
+        records = [record for record in weight_matrices(model) if record.weight.requires_grad]
         terms = constraint_terms(
-            list(weight_matrices(model)),
-            self.scales,
+            records,
+            {record.name: self.scales[record.name] for record in records if record.name in self.scales},
             tsc_weight=args.tsc_weight if on_weights else 0.0,
             tsc_a=args.tsc_a,
             cnc_weight=args.cnc_weight * args.cnc_interval if now else 0.0,
@@ -140,6 +165,7 @@ class Compressor:
             start, end = self._schedule(max_steps)
             if step == end or (start < step < end and (step - start) % args.pruning_interval == 0):
                 pruner.update(self._sparsity(step, start, end))
+                self._say_what_was_frozen_since()
             if step == end:
                 pruner.apply_()
                 pruner.finish(_inner(optimizer))
@@ -147,6 +173,32 @@ class Compressor:
         clamp_gates_(self.model)
         if self.average is not None:
             self.average.update(self.model, step, pruner.local_masks)
+
+    def _frozen_text(self) -> str:
+        weights = list(weight_matrices(self.model))
+        left = (
+            f"{len(self._frozen)} of {len(weights)} weights have requires_grad=False and are left alone by pruning, "
+        )
+        left += f"constraints and weight perturbation: {', '.join(self._frozen[:3])}"
+        left += ", ..." if len(self._frozen) > 3 else ""
+        if self.args.target_sparsity == 0:
+            return left
+        all_of_them = sum(record.weight.numel() for record in weights)
+        return (
+            f"{left}. target_sparsity={self.args.target_sparsity} is a share of the {self.pruner.prunable_count:,} "
+            f"weights that are pruned, of {all_of_them:,} in all"
+        )
+
+    def _say_what_was_frozen_since(self) -> None:
+        frozen = self.pruner.frozen
+        if not frozen or self._frozen_later or self.args.process_index != 0:
+            return
+        self._frozen_later = True
+        logger.warning(
+            f"{', '.join(frozen[:3])}{', ...' if len(frozen) > 3 else ''} got requires_grad=False after training had "
+            f"begun: such weights keep the zeros that they have, and target_sparsity={self.args.target_sparsity} is a "
+            "share of the others from now on"
+        )
 
     def end(self) -> None:
         """Training is over: the model that was evaluated, the average, is the one that the user gets."""
@@ -230,6 +282,7 @@ class Compressor:
         Raises:
             ValueError: masks, gates or averages are not those of this model, or the run prunes in another way.
         """
+        self._fresh = False
         tensors, _ = load_state(Path(folder) / STATE_FILE)
         tensors = {name: value.to(next(self.model.parameters()).device) for name, value in tensors.items()}
 
@@ -279,10 +332,12 @@ class Compressor:
 
 
 def with_dense_ends(model: nn.Module, args: TSCNCConfig) -> TSCNCConfig:
-    """The options with the names of the first and the last weight among `pruning_exclude`, where they stay dense."""
+    """A copy of the options, with the first and the last weight among `pruning_exclude` where they stay dense."""
     names = [record.name for record in weight_matrices(model)]
     ends = (names[:1] if args.pruning_dense_first else []) + (names[-1:] if args.pruning_dense_last else [])
-    return replace(args, pruning_exclude=list(dict.fromkeys([*args.pruning_exclude, *ends]))) if ends else args
+    args = copy.copy(args)
+    args.pruning_exclude = list(dict.fromkeys([*args.pruning_exclude, *ends]))
+    return args
 
 
 def build_pruner(model: nn.Module, args: TSCNCConfig) -> Pruner:
@@ -320,7 +375,7 @@ def build_pruner(model: nn.Module, args: TSCNCConfig) -> Pruner:
     )
     if args.keep_masks:
         pruner.keep_zeros()
-        if pruner.pruned_count == 0:
+        if not any(bool((full_tensor(record.weight) == 0).any()) for record in weight_matrices(model)):
             raise ValueError("keep_masks=True, but no prunable weight of the model is zero: load a sparse checkpoint")
         if 0 < args.target_sparsity < pruner.initial_sparsity:
             raise ValueError(

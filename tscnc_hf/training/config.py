@@ -98,7 +98,7 @@ class TSCNCConfig(TrainingArguments):
         cnc_interval (`int`, *optional*, defaults to 1): compute the constraint every so many steps, at so many times
             the weight.
 
-    Parameters that control pruning (sparsity is the fraction of zeros among the prunable weights):
+    Parameters that control pruning (sparsity is the fraction of zeros among the prunable weights, which are not frozen):
         target_sparsity (`float`, *optional*, defaults to 0): sparsity at the end, in [0, 1); 0 trains dense.
         pruning_schedule (`str`, *optional*, defaults to `"cubic"`): how sparsity rises, "cubic", "linear" or
             "one-shot" (all of it at pruning_start).
@@ -126,7 +126,8 @@ class TSCNCConfig(TrainingArguments):
             trained behind their masks (straight-through) and can return in earnest.
         pruning_rate_learning_rate (`float`, *optional*, defaults to 0.01): learning rate of the layers' factors of
             scope "learned".
-        pruning_exclude (`list[str]`, *optional*): weights with one of these in their name stay dense.
+        pruning_exclude (`list[str]`, *optional*): weights with one of these in their name stay dense. Those that are
+            frozen (requires_grad=False) when training begins are left alone, and named here in what is published.
         pruning_dense_first (`bool`, *optional*, defaults to `False`): leave the first prunable weight dense.
         pruning_dense_last (`bool`, *optional*, defaults to `False`): leave the last prunable weight dense.
         keep_masks (`bool`, *optional*, defaults to `False`): the model is sparse already and its zeros stay.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 import torch
@@ -114,11 +114,19 @@ class TSCNCTrainer(ResumableTrainer):
         self.callback_handler.callbacks.insert(0, StepCallback(self))  # masks first: whatever follows sees them
         self._micro_batch = self._eval_batches = 0
         self._saved_at = 0  # the step of the weights that were last published
+        self._until_backward: ExitStack | None = None  # during a step: what is undone when it is over
         self.clear_terms()
         if isinstance(model, PreTrainedModel):
             model.add_model_tags(list(self._tag_names))
 
     # ---- one step ----
+
+    def training_step(self, *args, **kwargs):
+        try:
+            with ExitStack() as self._until_backward:
+                return super().training_step(*args, **kwargs)
+        finally:
+            self._until_backward = None
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         x, y = inputs["pixel_values"], inputs["labels"]
@@ -132,15 +140,18 @@ class TSCNCTrainer(ResumableTrainer):
         def average(gradient: Tensor) -> Tensor:
             return self.accelerator.reduce(gradient, "mean")
 
+        constraints = {}
+        if self._micro_batch == 0:  # the same in every micro-batch: paid for once a step
+            constraints = self.constraints(self.accelerator.unwrap_model(model, keep_torch_compile=False))
         state = self.state
-        terms = objective(
-            self.adversary.perturbed(model, inner, objective, state.global_step, state.max_steps, average)
-        )
+        with ExitStack() as now:
+            perturbed = self.adversary.perturbed(inner, objective, state.global_step, state.max_steps, average)
+            (self._until_backward or now).enter_context(perturbed)
+            terms = objective(model)
         if self.is_in_train:  # the mean over the step's images: its last micro-batch may have fewer than the others
             share = len(x) * self._accumulation() / self._images
             terms = {name: share * value for name, value in terms.items()}
-        if self._micro_batch == 0:  # the same in every micro-batch: paid for once a step
-            terms |= self.constraints(self.accelerator.unwrap_model(model, keep_torch_compile=False))
+        terms |= constraints
         self._record(terms)
         loss = sum(terms.values())
         return (loss, {"loss": loss}) if return_outputs else loss
@@ -340,6 +351,7 @@ class TSCNCTrainer(ResumableTrainer):
 
     def train(self, *args, **kwargs):
         self.publisher.results = self._saved_at = None  # what there is is of other weights, from now on
+        self.compressor.restart()  # weights may have been frozen since it was made
         return super().train(*args, **kwargs)
 
     def _save_checkpoint(self, model, trial):

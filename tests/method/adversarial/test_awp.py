@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from tscnc_hf.method.adversarial.awp import perturbation, perturbed_model
+from tscnc_hf.method.adversarial.awp import moved, perturbation, weight_perturbation
 
 
 GAMMA = 0.01
@@ -26,6 +27,11 @@ def parts():
 
 def weights_of(model):
     return {name: parameter for name, parameter in model.named_parameters() if parameter.ndim > 1}
+
+
+def move_of(model, x, y, weights=None, **options):
+    weights = weights_of(model) if weights is None else weights
+    return weights, weight_perturbation(model, lambda f: F.cross_entropy(f(x), y), weights, GAMMA, **options)
 
 
 def by_hand(model, x, y) -> dict[str, torch.Tensor]:
@@ -47,10 +53,12 @@ def test_gradients_are_those_at_the_perturbed_weights(parts):
     expected = by_hand(model, x, y)
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     model.train()
-    function = perturbed_model(model, lambda f: F.cross_entropy(f(x), y), weights_of(model), GAMMA)
+    weights, move = move_of(model, x, y)
+    assert all(parameter.grad is None for parameter in model.parameters())
     assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())  # statistics too
-    loss = F.cross_entropy(function(x), y)
-    loss.backward()
+    with moved(model, weights, move):
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
     torch.testing.assert_close(loss.detach(), expected["loss"])
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[name])
@@ -67,8 +75,10 @@ def test_it_raises_the_loss_and_is_as_long_as_it_says(parts):
     for name, weight in weights.items():
         assert move[name].norm() == pytest.approx(GAMMA * weight.norm().item()) and not move[name].requires_grad
         assert (move[name][weight == 0] == 0).all()
-    function = perturbed_model(model, lambda f: F.cross_entropy(f(x), y), weights, GAMMA)
-    assert F.cross_entropy(function(x), y) > F.cross_entropy(model(x), y)
+    before = F.cross_entropy(model(x), y)
+    with moved(model, *move_of(model, x, y, weights)):
+        assert F.cross_entropy(model(x), y) > before
+    assert F.cross_entropy(model(x), y) == before
 
 
 def test_a_weight_without_gradient_or_length_stays(parts):
@@ -77,8 +87,10 @@ def test_a_weight_without_gradient_or_length_stays(parts):
         model[6].weight.zero_()
     unused = nn.Parameter(torch.ones(3, 3).double())
     model.register_parameter("unused", unused)
-    function = perturbed_model(model, lambda f: F.cross_entropy(f(x), y), weights_of(model), GAMMA)
-    assert torch.isfinite(function(x)).all()
+    weights, move = move_of(model, x, y)
+    assert (move["unused"] == 0).all()
+    with moved(model, weights, move):
+        assert torch.isfinite(model(x)).all()
     move = perturbation({"a": unused}, {"a": torch.zeros(3, 3).double()}, GAMMA)
     assert (move["a"] == 0).all()
 
@@ -95,9 +107,36 @@ def test_a_wrapper_is_called_with_moved_weights(parts):
             return self.module(*inputs)
 
     model.eval()
-    wrapped = perturbed_model(
-        Wrapper(), lambda f: F.cross_entropy(f(x), y), weights_of(model), GAMMA, inner=model, average=lambda g: 3 * g
-    )
-    plain = perturbed_model(model, lambda f: F.cross_entropy(f(x), y), weights_of(model), GAMMA)
-    torch.testing.assert_close(wrapped(x), plain(x))  # the length of the gradient does not matter
-    assert not torch.allclose(wrapped(x), model(x))
+    with moved(model, *move_of(model, x, y, average=lambda g: 3 * g)):  # the length of the gradient does not matter
+        wrapped = Wrapper()(x)
+    with moved(model, *move_of(model, x, y)):
+        plain = model(x)
+    torch.testing.assert_close(wrapped, plain)
+    assert not torch.allclose(wrapped, model(x))
+
+
+def test_frozen_weights_stay_and_shared_ones_move_wherever_they_are(parts):
+    model, x, y = parts
+    model[4].weight.requires_grad_(False)
+    model.again = model[6]  # which stands in two places
+    weights = {name: weight for name, weight in weights_of(model).items() if weight.requires_grad}
+    model.forward = lambda inputs: model.again(nn.Sequential(*list(model)[:6])(inputs))
+    _, move = move_of(model, x, y, weights)
+    with moved(model, weights, move):
+        assert torch.equal(model.again.weight, weights["6.weight"] + move["6.weight"])
+        assert model[6].weight is model.again.weight and model[4].weight.is_leaf
+    assert model.again.weight is weights["6.weight"] and "4.weight" not in move
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_what_is_recomputed_in_the_backward_has_the_perturbed_weights(reentrant, parts):
+    model, x, y = parts
+    del model[1]  # batch norm counts a recomputed forward again
+    expected = by_hand(model, x, y)
+    last = nn.Sequential(*list(model)[3:])
+    model.forward = lambda inputs: checkpoint(last, nn.Sequential(*list(model)[:3])(inputs), use_reentrant=reentrant)
+    with moved(model, *move_of(model, x, y)):
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name])

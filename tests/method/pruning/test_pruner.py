@@ -108,7 +108,7 @@ def test_masks_travel_and_misfits_are_refused():
 
 def test_nothing_to_prune_is_an_error():
     with pytest.raises(ValueError, match="nothing to prune"):
-        Pruner(weight_matrices(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU())))
+        Pruner(weight_matrices(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()))).check(0.5)
 
 
 def test_zeros_of_a_sparse_model_are_kept():

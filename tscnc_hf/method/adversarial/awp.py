@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 
 def perturbation(weights: Mapping[str, Tensor], gradients: Mapping[str, Tensor], gamma: float) -> dict[str, Tensor]:
@@ -23,41 +23,63 @@ def perturbation(weights: Mapping[str, Tensor], gradients: Mapping[str, Tensor],
     return moved
 
 
-def perturbed_model(
+def weight_perturbation(
     model: nn.Module,
-    loss_of: Callable[[Callable], Tensor],
+    loss_of: Callable[[nn.Module], Tensor],
     weights: Mapping[str, Tensor],
     gamma: float,
     *,
-    inner: nn.Module | None = None,
     average: Callable[[Tensor], Tensor] | None = None,
-) -> Callable:
+) -> dict[str, Tensor]:
     """
-    A model as a function whose weights have been moved uphill on a loss. Gradients reach the model's own weights,
-    which stay where they are: nothing has to be taken back afterwards. Costs one forward and one backward more.
+    How far to move weights uphill on a loss, see `perturbation`. Costs a forward and a backward; gradients and the
+    statistics of batch norm are left as they are.
 
     Args:
-        model (`nn.Module`): what the result calls; may be a wrapper (DistributedDataParallel, compiled) of `inner`.
-        loss_of (`Callable`): a function like the model -> scalar loss, on the batch at hand. Statistics of batch norm
-            are not updated by it.
-        weights (`Mapping[str, Tensor]`): the parameters to move, any names.
+        model (`nn.Module`): the module itself, no wrapper that averages gradients.
+        loss_of (`Callable`): the model -> scalar loss, on the batch at hand.
+        weights (`Mapping[str, Tensor]`): the parameters to move, any names. One that the loss does not reach stays.
         gamma (`float`): length of the move, in units of each weight's norm; 5e-3 to 1e-2 in the paper.
-        inner (`nn.Module`, *optional*): the unwrapped model, on which the direction is found.
         average (`Callable`, *optional*): mean of a tensor over processes, so that all move alike.
     """
-    inner = model if inner is None else inner
-    buffers = {name: buffer.clone() for name, buffer in inner.named_buffers()}
-    with torch.enable_grad():
-        loss = loss_of(lambda *inputs: functional_call(inner, buffers, inputs))
-        found = torch.autograd.grad(loss, list(weights.values()), materialize_grads=True)
-    gradients = dict(zip(weights, found, strict=True))
+    # leaves of their own: backward() fills their gradients, as recomputed activations may need it (reentrant
+    # checkpointing knows no torch.autograd.grad)
+    leaves = {
+        parameter: parameter.detach().requires_grad_(parameter.requires_grad) for parameter in model.parameters()
+    }
+    with torch.enable_grad(), replaced(model, leaves | {buffer: buffer.clone() for buffer in model.buffers()}):
+        loss_of(model).backward()
+    found = {name: leaves[weight].grad for name, weight in weights.items()}
+    gradients = {n: torch.zeros_like(weights[n]) if gradient is None else gradient for n, gradient in found.items()}
     if average is not None:
         gradients = {name: average(gradient) for name, gradient in gradients.items()}
-    move = perturbation(weights, gradients, gamma)
-    by_identity = {id(weight): move[name] for name, weight in weights.items()}
-    moved = {
-        name: parameter + by_identity[id(parameter)]
-        for name, parameter in model.named_parameters()
-        if id(parameter) in by_identity
-    }
-    return lambda *inputs: functional_call(model, moved, inputs)
+    return perturbation(weights, gradients, gamma)
+
+
+@contextmanager
+def moved(model: nn.Module, weights: Mapping[str, Tensor], move: Mapping[str, Tensor]) -> Iterator[None]:
+    """
+    Inside, the model, and whatever wraps it, computes with weights + move; gradients reach the model's own weights.
+    Stay inside until the backward is over: what it recomputes (activation checkpointing) needs the same weights.
+    """
+    with replaced(model, {weight: weight + move[name] for name, weight in weights.items()}):
+        yield
+
+
+@contextmanager
+def replaced(model: nn.Module, tensors: Mapping[Tensor, Tensor]) -> Iterator[None]:
+    """Inside, modules have other tensors in the place of parameters and buffers, wherever each of them stands."""
+    places = [
+        (own, name, tensor)
+        for module in model.modules()
+        for own in (module._parameters, module._buffers)
+        for name, tensor in own.items()
+        if tensor is not None and tensor in tensors
+    ]
+    try:
+        for own, name, tensor in places:
+            own[name] = tensors[tensor]
+        yield
+    finally:
+        for own, name, tensor in places:
+            own[name] = tensor

@@ -58,7 +58,11 @@ class Allocation:
                 raise ValueError(f"pattern {n}:{m} keeps {n} of {m}; n must be at least 1 and less than m")
 
     def masks(
-        self, records: Sequence[WeightMatrix], scores: Mapping[str, Tensor], sparsity: float
+        self,
+        records: Sequence[WeightMatrix],
+        scores: Mapping[str, Tensor],
+        sparsity: float,
+        standing: Mapping[str, Tensor] | None = None,
     ) -> dict[str, Tensor]:
         """
         Masks with exactly round(sparsity * N) zeros, N the number of all scores.
@@ -67,6 +71,8 @@ class Allocation:
             records: the prunable weights (their views say what a row and an input channel is).
             scores: weight name -> scores of its shape, larger = more important.
             sparsity: fraction of zeros, in [0, 1).
+            standing: masks of other prunable weights, which are frozen and stay as they are. Where the own sparsities
+                of layers, or the floors, leave no more to prune then, there are fewer zeros.
 
         Returns:
             `dict[str, Tensor]`: bool, of the scores' shapes, True = kept.
@@ -100,7 +106,7 @@ class Allocation:
         whole = pruned >= sum(bars.values())  # else only a part of the groups follows the pattern yet
         maximum = {name: size - bars[name] * whole for name, size in sizes.items()}
         masks = {}
-        for names, count in self._kept(records, sizes, sum(sizes.values()) - pruned, minimum, maximum):
+        for names, count in self._kept(records, sizes, sum(sizes.values()) - pruned, minimum, maximum, standing or {}):
             cut = sum(sizes[name] for name in names) - count
             first = cut >= sum(bars[name] for name in names)
             ranked = []
@@ -152,12 +158,12 @@ class Allocation:
     def _with_own_sparsity(self, names) -> set[str]:
         return {name for name in names if any(part in name for part in self.layer_sparsity)}
 
-    def _kept(self, records, sizes, total: int, minimum, maximum) -> list[tuple[list[str], int]]:
+    def _kept(self, records, sizes, total: int, minimum, maximum, standing) -> list[tuple[list[str], int]]:
         """Groups of layers that are ranked together, and how many weights each group keeps."""
         fixed: dict[str, int] = {}
         for part, share in self.layer_sparsity.items():
             names = [name for name in sizes if part in name]
-            if not names:
+            if not names and not any(part in name for name in standing):
                 raise ValueError(
                     f"layer_sparsity names {part!r}, which no prunable weight has in its name; they look like "
                     f"{', '.join(list(sizes)[:3])}"
@@ -172,6 +178,7 @@ class Allocation:
         rest = [name for name in sizes if name not in fixed]
         left = total - sum(fixed.values())
         lowest, highest = (sum(bound[name] for name in rest) for bound in (minimum, maximum))
+        left = min(max(left, lowest), highest) if standing else left
         if not lowest <= left <= highest:
             wanted, most, least = (1 - (total - left + kept) / sum(sizes.values()) for kept in (left, lowest, highest))
             raise ValueError(

@@ -29,7 +29,7 @@ class LayerRates:
     def __init__(self, names: Sequence[str], learning_rate: float = 0.01):
         self.names, self.learning_rate = list(names), learning_rate
         self.theta, self.first, self.second = (torch.zeros(len(self.names)) for _ in range(3))
-        self.steps = 0
+        self.steps = torch.zeros(len(self.names))  # of each: those with a gradient
 
     def weigh(self, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Scores as they are ranked over the network. ValueError when one is negative: factors would not order it."""
@@ -42,22 +42,28 @@ class LayerRates:
         }
 
     def learn(self, products: Mapping[str, Tensor]) -> None:
-        """One Adam step; `products` holds, for each layer, the sum of g w over the weights marked as near (0-d)."""
-        gradient = torch.stack([products[name].detach().float() for name in self.names])
-        self.theta, self.first, self.second = (part.to(gradient) for part in (self.theta, self.first, self.second))
-        self.steps += 1
-        self.first = BETAS[0] * self.first + (1 - BETAS[0]) * gradient
-        self.second = BETAS[1] * self.second + (1 - BETAS[1]) * gradient.square()
+        """
+        One Adam step; `products` holds, for each layer that had a gradient, the sum of g w over the weights marked as
+        near (0-d). The factors of the others stay.
+        """
+        nothing = torch.zeros((), device=next(iter(products.values())).device)
+        gradient = torch.stack([products.get(name, nothing).detach().float() for name in self.names])
+        seen = torch.tensor([name in products for name in self.names], device=gradient.device)
+        state = (self.theta, self.first, self.second, self.steps)
+        theta, first, second, steps = (part.to(gradient) for part in state)
+        self.steps = steps + seen
+        self.first = torch.where(seen, BETAS[0] * first + (1 - BETAS[0]) * gradient, first)
+        self.second = torch.where(seen, BETAS[1] * second + (1 - BETAS[1]) * gradient.square(), second)
         first, second = self.first / (1 - BETAS[0] ** self.steps), self.second / (1 - BETAS[1] ** self.steps)
-        self.theta = self.theta - self.learning_rate * first / (second.sqrt() + TINY)
+        self.theta = torch.where(seen, theta - self.learning_rate * first / (second.sqrt() + TINY), theta)
         self.theta -= self.theta.mean()  # a factor common to all layers changes no ranking
 
     def state(self) -> dict[str, Tensor]:
-        return {"theta": self.theta, "first": self.first, "second": self.second, "steps": torch.tensor(self.steps)}
+        return {"theta": self.theta, "first": self.first, "second": self.second, "steps": self.steps}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        self.theta, self.first, self.second = (state[key] for key in ("theta", "first", "second"))
-        self.steps = int(state["steps"])
+        keys = ("theta", "first", "second", "steps")
+        self.theta, self.first, self.second, self.steps = (state[key] for key in keys)
 
 
 def near_threshold(weighed: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -15,7 +15,8 @@ last, all without touching the model's code:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -39,6 +40,9 @@ class Pruner:
             and "taylor" and the scope "learned" need them to judge pruned weights, and have them too.
         rate_learning_rate (`float`): of the factors of the scope "learned".
 
+    A weight with requires_grad=False is left alone: its mask, latent weight and score stay, and a sparsity is that of
+    the others. One that has no gradient in a step (a layer that was skipped) keeps latent weight and score, too.
+
     The order of calls in a step, `begin` once before the first of them: backward, `before_step`, the optimizer's step,
     `after_step`, perhaps `update`, `apply_`; at last `update` to the target, `finish`, `apply_`.
     """
@@ -53,8 +57,6 @@ class Pruner:
         rate_learning_rate: float = 0.01,
     ):
         self.records = {record.name: record for record in weights}
-        if not self.records:
-            raise ValueError("the model has nothing to prune: no Linear or convolution weight was found")
         self.criterion_name, self.criterion = criterion, find_criterion(criterion)
         self.allocation = Allocation(allocation) if isinstance(allocation, str) else allocation
         learned = self.allocation.scope == "learned"
@@ -63,8 +65,9 @@ class Pruner:
         self._pruned: dict[str, Tensor] = {}  # True = zero: masked_fill_ then also clears NaN and inf
         self._dense: dict[str, Tensor] = {}  # latent weights, while the schedule runs
         self._scores: dict[str, Tensor] = {}  # learned ones
-        self._gathered: dict[str, Tensor] = {}
-        self._gathered_steps = 0
+        self._gathered: dict[str, Tensor] = {}  # NaN where there has never been a gradient
+        self._gathered_steps: dict[str, int] = {}  # in which there was one since the masks were chosen
+        self._moving: set[str] = set()  # during a step: in whose place latent weights or scores are
         self._near: dict[str, Tensor] = {}  # bool: near the threshold, where rates are learned
         self.initial_sparsity = 0.0
 
@@ -115,9 +118,14 @@ class Pruner:
 
         Raises:
             ValueError: it cannot, with the floors, the pattern and the layers' own sparsities (the message has the
-                largest that can); the criterion needs what this model does not have.
+                largest that can); the criterion needs what this model does not have; there is nothing to prune.
         """
         records = self._whole_records()
+        if not records:
+            raise ValueError(
+                "the model has nothing to prune: no Linear or convolution weight was found that is trained "
+                "(requires_grad) and not excluded"
+            )
         if not (self.criterion.gathers or self.criterion.learned):
             self.criterion.score(records, None)
         self.allocation.check(records, target)
@@ -132,8 +140,8 @@ class Pruner:
         weights = self.weights
         self._dense = {name: weight.detach().clone() for name, weight in weights.items()}
         if self.criterion.gathers:
-            self._gathered = {name: torch.zeros_like(weight) for name, weight in weights.items()}
-            self._gathered_steps = 0
+            self._gathered = {name: torch.full_like(weight, math.nan) for name, weight in weights.items()}
+            self._gathered_steps = dict.fromkeys(weights, 0)
         if self.criterion.learned:
             whole = {name: replace(r, weight=full_tensor(self._dense[name])) for name, r in self.records.items()}
             self._scores = self._all_laid_out({name: initial_scores(record) for name, record in whole.items()})
@@ -151,18 +159,20 @@ class Pruner:
                 continue
             if self.criterion.gathers or self._rates is not None:
                 seen = gradient.nan_to_num(0.0, 0.0, 0.0)  # of a step with an overflow, which a gradient scaler skips
-                if self.criterion.gathers == "mean":
-                    self._gathered[name] += seen
-                elif self.criterion.gathers == "movement":
-                    self._gathered[name] -= seen * dense
-                if self._near:
+                if self.criterion.gathers:
+                    gathered = self._gathered[name]
+                    if self._gathered_steps[name] == 0:
+                        gathered.zero_()
+                    gathered += seen if self.criterion.gathers == "mean" else -seen * dense
+                    self._gathered_steps[name] += 1
+                if name in self._near:
                     products[name] = full_tensor((seen * dense * self._near[name]).sum())
             if self.learns_scores:
                 gradient.mul_(dense).mul_(self._scores[name].sign())
                 weight.copy_(self._scores[name])
             else:
                 weight.copy_(dense)
-        self._gathered_steps += 1
+            self._moving.add(name)
         if products:
             self._rates.learn(products)
 
@@ -177,34 +187,59 @@ class Pruner:
     @torch.no_grad()
     def after_step(self) -> None:
         """After the optimizer's step: its result becomes the latent weight, or the score."""
-        for name, weight in self.weights.items() if self.active else ():
+        for name in self._moving:
+            weight = self._weight(name)
             if self.learns_scores:
                 self._scores[name].copy_(weight)
                 weight.copy_(self._dense[name])
             else:
                 self._dense[name].copy_(weight)
+        self._moving.clear()
 
     @torch.no_grad()
     def update(self, sparsity: float) -> None:
         """
-        Choose the masks anew, exactly round(sparsity * prunable_count) zeros.
+        Choose the masks anew, exactly round(sparsity * prunable_count) zeros; of the weights that are not frozen, if
+        some are.
 
         Raises:
             ValueError: the criterion needs gradients and there were none; scores that are not finite; a sparsity that
                 cannot be reached.
         """
         records = self._whole_records()
-        scores = self.criterion.score(records, self._whole_gradients())
+        gradients = self._whole_gradients()
+        unknown = {name for name, gradient in (gradients or {}).items() if bool(gradient.isnan().any())}
+        scores = self.criterion.score(records, gradients and {n: g.nan_to_num() for n, g in gradients.items()})
+        if unknown:
+            scores = _ranked_by_magnitude(records, scores, unknown)
         if self._rates is not None:
             scores = self._rates.weigh(scores)
-        masks = self.allocation.masks(records, scores, sparsity)
+        standing = self._standing_masks()
+        records = [record for record in records if record.name not in standing]
+        masks = {}
+        if records:
+            # what others write as an allocation need not know of masks that stand
+            masks = self.allocation.masks(records, scores, sparsity, *([standing] if standing else []))
         if self._rates is not None:
             self._near = self._all_laid_out(near_threshold(scores, masks))
-        self.masks_from(masks)
+        self.masks_from(standing | masks)
         if self.criterion.gathers == "mean":
-            for gathered in self._gathered.values():
-                gathered.zero_()
-            self._gathered_steps = 0
+            for name, steps in self._gathered_steps.items():
+                self._gathered[name] /= max(steps, 1)  # the last mean holds until there is another gradient
+                self._gathered_steps[name] = 0
+
+    @property
+    def frozen(self) -> list[str]:
+        """The weights that are left alone at present: requires_grad=False."""
+        return [name for name, weight in self.weights.items() if not weight.requires_grad]
+
+    def _standing_masks(self) -> dict[str, Tensor]:
+        masks = {name: ~full_tensor(self._pruned[name]) for name in self.frozen if name in self._pruned}
+        return {
+            name: masks.get(name, torch.ones(weight.shape, dtype=torch.bool, device=weight.device))
+            for name, weight in self.weights.items()
+            if not weight.requires_grad
+        }
 
     @torch.no_grad()
     def finish(self, optimizer: torch.optim.Optimizer | None = None) -> None:
@@ -213,6 +248,7 @@ class Pruner:
             self._forget_moments(optimizer)
         for tensors in self._by_kind.values():
             tensors.clear()
+        self._gathered_steps.clear()
 
     @torch.no_grad()
     def apply_(self) -> None:
@@ -249,14 +285,14 @@ class Pruner:
     def keep_zeros(self) -> None:
         """Take the zeros that the weights have now as masks: of a sparse checkpoint that is to be trained further."""
         self.masks_from({name: full_tensor(weight) != 0 for name, weight in self.weights.items()})
-        self.initial_sparsity = self.pruned_count / self.prunable_count
+        self.initial_sparsity = self.pruned_count / max(self.prunable_count, 1)
 
     def state(self) -> dict[str, Tensor]:
         """What a resumed run needs, by name: masks and, while the schedule runs, latent weights, scores and sums."""
         state = {f"mask.{name}": mask for name, mask in self.masks.items()}
         for kind, tensors in self._by_kind.items():
             state |= {f"{kind}.{name}": full_tensor(tensor) for name, tensor in tensors.items()}
-        state["pruning.gathered_steps"] = torch.tensor(self._gathered_steps)
+        state["pruning.gathered_steps"] = torch.tensor([self._gathered_steps.get(name, 0) for name in self.records])
         state["pruning.initial_sparsity"] = torch.tensor(self.initial_sparsity, dtype=torch.float64)
         if self._rates is not None:
             state |= {f"rate.{name}": tensor for name, tensor in self._rates.state().items()}
@@ -287,7 +323,8 @@ class Pruner:
             tensors.clear()
             tensors.update(self._all_laid_out(part(kind)))
         numbers = part("pruning")
-        self._gathered_steps = int(numbers.get("gathered_steps", 0))
+        steps = numbers["gathered_steps"].tolist() if self._gathered else []
+        self._gathered_steps = dict(zip(self.records, steps, strict=False))
         self.initial_sparsity = float(numbers.get("initial_sparsity", 0.0))
         if self._rates is not None:
             self._rates.load(rates)
@@ -310,16 +347,37 @@ class Pruner:
     def _whole_gradients(self) -> dict[str, Tensor] | None:
         if not self.criterion.gathers:
             return None
-        if not self._gathered or self._gathered_steps == 0:
+        mean = self.criterion.gathers == "mean"
+        counts = {name: max(steps, 1) if mean else 1 for name, steps in self._gathered_steps.items()}
+        whole = {name: full_tensor(gathered).float() / counts[name] for name, gathered in self._gathered.items()}
+        if all(bool(gathered.isnan().any()) for gathered in whole.values()):
             raise ValueError(
                 f"the criterion {self.criterion_name!r} needs gradients and there were none: call begin(), and "
                 "before_step() after each backward, before the masks are chosen"
             )
-        count = self._gathered_steps if self.criterion.gathers == "mean" else 1
-        return {name: full_tensor(gathered).float() / count for name, gathered in self._gathered.items()}
+        return whole
 
     def _forget_moments(self, optimizer: torch.optim.Optimizer | None) -> None:
         """Moments of weights say nothing of scores, nor those of scores of weights: start anew."""
         states = getattr(optimizer, "state", {})
         for weight in self.weights.values():
             states.pop(weight, None)
+
+
+def _ranked_by_magnitude(
+    records: Sequence[WeightMatrix], scores: Mapping[str, Tensor], unknown: set[str]
+) -> dict[str, Tensor]:
+    """
+    Scores where some weights have never had a gradient. Of those nothing is known but their magnitude: the smallest
+    gets the smallest of the other weights' scores, the median their median and so on, so that such a layer is pruned
+    as much as the others are on the whole, neither more nor less.
+    """
+    known = torch.cat([score.flatten() for name, score in scores.items() if name not in unknown]).sort().values
+    ranked = dict(scores)
+    for record in records:
+        if record.name in unknown:
+            weight = record.weight.abs().flatten()
+            place = torch.linspace(0, len(known) - 1, len(weight), device=known.device).round().long()
+            values = known.new_empty(len(weight)).scatter_(0, weight.argsort(stable=True), known[place])
+            ranked[record.name] = values.view(record.weight.shape)
+    return ranked

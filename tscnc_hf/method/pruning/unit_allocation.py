@@ -32,39 +32,53 @@ class UnitAllocation:
     scope: str = "global"
 
     def masks(
-        self, records: Sequence[WeightMatrix], scores: Mapping[str, Tensor], sparsity: float
+        self,
+        records: Sequence[WeightMatrix],
+        scores: Mapping[str, Tensor],
+        sparsity: float,
+        standing: Mapping[str, Tensor] | None = None,
     ) -> dict[str, Tensor]:
         """
         Masks with the fewest zeros that are at least round(sparsity * N), N the number of all scores: a part of a unit
         is not cut, so there can be more zeros than asked for, by less than what the last unit holds.
 
-        Arguments and what is returned as in `Allocation.masks`.
+        Arguments and what is returned as in `Allocation.masks`. The units that `standing` weights are part of stay as
+        they are.
 
         Raises:
             ValueError: so many zeros cannot be reached by whole units (the message has the largest sparsity that can).
         """
         shapes = {record.name: scores[record.name] for record in records}
         total = sum(score.numel() for score in shapes.values())
-        wanted, order = round(sparsity * total), self._order(scores)
-        if wanted > (most := _zeros(self._cut(shapes, order, len(order)))):
+        keep = [self._standing_units(group, standing or {}) for group in self.groups]
+        wanted, order = round(sparsity * total), self._order(scores, standing or {})
+        if wanted > (most := _zeros(self._cut(shapes, keep, order, len(order)))) and not standing:
             raise ValueError(
                 f"a sparsity of {sparsity:.6g} is not reachable with whole units, one of each group kept: the largest "
                 f"is {most / total:.6g} of the prunable weights, for {len(self.groups)} groups. Lower the target, or "
                 'prune single weights (pruning_structure="unstructured")'
             )
         counts = range(len(order) + 1)
-        count = bisect_left(counts, wanted, key=lambda count: _zeros(self._cut(shapes, order, count)))
-        return self._cut(shapes, order, count)
+        wanted = min(wanted, most)  # less where what is frozen leaves no more to cut
+        count = bisect_left(counts, wanted, key=lambda count: _zeros(self._cut(shapes, keep, order, count)))
+        return self._cut(shapes, keep, order, count)
 
     def check(self, records: Sequence[WeightMatrix], target: float) -> None:
         """Raise what `masks` would raise at the target, before any training."""
         self.masks(records, {record.name: record.weight.detach().abs() for record in records}, target)
 
-    def _order(self, scores: Mapping[str, Tensor]) -> list[tuple[int, int]]:
+    def _standing_units(self, group: StructureGroup, standing: Mapping[str, Tensor]) -> Tensor:
+        """Bool, (units,): which units of a group the masks that stand leave; all of a group that has none."""
+        found = {part.name: standing[part.name] for part in group.weights if part.name in standing}
+        return group.unit_sums(found).cpu() > 0 if found else torch.ones(group.count, dtype=torch.bool)
+
+    def _order(self, scores: Mapping[str, Tensor], standing: Mapping[str, Tensor]) -> list[tuple[int, int]]:
         """(group, unit), the least important first, without the best unit of each group."""
         ranked = []
         for index, group in enumerate(self.groups):
             names = [part.name for part in group.weights]
+            if any(name in standing for name in names):
+                continue
             squares = group.unit_sums({name: scores[name].double().square() for name in names})
             sizes = group.unit_sums({name: torch.ones_like(scores[name], dtype=torch.double) for name in names})
             values = (squares / sizes).sqrt().tolist()
@@ -72,14 +86,17 @@ class UnitAllocation:
                 ranked.append((place / group.count if self.scope == "uniform" else value, index, unit))
         return [(group, unit) for _, group, unit in sorted(ranked)]
 
-    def _cut(self, shapes: Mapping[str, Tensor], order: list[tuple[int, int]], count: int) -> dict[str, Tensor]:
-        keep = [torch.ones(group.count, dtype=torch.bool) for group in self.groups]
+    def _cut(
+        self, shapes: Mapping[str, Tensor], units: list[Tensor], order: list[tuple[int, int]], count: int
+    ) -> dict[str, Tensor]:
+        keep = [kept.clone() for kept in units]
         for group, unit in order[:count]:
             keep[group][unit] = False
         masks = {name: torch.ones_like(score, dtype=torch.bool) for name, score in shapes.items()}
         for group, units in zip(self.groups, keep, strict=True):
             for name, mask in group.unit_masks(units).items():
-                masks[name] &= mask.to(masks[name].device)
+                if name in masks:
+                    masks[name] &= mask.to(masks[name].device)
         return masks
 
 

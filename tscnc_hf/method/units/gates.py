@@ -85,7 +85,8 @@ def attach_gates(
     Args:
         model (`nn.Module`): changed in place, before its optimizer is made.
         layers (`Sequence[str]`, *optional*): gate the input channels of the layers whose name ends with one of these,
-            Linear or ungrouped convolution; all `gate_sites` by default.
+            Linear or ungrouped convolution, not frozen; by default all `gate_sites` that are not, as a gate is folded
+            into the weight of the layer.
         drop_rate (`float`): see `HardConcreteGate`.
         generator (`torch.Generator`, *optional*): on the CPU.
 
@@ -97,7 +98,7 @@ def attach_gates(
     """
     if gated_layers(model):
         raise ValueError("the model has gates already; fold_gates_(model) removes them")
-    sites = gate_sites(model)
+    sites = [site for site in gate_sites(model) if site.reader.weight.requires_grad]
     if layers:
         known = {site.name: site for site in sites}
         sites = [known.get(name) or _named_site(model, name) for name in _matching(model, layers)]
@@ -125,6 +126,8 @@ def _named_site(model: nn.Module, name: str) -> GateSite:
     layer = model.get_submodule(name)
     if not isinstance(layer, LAYERS) or getattr(layer, "groups", 1) != 1:
         raise ValueError(f"{name} is a {type(layer).__name__}: gates stand before Linear and ungrouped convolutions")
+    if not layer.weight.requires_grad:
+        raise ValueError(f"{name} is frozen (requires_grad=False), and a gate would be folded into its weight")
     return GateSite(name, layer)
 
 
