@@ -98,7 +98,7 @@ class TSCNCConfig(TrainingArguments):
         cnc_interval (`int`, *optional*, defaults to 1): compute the constraint every so many steps, at so many times
             the weight.
 
-    Parameters that control pruning (sparsity is the fraction of zeros among the prunable weights, which are not frozen):
+    Parameters that control pruning (sparsity is the fraction of zeros among prunable weights, which are not frozen):
         target_sparsity (`float`, *optional*, defaults to 0): sparsity at the end, in [0, 1); 0 trains dense.
         pruning_schedule (`str`, *optional*, defaults to `"cubic"`): how sparsity rises, "cubic", "linear" or
             "one-shot" (all of it at pruning_start).

@@ -15,6 +15,7 @@ from transformers.utils import logging
 from tscnc_hf.artifact.files.atomic import write_json
 from tscnc_hf.artifact.files.identity import RunIdentity, code_identity
 from tscnc_hf.artifact.models.loading import load_weights
+from tscnc_hf.data.epochs import set_epoch
 from tscnc_hf.data.identity import dataset_identity
 from tscnc_hf.training.resume.checkpoints import (
     ResumeError,
@@ -269,10 +270,10 @@ class ResumeCallback(TrainerCallback):
         if text and state.is_world_process_zero:
             logger.warning(text)
 
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        dataset = self.trainer.train_dataset
-        if hasattr(dataset, "set_epoch"):  # augmentation is a function of (seed, epoch, index)
-            dataset.set_epoch(int(state.epoch or 0))
+    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        # augmentation is a function of (seed, epoch, index)
+        given = (self.trainer.train_dataset, getattr(train_dataloader, "dataset", None))
+        set_epoch(given, int(state.epoch or 0))
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.trainer.termination.requested and state.epoch % 1 != 0:  # else what belongs to the epoch's end first
