@@ -117,7 +117,7 @@ def test_a_computed_weight_is_left_out_and_said_so(caplog, monkeypatch):
     model = nn.Sequential(nn.Linear(4, 3), nn.utils.parametrizations.weight_norm(nn.Linear(3, 2)))
     with caplog.at_level(logging.WARNING):
         assert list(by_name(model)) == ["0.weight"]
-    assert "1.weight is computed from other parameters" in caplog.text
+    assert "1.weight is neither constrained nor pruned: computed from other parameters" in caplog.text
 
 
 def test_printing_shows_what_takes_part_and_why_the_rest_does_not(monkeypatch):

@@ -9,9 +9,12 @@ from functools import partial
 
 from torch import Tensor, nn
 
+from tscnc_hf.method.weight_use import why_computed
+
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 LAYERS = (nn.Linear, *CONVOLUTIONS)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 logger = logging.getLogger(__name__)
@@ -96,10 +99,12 @@ class WeightMatrices(Iterator[WeightMatrix]):
         found = {record.name: record for record in _find(self._model, self._excluded)}
         taken = {name: record for name, record in found.items() if record.weight.requires_grad}
         lines = [f"{len(taken)} weights are constrained and pruned:", *(f"  {taken[name]}" for name in taken), "not:"]
+        computed = computed_weights(self._model)
+        lines += [f"  {name}: {why}" for name, why in computed.items()]
         for module_name, module in self._model.named_modules():
             for parameter, weight in module._parameters.items():
                 name = full_name(module_name, parameter)
-                if weight is not None and name not in taken:
+                if weight is not None and name not in taken and name not in computed:
                     lines.append(f"  {name}: {tuple(weight.shape)}, {_why_not(name, module, weight, self._excluded)}")
         return "\n".join(lines)
 
@@ -120,6 +125,26 @@ def weight_matrices(model: nn.Module, exclude: Sequence[str] = ()) -> WeightMatr
     return WeightMatrices(model, exclude)
 
 
+def computed_weights(model: nn.Module) -> dict[str, str]:
+    """
+    The weights of linear layers and convolutions that are neither constrained nor pruned nor reported on, because the
+    layer multiplies with other numbers than it stores: name -> why. A class that is wrongly among them can be
+    registered (`register_matrix_view`).
+    """
+    found = {
+        full_name(name, "weight"): _why_computed(module)
+        for name, module in model.named_modules()
+        if isinstance(module, (*LAYERS, *_TRANSPOSED))
+    }
+    return {name: why for name, why in found.items() if why}
+
+
+def _why_computed(module: nn.Module) -> str:
+    """Empty for what is no linear layer or convolution, and for a class that somebody registered a view for."""
+    owner = next((cls for cls in type(module).__mro__ if cls in _VIEWS), None)
+    return why_computed(module) if owner in (*LAYERS, *_TRANSPOSED) else ""
+
+
 def _excluded(model: nn.Module, parts: Sequence[str]) -> Callable[[str], bool]:
     """Whether a name is left out."""
     names = {name for name, _ in model.named_parameters()} if parts else set()
@@ -133,13 +158,14 @@ def _find(model: nn.Module, excluded: Callable[[str], bool]) -> Iterator[WeightM
         views = _views(module)
         if not views:
             _report_unknown(module_name, module)
+        elif why := _why_computed(module):
+            _report(module, f"{full_name(module_name, 'weight')} is neither constrained nor pruned: {why}")
+            continue
         for parameter, view in views.items():
             name = full_name(module_name, parameter)
             if parameter not in module._parameters:
-                # parametrized (weight norm, spectral norm): what forward uses is computed, a zero would not stay one
-                if hasattr(module, parameter):
-                    why = "computed from other parameters, so it is neither constrained nor pruned"
-                    _report(module, f"{name} is {why}")
+                if hasattr(module, parameter):  # an attention with a parametrization
+                    _report(module, f"{name} is neither constrained nor pruned: computed from other parameters")
                 continue
             weight = module._parameters[parameter]
             if weight is None or id(weight) in seen:
@@ -164,6 +190,8 @@ def _why_not(name: str, module: nn.Module, weight: Tensor, excluded: Callable[[s
     if isinstance(module, _LEFT_OUT):
         return "norm or embedding"
     parameter = name.rsplit(".", 1)[-1]
+    if parameter != "weight" and isinstance(module, LAYERS) and _why_computed(module):
+        return "what the weight is computed from"
     if weight.ndim < 2 or any(word in parameter for word in ("bias", "token", "pos", "embed", "scale")):
         return "bias, scale, position or token"
     return "tied to another weight" if _views(module) else f"no matrix view for {type(module).__name__}"
@@ -205,7 +233,7 @@ def _report(module: nn.Module, message: str) -> None:
 register_matrix_view(nn.Linear, lambda module, weight: weight[None])
 for _conv in CONVOLUTIONS:
     register_matrix_view(_conv, lambda module, weight: weight.reshape(module.groups, len(weight) // module.groups, -1))
-for _conv in (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d):
+for _conv in _TRANSPOSED:
     register_matrix_view(_conv, _conv_transpose_view)
 register_matrix_view(nn.MultiheadAttention, _blocks_of_three, parameter="in_proj_weight")
 for _name in ("q_proj_weight", "k_proj_weight", "v_proj_weight"):  # where key and value have sizes of their own

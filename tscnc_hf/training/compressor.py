@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from tscnc_hf.artifact.models.saving import whole_copy
 from tscnc_hf.method.adversarial.noise import seeded_generator
 from tscnc_hf.method.averaging import WeightAverage
 from tscnc_hf.method.constraints import constraint_terms, weight_scales
-from tscnc_hf.method.matrices import full_tensor, weight_matrices
+from tscnc_hf.method.matrices import WeightMatrix, computed_weights, full_tensor, weight_matrices
 from tscnc_hf.method.pruning.allocation import Allocation
 from tscnc_hf.method.pruning.pruner import Pruner
 from tscnc_hf.method.pruning.schedule import sparsity_at
@@ -345,7 +345,8 @@ def build_pruner(model: nn.Module, args: TSCNCConfig) -> Pruner:
     The pruner of a run. With `keep_masks` it takes over the zeros of the model.
 
     Raises:
-        ValueError: nothing to prune; `pruning_exclude` names what is not there; a target that cannot be reached;
+        ValueError: nothing to prune, or most weights are not what their layers multiply with; `pruning_exclude` names
+            what is not there; a target that cannot be reached;
             `keep_masks` for a model without zeros, or with more of them than the target.
     """
     names = [name for name, _ in model.named_parameters()]
@@ -356,6 +357,8 @@ def build_pruner(model: nn.Module, args: TSCNCConfig) -> Pruner:
                 f"shows them, e.g. {', '.join(record.name for record in list(weight_matrices(model))[:3])}"
             )
     records = list(weight_matrices(model, args.pruning_exclude))
+    if args.target_sparsity > 0 or args.keep_masks or not records:
+        _check_computed(model, records, args.pruning_exclude)
     if args.pruning_structure in UNITS:
         allocation = unit_allocation(model, records, UNITS[args.pruning_structure], args.pruning_scope)
     else:
@@ -385,6 +388,21 @@ def build_pruner(model: nn.Module, args: TSCNCConfig) -> Pruner:
     if args.target_sparsity > 0:
         pruner.check(args.target_sparsity)
     return pruner
+
+
+def _check_computed(model: nn.Module, records: list[WeightMatrix], exclude: Sequence[str]) -> None:
+    """A share of zeros among what little is left would be called that of the network."""
+    computed = {n: why for n, why in computed_weights(model).items() if not any(part in n for part in exclude)}
+    sizes = {name: model.get_submodule(name.removesuffix("weight").rstrip(".")).weight.numel() for name in computed}
+    prunable = sum(record.weight.numel() for record in records)
+    if computed and sum(sizes.values()) > prunable:
+        name = max(sizes, key=sizes.get)
+        raise ValueError(
+            f"{len(computed)} layers of {type(model).__name__} with {sum(sizes.values()):,} weights multiply with "
+            f"other numbers than they store, so that zeros would not stay zeros, and {prunable:,} weights are left to "
+            f"prune. {name}: {computed[name]}. Fold such weights, take another architecture, or name them in "
+            "pruning_exclude to prune the rest alone"
+        )
 
 
 def _inner(optimizer: torch.optim.Optimizer | None) -> torch.optim.Optimizer | None:

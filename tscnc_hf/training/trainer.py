@@ -21,7 +21,7 @@ from tscnc_hf.data.batches import collate, collate_unlabelled
 from tscnc_hf.evaluation.run import as_published, evaluate
 from tscnc_hf.method.adversarial.objectives import objective_terms
 from tscnc_hf.method.adversarial.pixels import normalisation
-from tscnc_hf.method.matrices import weight_matrices
+from tscnc_hf.method.matrices import computed_weights, weight_matrices
 from tscnc_hf.method.sharding import is_sharded, reshard_
 from tscnc_hf.method.units.gates import detached_gates, folded_gates, gate_report
 from tscnc_hf.training.adversary import Adversary
@@ -192,7 +192,7 @@ class TSCNCTrainer(ResumableTrainer):
 
     def get_decay_parameter_names(self, model) -> list[str]:
         """Weight decay acts on the weights of layers; not on gates, norms, biases, embeddings and tokens."""
-        return [record.name for record in weight_matrices(model)]
+        return [record.name for record in weight_matrices(model)] + list(computed_weights(model))
 
     def create_optimizer(self, *args, **kwargs):
         made_here = self.optimizer is None

@@ -16,7 +16,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from tscnc_hf.method.adversarial.attack_losses import pixel_gradient
 from tscnc_hf.method.adversarial.pixels import LogitsFn
-from tscnc_hf.method.matrices import full_tensor, weight_matrices
+from tscnc_hf.method.matrices import computed_weights, full_tensor, weight_matrices
 from tscnc_hf.method.reports.report import Report
 from tscnc_hf.method.reports.spectrum import singular_values
 
@@ -48,7 +48,7 @@ def lipschitz_product(model: nn.Module) -> LipschitzProduct:
     an input position is read, prod ceil(k / s) for kernel k and stride s (ours; the usual patch-counting argument).
     """
     found = {r.name: _operator_norm_bound(r.module, full_tensor(r.weight)) for r in weight_matrices(model)}
-    unknown = tuple(name for name, bound in found.items() if bound is None)
+    unknown = (*(name for name, bound in found.items() if bound is None), *computed_weights(model))
     bounds = {name: bound for name, bound in found.items() if bound is not None}
     for name, module in model.named_modules():
         if isinstance(module, _BatchNorm) and module.running_var is not None:

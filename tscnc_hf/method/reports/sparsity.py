@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
 
-from tscnc_hf.method.matrices import full_tensor, weight_matrices
+from tscnc_hf.method.matrices import computed_weights, full_tensor, weight_matrices
 from tscnc_hf.method.reports.report import Report, by, markdown_table
 
 
@@ -31,6 +31,7 @@ class SparsityReport(Report):
         rows: one per prunable weight.
         prunable, zeros, sparsity: over the prunable weights.
         parameters, parameter_zeros, parameter_sparsity: over all parameters.
+        computed: name -> why, of weights whose layers multiply with other numbers than they store: in no report.
     """
 
     rows: tuple[LayerSparsity, ...]
@@ -40,6 +41,7 @@ class SparsityReport(Report):
     parameters: int
     parameter_zeros: int
     parameter_sparsity: float
+    computed: dict[str, str] = field(default_factory=dict)
 
     def to_markdown(self) -> str:
         rows = [
@@ -53,7 +55,9 @@ class SparsityReport(Report):
                 f"{self.parameter_sparsity:.2%}",
             ),
         ]
-        return markdown_table(("weight", "shape", "zeros", "sparsity"), rows, text=("shape",))
+        left_out = [f"Not counted: `{name}`, {why}." for name, why in self.computed.items()]
+        table = markdown_table(("weight", "shape", "zeros", "sparsity"), rows, text=("shape",))
+        return "\n\n".join([table, *left_out])
 
 
 def sparsity_report(model: nn.Module, exclude: Sequence[str] = ()) -> SparsityReport:
@@ -69,5 +73,12 @@ def sparsity_report(model: nn.Module, exclude: Sequence[str] = ()) -> SparsityRe
     count, all_zeros = sum(p.numel() for p in parameters), sum(int((p == 0).sum()) for p in parameters)
     prunable, zeros = sum(row.numel for row in rows), sum(row.zeros for row in rows)
     return SparsityReport(
-        tuple(rows), prunable, zeros, zeros / max(prunable, 1), count, all_zeros, all_zeros / max(count, 1)
+        tuple(rows),
+        prunable,
+        zeros,
+        zeros / max(prunable, 1),
+        count,
+        all_zeros,
+        all_zeros / max(count, 1),
+        computed_weights(model),
     )

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from tscnc_hf.method.matrices import CONVOLUTIONS, LAYERS, full_name, full_tensor
+from tscnc_hf.method.matrices import CONVOLUTIONS, LAYERS, computed_weights, full_name, full_tensor
 from tscnc_hf.method.units.sites import HEAD_MAKERS, MIXING, PAIRS, head_site, input_channels
 
 
@@ -196,7 +196,7 @@ def _shared(model: nn.Module) -> dict[str, str]:
                 found[name] = f"{name} is tied to another weight"
         for key in getattr(module, "parametrizations", {}):
             found[full_name(layer, key)] = f"{layer}.{key} is computed from other parameters"
-    return found
+    return found | {name: f"{name}: {why}" for name, why in computed_weights(model).items()}
 
 
 @dataclass(frozen=True)

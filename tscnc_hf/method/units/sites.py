@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from tscnc_hf.method.matrices import LAYERS, full_name
+from tscnc_hf.method.matrices import LAYERS, computed_weights, full_name
 
 
 # (layer that makes the channels, layer that reads them), by the names that timm, transformers and torchvision use
@@ -60,7 +60,8 @@ def gate_sites(model: nn.Module) -> list[GateSite]:
         ]
         heads = head_site(name, module, children)
         sites |= {site.name: site for site in (*found, heads) if site is not None}
-    return list(sites.values())
+    computed = computed_weights(model)  # gates are folded into what a layer multiplies with
+    return [site for site in sites.values() if full_name(site.name, "weight") not in computed]
 
 
 def _feeds(children: dict[str, nn.Module], maker: str, reader: str) -> bool:
