@@ -147,6 +147,8 @@ def _show_model(options: argparse.Namespace, found: dict[str, Any]) -> None:
 
 
 def _convert(options: argparse.Namespace) -> dict[str, Any]:
+    from tscnc_hf.artifact.models.weights import read_weights
+    from tscnc_hf.artifact.packed.limit import count_minus_zeros
     from tscnc_hf.artifact.repository.conversion import pack, unpack
     from tscnc_hf.artifact.repository.opening import folder_sizes, open_repository
 
@@ -154,14 +156,19 @@ def _convert(options: argparse.Namespace) -> dict[str, Any]:
     repository = open_repository(options.model, options.revision, weights="dense" if packing else "packed")
     how = {"compression": options.compression, "value_dtype": options.value_dtype} if packing else {}
     path = (pack if packing else unpack)(repository, options.output, **how)
-    return {"written": str(path)} | repository.sizes | folder_sizes(path.parent)
+    done = {"written": str(path)} | repository.sizes | folder_sizes(path.parent)
+    if packing and (minus := count_minus_zeros(read_weights(repository.folder).values())):
+        done["minus_zeros"] = minus
+    return done
 
 
 def _show_sizes(options: argparse.Namespace, done: dict[str, Any]) -> None:
     from tscnc_hf.artifact.card.formatting import format_bytes
 
     sizes = {key: format_bytes(done[key]) for key in ("dense_bytes", "sparse_bytes") if key in done}
-    print(f"{done['written']}: dense {sizes.get('dense_bytes', '-')}, packed {sizes.get('sparse_bytes', '-')}")
+    text = f"{done['written']}: dense {sizes.get('dense_bytes', '-')}, packed {sizes.get('sparse_bytes', '-')}"
+    text += f" ({done['sparse_bytes'] / done['dense_bytes']:.1%} of it)" if len(sizes) == 2 else ""
+    print(text + (f"; {done['minus_zeros']:,} weights were -0.0 and are 0.0" if "minus_zeros" in done else ""))
 
 
 def _card(options: argparse.Namespace) -> dict[str, Any]:

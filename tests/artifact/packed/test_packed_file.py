@@ -19,6 +19,7 @@ from tscnc_hf.artifact.packed.file import (
     unpack_tensors,
     write_sparse_file,
 )
+from tscnc_hf.artifact.packed.index import header_text
 
 
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -90,7 +91,7 @@ def numpy_reader(path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
 
 def mixture() -> dict[str, torch.Tensor]:
     odd = torch.zeros(900)
-    odd[:4] = torch.tensor([-0.0, float("nan"), float("inf"), -float("inf")])
+    odd[:4] = torch.tensor([-1e-45, float("nan"), float("inf"), -float("inf")])
     odd.view(torch.int32)[700] = 0x7FC12345  # a NaN with a payload
     return {
         "layer.weight": sparse(24, 6, 3, 3),
@@ -125,14 +126,12 @@ def test_round_trip_keeps_every_bit(dtype, tmp_path):
         torch.empty(3, 0, 2),
         torch.tensor(0.0),
         torch.tensor(2.5),
-        torch.tensor(-0.0, dtype=torch.bfloat16),
         torch.zeros(1),
         torch.zeros(254),
         torch.zeros(255),
         torch.zeros(256),
         torch.zeros(10, 511),
         torch.ones(10, 11),
-        torch.full((600,), -0.0),
         torch.full((600,), float("nan")),
     ],
     ids=lambda t: f"{tuple(t.shape)}",
@@ -428,3 +427,36 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
         write_sparse_file({"w": torch.zeros(3)}, path)
     assert_same(read_sparse_file(path), {"w": torch.ones(3)})
     assert [p.name for p in tmp_path.iterdir()] == [SPARSE_FILE]
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("options", [{}, {"compression": "zstd"}])
+def test_a_zero_of_either_sign_is_a_zero(dtype, options):
+    """`weight * mask`, as torch's own pruning does it, leaves -0.0: a file of it is as small as one of 0.0."""
+    plain = sparse(200, 300, density=0.05, dtype=dtype)
+    signed = torch.where((plain == 0) & (torch.rand(plain.shape) < 0.5), -plain.new_zeros(()), plain)
+    assert signed.signbit().sum() > plain.signbit().sum()
+    files = [pack_tensors({"w": tensor}, **options)[0] for tensor in (plain, signed)]
+    assert_same(*files)
+    back = unpack_tensors(*pack_tensors({"w": signed}, **options))["w"]
+    assert torch.equal(back, signed) and torch.equal(back.view(torch.uint8), plain.view(torch.uint8))
+
+
+def test_denormal_numbers_are_values_also_where_they_are_flushed():
+    tiny = torch.zeros(600)
+    tiny.view(torch.int32)[5] = 1
+    tiny.view(torch.int32)[9] = -(2**31) + 1
+    assert torch.set_flush_denormal(True)
+    try:
+        back = unpack_tensors(*pack_tensors({"w": tiny}))["w"]
+    finally:
+        torch.set_flush_denormal(False)
+    assert torch.equal(back.view(torch.int32), tiny.view(torch.int32))
+
+
+def test_a_file_that_stores_a_minus_zero_is_refused():
+    packed, metadata = pack_tensors({"w": at([3, 700], 2000)})
+    packed["w"][0, 1] = -0.0
+    metadata["sha256"] = tensors_digest(header_text(metadata), packed)
+    with pytest.raises(ValueError, match="a zero is stored among the values"):
+        unpack_tensors(packed, metadata)

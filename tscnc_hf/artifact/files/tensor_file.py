@@ -13,6 +13,9 @@ import torch
 from safetensors import safe_open
 
 
+# bytes of an element -> integer dtype in which "all bits zero" and exact copies are plain
+BIT_PATTERNS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+SIGNED_ZEROS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 COMPACT = json.JSONEncoder(separators=(",", ":")).encode
 DOWNLOAD_AGAIN = "Download the file or save it again."
 
@@ -64,6 +67,28 @@ def tensors_digest(header: str, tensors: dict[str, torch.Tensor]) -> str:
 def own_copy(tensor: torch.Tensor) -> torch.Tensor:
     """A contiguous CPU copy, bit for bit, that shares memory with nothing (safetensors refuses tied tensors)."""
     return tensor.detach().to("cpu", copy=True).contiguous()
+
+
+def magnitude_bits(tensor: torch.Tensor) -> torch.Tensor:
+    """
+    The bits of a contiguous tensor (at most 8 bytes an element), flat, as integers that are 0 where it is a zero of
+    either sign: of floats all but the sign. Not by comparing values, which may flush denormal numbers to zero.
+    """
+    bits = tensor.reshape(-1).view(BIT_PATTERNS[tensor.element_size()])
+    return bits & torch.iinfo(bits.dtype).max if tensor.dtype in SIGNED_ZEROS else bits
+
+
+def is_minus_zero(tensor: torch.Tensor) -> torch.Tensor:
+    """Bool, flat: where a contiguous tensor is -0.0."""
+    bits = tensor.reshape(-1).view(BIT_PATTERNS[tensor.element_size()])
+    return bits == torch.iinfo(bits.dtype).min if tensor.dtype in SIGNED_ZEROS else torch.zeros_like(bits, dtype=bool)
+
+
+def value_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes of a contiguous tensor, uint8 and flat, with every zero as 0.0: the same for the same values."""
+    flat = tensor.reshape(-1)
+    negative = is_minus_zero(flat)
+    return (flat.masked_fill(negative, 0.0) if negative.any() else flat).view(torch.uint8)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

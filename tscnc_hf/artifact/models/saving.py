@@ -43,8 +43,8 @@ def save_sparse(
 
     Dense weights beside it, which stock transformers loads, are what `model.save_pretrained(folder)` writes. The keys
     are those of the dense checkpoint, a timm model's without "timm_model.". `load_sparse` gives the model back bit for
-    bit, unless `value_dtype` is given. Only 0.0 is left out: -0.0, which `weight * mask` makes of negative weights, is
-    kept as a value (`weight + 0.0` is free of it).
+    bit, unless `value_dtype` is given, but for -0.0, which `weight * mask` makes of negative weights: it comes back as
+    0.0.
 
     Args:
         compression: "zstd" compresses further, without loss, by a fifth or so; whoever reads the file needs zstandard,

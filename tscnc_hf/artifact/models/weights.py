@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from tscnc_hf.artifact.files.tensor_file import read_safetensors
+from tscnc_hf.artifact.files.tensor_file import read_safetensors, value_bytes
 
 
 WEIGHTS_FILE = "model.safetensors"
@@ -58,14 +58,14 @@ def float_dtypes(tensors: dict[str, torch.Tensor]) -> set[torch.dtype]:
 
 def same_tensors(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     """
-    Whether both have the same names, shapes, dtypes and bits (NaN is itself, -0.0 is not 0.0). Names of a timm model
-    are the same with and without its wrapper's prefix.
+    Whether both have the same names, shapes, dtypes and bits (NaN is itself; -0.0 is 0.0, as a packed file has it).
+    Names of a timm model are the same with and without its wrapper's prefix.
     """
     one, other = ({name.removeprefix(TIMM_PREFIX): tensor for name, tensor in x.items()} for x in (one, other))
     return one.keys() == other.keys() and all(
         one[name].dtype == other[name].dtype
         and one[name].shape == other[name].shape
-        and torch.equal(one[name].reshape(-1).view(torch.uint8), other[name].reshape(-1).view(torch.uint8))
+        and torch.equal(value_bytes(one[name].contiguous()), value_bytes(other[name].contiguous()))
         for name in one
     )
 

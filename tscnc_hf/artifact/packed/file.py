@@ -15,11 +15,19 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from tscnc_hf.artifact.files.atomic import atomic_file
-from tscnc_hf.artifact.files.tensor_file import dtype_name, naming, own_copy, read_safetensors, reading, tensors_digest
+from tscnc_hf.artifact.files.tensor_file import (
+    BIT_PATTERNS,
+    dtype_name,
+    magnitude_bits,
+    naming,
+    own_copy,
+    read_safetensors,
+    reading,
+    tensors_digest,
+)
 from tscnc_hf.artifact.packed import index as packed_index
 from tscnc_hf.artifact.packed.gaps import encode_gaps
 from tscnc_hf.artifact.packed.index import GAPS, PACKED_DTYPES
-from tscnc_hf.artifact.packed.limit import BIT_PATTERNS
 from tscnc_hf.artifact.packed.zstd import COMPRESSIONS, compress, to_planes, zstandard
 
 
@@ -47,7 +55,8 @@ def pack_tensors(
 
     Returns:
         The stored tensors (contiguous, on the CPU, sharing no memory) and the metadata of `packed_format.md`.
-        `unpack_tensors` gives back the same names, shapes and dtypes, and without `value_dtype` the same bits.
+        `unpack_tensors` gives back the same names, shapes and dtypes, and without `value_dtype` the same bits, but
+        for -0.0, which comes back as 0.0.
 
     Raises:
         ValueError: something in the dict is not a tensor with data; an unknown option; a value that is finite and
@@ -198,7 +207,7 @@ def _pack_one(
                 'Use value_dtype="bf16", or none.'
             )
     bits = BIT_PATTERNS[flat.element_size()]
-    positions = flat.view(bits).nonzero().reshape(-1)
+    positions = magnitude_bits(flat).nonzero().reshape(-1)
     entry["nnz"] = len(positions)
     values, gaps = flat[positions], encode_gaps(positions, flat.numel())
     smallest = min(values.nbytes + len(gaps), dense.nbytes)

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from tscnc_hf.artifact.files.tensor_file import dtype_name
+from tscnc_hf.artifact.files.tensor_file import BIT_PATTERNS, dtype_name, magnitude_bits
 from tscnc_hf.artifact.packed.gaps import SKIP, decode_gaps, measure_gaps
-from tscnc_hf.artifact.packed.limit import BIT_PATTERNS
 from tscnc_hf.artifact.packed.zstd import decompress, from_planes
 
 
@@ -127,7 +126,7 @@ def unpack_one(name: str, entry: Entry, values: torch.Tensor, gaps: torch.Tensor
             part = raw[start:stop].view(stored_bits)
         else:
             part = torch.from_numpy(from_planes(planes, integer, start, stop))
-        if torch.count_nonzero(part) != len(part):
+        if torch.count_nonzero(magnitude_bits(part.view(stored_dtype))) != len(part):
             raise ValueError(f"{name!r}: a zero is stored among the values.")
         return part if stored_dtype is dtype else part.view(stored_dtype).to(dtype).view(bits)
 

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 
-
-# bytes of an element -> integer dtype in which "all bits zero" and exact copies are plain
-BIT_PATTERNS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+from tscnc_hf.artifact.files.tensor_file import is_minus_zero, magnitude_bits
 
 
 def count_nonzero(tensor: torch.Tensor) -> int:
-    """Elements of `tensor` (at most 8 bytes each) with any bit set: -0.0 counts, as it is a value in a packed file."""
-    bits = tensor.detach().contiguous().view(-1).view(BIT_PATTERNS[tensor.element_size()])
-    return int(torch.count_nonzero(bits))
+    """Elements of `tensor` (at most 8 bytes each) that are no zero of either sign; NaN is none."""
+    return int(torch.count_nonzero(magnitude_bits(tensor.detach().contiguous())))
+
+
+def count_minus_zeros(tensors: Iterable[torch.Tensor]) -> int:
+    """How often -0.0 stands in them: what `weight * mask` makes of negative weights. A packed file keeps 0.0."""
+    return sum(int(is_minus_zero(tensor.detach().contiguous()).sum()) for tensor in tensors)
 
 
 def storage_limit(tensors: dict[str, torch.Tensor]) -> int:

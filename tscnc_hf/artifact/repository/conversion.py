@@ -1,4 +1,4 @@
-"""Dense folder <-> packed file, both ways and bit for bit, without ever overwriting another model."""
+"""Dense folder <-> packed file, both ways and with the same values, without ever overwriting another model."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ def pack(
     value_dtype: str | None = None,
 ) -> Path:
     """
-    Write `model.sparse.safetensors`, with the names and bits of the dense weights, and return its path.
+    Write `model.sparse.safetensors`, with the names and bits of the dense weights (-0.0 becomes 0.0), and return its
+    path.
 
     Args:
         repository: from `open_repository`, with dense weights.

@@ -21,7 +21,7 @@ from tscnc_hf.artifact.card.formatting import (
 )
 from tscnc_hf.artifact.files.tensor_file import dtype_name
 from tscnc_hf.artifact.models.recorded_widths import recorded_widths
-from tscnc_hf.artifact.packed.limit import storage_limit
+from tscnc_hf.artifact.packed.limit import count_minus_zeros, storage_limit
 from tscnc_hf.artifact.repository.opening import (
     CARD_FILE,
     RESULTS_FILE,
@@ -55,10 +55,12 @@ def inspect_model(
 
     Returns:
         {"model", "commit", "architecture", "classes", "dtype", "parameters",
-        "sparsity": {"prunable", "zeros", "sparsity", "parameters", "parameter_zeros", "parameter_sparsity"},
+        "sparsity": {"prunable", "zeros", "sparsity", "parameters", "parameter_zeros", "parameter_sparsity",
+        "computed"},
         "spectrum": {"matrices", "lost_ranks", and the summary of `SpectralReport`},
         "sizes": {"dense_bytes", "sparse_bytes", "limit_bytes"}: of the two files, and what a lossless file needs at
-        least (`storage_limit`), "metrics": [{"name", "value", ...}], "metrics_from": the file that they are from,
+        least (`storage_limit`), "minus_zeros": how many weights are -0.0, which a packed file keeps as 0.0,
+        "metrics": [{"name", "value", ...}], "metrics_from": the file that they are from,
         "target": {"sparsity", "scope", "rows": [{"name", "shape", "numel", "kept", "rows", "live_rows"}]},
         "collapsed": what the results say, "method": options of the run, "gates", "narrowed": layers that are narrower
         than config.json says by itself}
@@ -93,6 +95,7 @@ def inspect_model(
         for name in ("sparsity", "spectrum"):
             found.get(name, {}).pop("rows", None)
     found["sizes"] = repository.sizes | {"limit_bytes": storage_limit(tensors)}
+    found["minus_zeros"] = count_minus_zeros(tensors.values()) or None
     found["metrics"], found["metrics_from"] = _known_metrics(repository.folder, results)
     found |= {
         "collapsed": results.get("collapsed"),
@@ -158,6 +161,9 @@ def summary_rows(found: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("zeros", f"{sparsity['sparsity']:.2%} of {sparsity['prunable']:,} prunable weights"),
         ("", f"{sparsity['parameter_sparsity']:.2%} of {sparsity['parameters']:,} parameters"),
     ]
+    computed = sparsity.get("computed") or {}
+    for why in dict.fromkeys(computed.values()):
+        rows.append(("not counted", f"{sum(other == why for other in computed.values())} layers: {why}"))
     if spectrum := found.get("spectrum"):
         kappas = [format_kappa(spectrum.get(f"{which}_effective_condition_number")) for which in ("median", "max")]
         rows.append(("effective condition number", f"median {kappas[0]}, largest {kappas[1]}"))
@@ -167,6 +173,8 @@ def summary_rows(found: Mapping[str, Any]) -> list[tuple[str, str]]:
         format_bytes(sizes[key]) if key in sizes else "none" for key in ("dense_bytes", "sparse_bytes", "limit_bytes")
     )
     rows.append(("weights on disk", f"dense {dense}, packed {packed}; a lossless file needs {limit}"))
+    if minus := found.get("minus_zeros"):
+        rows.append(("minus zeros", f"{minus:,}, which a packed file keeps as zeros like the others"))
     for index, metric in enumerate(found.get("metrics", ())):
         rows.append((f"claims ({found['metrics_from']})" if not index else "", _metric(metric)))
     if method := found.get("method"):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from tscnc_hf.method.constraints import transformed_l1
-from tscnc_hf.method.matrices import LAYERS, full_tensor
+from tscnc_hf.method.matrices import LAYERS, computed_weights, full_tensor
 from tscnc_hf.method.reports.report import Report, markdown_table, over_rows
 from tscnc_hf.method.sharding import replicated
 from tscnc_hf.method.units.sites import GateSite, gate_sites
@@ -124,6 +124,8 @@ def _matching(model: nn.Module, layers: Sequence[str]) -> list[str]:
 
 def _named_site(model: nn.Module, name: str) -> GateSite:
     layer = model.get_submodule(name)
+    if why := computed_weights(layer).get("weight"):
+        raise ValueError(f"{name} can have no gates, which are folded into its weight: {why}")
     if not isinstance(layer, LAYERS) or getattr(layer, "groups", 1) != 1:
         raise ValueError(f"{name} is a {type(layer).__name__}: gates stand before Linear and ungrouped convolutions")
     if not layer.weight.requires_grad:
@@ -203,7 +205,6 @@ def _fold(layer: nn.Module) -> None:
     weight = layer.weight
     factors = layer.gate.deterministic().repeat_interleave(layer.gate.channels).to(weight.device, weight.dtype)
     weight.mul_(replicated(factors.view(1, -1, *[1] * (weight.ndim - 2)), weight))
-    weight.add_(0.0)  # no negative zeros: a packed file would keep each of them
 
 
 def fold_gates_(model: nn.Module) -> None:
