@@ -7,7 +7,18 @@ import pytest
 import timm
 import torch
 from torch import nn
-from transformers import TimmWrapperConfig, TimmWrapperForImageClassification, ViTConfig, ViTForImageClassification
+from transformers import (
+    CLIPConfig,
+    CLIPForImageClassification,
+    SiglipConfig,
+    SiglipForImageClassification,
+    SwinConfig,
+    SwinForImageClassification,
+    TimmWrapperConfig,
+    TimmWrapperForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from tests.processes import run_python
 from tscnc_hf import load_slim, load_sparse, save_sparse, slim
@@ -32,8 +43,27 @@ def wrapped(name: str, **model_args):
     return TimmWrapperForImageClassification(config)
 
 
+def of_two_towers(config_class, model_class):
+    tower = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 40}
+    vision = tower | {"image_size": 32, "patch_size": 8}
+    return model_class(config_class(vision_config=vision, text_config=tower | {"vocab_size": 16}, num_labels=5))
+
+
+def hf_swin():
+    shape = {"embed_dim": 16, "depths": [1, 1], "num_heads": [2, 4], "window_size": 4}
+    return SwinForImageClassification(SwinConfig(image_size=32, patch_size=4, num_labels=5, **shape))
+
+
+STAGES = {"depths": (1, 1, 1, 1), "dims": (8, 12, 16, 16)}
 MODELS = {
     "hf_vit": hf_vit,
+    "hf_swin": hf_swin,
+    "clip": lambda: of_two_towers(CLIPConfig, CLIPForImageClassification),
+    "siglip": lambda: of_two_towers(SiglipConfig, SiglipForImageClassification),
+    "convnext": lambda: wrapped("convnext_atto", **STAGES),
+    "inception-next": lambda: wrapped("inception_next_atto", **STAGES),
+    "seresnet18": lambda: wrapped("seresnet18", channels=[8, 8, 16, 16], layers=[1, 1, 1, 1]),
+    "cait": lambda: wrapped("cait_xxs24_224", img_size=32, patch_size=8, embed_dim=24, depth=1, num_heads=4),
     "timm_vit": lambda: wrapped("vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=4),
     "resnet18": lambda: wrapped("resnet18", channels=[8, 8, 16, 16], layers=[1, 1, 1, 1]),
     "resnet50": lambda: wrapped("resnet50", channels=[8, 8, 16, 16], layers=[1, 1, 1, 1]),

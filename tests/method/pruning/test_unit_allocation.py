@@ -127,5 +127,7 @@ def test_what_cannot_be_is_said():
         unit_allocation(model, records, scope="erk")
     with pytest.raises(ValueError, match="kind 'rows' is unknown; units are channels, hidden, heads"):
         unit_allocation(model, records, ("rows",))
-    with pytest.raises(ValueError, match="no prunable units of kind channels; found: heads, hidden"):
+    with pytest.raises(
+        ValueError, match="no units of kind channels that could be pruned and then cut out; found: heads, hidden"
+    ):
         unit_allocation(model, records, ("channels",))

@@ -92,3 +92,17 @@ def test_the_table_ends_with_the_sum():
     report = flops_report(hf_vit(), (1, 3, 8, 8))
     assert f"| all | {report.macs:,} |" in report.to_markdown().splitlines()[-1]
     assert len(report.to_markdown().splitlines()) == len(report.rows) + 3
+
+
+def test_a_parameter_that_goes_into_a_module_as_it_is():
+    """As CaiT's class token: it asks for a gradient, and nothing here has one."""
+
+    class Token(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.token, self.mixed = nn.Parameter(torch.randn(1, 4)), nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.mixed(self.token) + x.mean((1, 2, 3))[:, None]
+
+    assert flops_report(Token(), (1, 3, 8, 8)).macs == 12

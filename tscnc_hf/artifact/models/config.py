@@ -57,6 +57,7 @@ def input_format(
     pretrained = getattr(config, "pretrained_cfg", None) or {}
     if "input_size" in pretrained:
         return pretrained["input_size"][-1], COLOURS.get(pretrained["input_size"][0])
+    config = getattr(config, "vision_config", config)  # of CLIP and its like
     size = getattr(processing_class, "crop_size", None) if getattr(processing_class, "do_center_crop", False) else None
     size = dict(size or getattr(processing_class, "size", None) or {})
     side = getattr(config, "image_size", None) or size.get("height") or size.get("shortest_edge")

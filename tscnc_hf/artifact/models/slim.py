@@ -59,7 +59,7 @@ def _make_config_true_(model: PreTrainedModel) -> str:
     for edits in ({}, *_candidates(config, model, wanted)):
         edited = copy.deepcopy(config)
         edited.update(edits)
-        with suppress(ValueError, TypeError, RuntimeError, AssertionError), torch.device("meta"):  # not all are models
+        with suppress(Exception), torch.device("meta"):  # of a config that nobody wrote: it describes no model then
             if layer_widths(type(model)(edited)) == wanted:
                 model.config.update(edits)
                 record_widths_(model.config, {})
@@ -72,7 +72,7 @@ def _make_config_true_(model: PreTrainedModel) -> str:
 
 def _candidates(config: Any, model: PreTrainedModel, widths: Widths) -> Iterator[dict[str, Any]]:
     """Changes of a config that may describe the widths; whether one does is seen by building the model."""
-    hidden = {new["in_features"] for name, new in widths.items() if name.endswith(("fc2", "output.dense"))}
+    hidden = _inputs(widths, ("fc2", "output.dense"))
     if isinstance(config, TimmWrapperConfig):
         for arguments in _timm_candidates(model, widths, hidden):
             yield {"model_args": (config.model_args or {}) | arguments}
@@ -81,15 +81,21 @@ def _candidates(config: Any, model: PreTrainedModel, widths: Widths) -> Iterator
     edits: dict[str, Any] = {}
     if len(hidden) == 1 and hasattr(config, "intermediate_size"):
         edits["intermediate_size"] = hidden.pop()
-    if len(heads) == 1 and hasattr(config, "num_attention_heads"):
+    if len(heads) == 1 and type(getattr(config, "num_attention_heads", None)) is int:  # not a list, one a stage
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         edits |= {"num_attention_heads": heads.pop(), "head_dim": size}
     if edits:
         yield edits
 
 
+def _inputs(widths: Widths, ends: str | tuple[str, ...]) -> set[int]:
+    """How many inputs the layers have whose names end so: linear layers, or convolutions in their place."""
+    found = [new for name, new in widths.items() if name.endswith(ends)]
+    return {new[key] for new in found for key in ("in_features", "in_channels") if key in new}
+
+
 def _timm_candidates(model: PreTrainedModel, widths: Widths, hidden: set[int]) -> Iterator[dict[str, Any]]:
-    inputs = {new["in_features"] for name, new in widths.items() if name.endswith("fc1") and "in_features" in new}
+    inputs = _inputs(widths, "fc1")
     if len(hidden) == len(inputs) == 1:
         units, width = hidden.pop(), inputs.pop()
         ratio = units / width

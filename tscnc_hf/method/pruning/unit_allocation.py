@@ -104,7 +104,7 @@ def unit_allocation(
     model: nn.Module, records: Sequence[WeightMatrix], kinds: Sequence[str] = KINDS, scope: str = "global"
 ) -> UnitAllocation:
     """
-    The units of a model that can be pruned: all whose weights are among `records`.
+    The units of a model that can be pruned and then cut out: all whose weights are among `records`.
 
     Args:
         kinds (`Sequence[str]`): of "channels", "hidden", "heads".
@@ -119,11 +119,14 @@ def unit_allocation(
         raise ValueError(f"kind {odd[0]!r} is unknown; units are {', '.join(KINDS)}")
     names = {record.name for record in records}
     found = structure_groups(model)
-    groups = tuple(g for g in found if g.kind in kinds and g.count > 1 and {part.name for part in g.weights} <= names)
+    wanted = [g for g in found if g.kind in kinds and g.count > 1]
+    groups = tuple(g for g in wanted if not g.blocked and {part.name for part in g.weights} <= names)
     if not groups:
         others = sorted({group.kind for group in found}) or ["none"]
+        why = next((f"; {group.blocked}" for group in wanted if group.blocked), "")
         raise ValueError(
-            f"{type(model).__name__} has no prunable units of kind {', '.join(kinds)}; found: {', '.join(others)}"
+            f"{type(model).__name__} has no units of kind {', '.join(kinds)} that could be pruned and then cut out; "
+            f'found: {", ".join(others)}{why}. Prune single weights (pruning_structure="unstructured")'
         )
     return UnitAllocation(groups, scope)
 

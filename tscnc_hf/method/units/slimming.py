@@ -123,6 +123,7 @@ def _input_shape(model: nn.Module) -> tuple[int, int, int]:
         size = source.get("input_size") if isinstance(source, dict) else getattr(source, "input_size", None)
         if size:
             return tuple(size)
+    config = getattr(config, "vision_config", config)  # of CLIP and its like
     side, channels = getattr(config, "image_size", None), getattr(config, "num_channels", None)
     if not side or not channels:
         raise ValueError(
