@@ -6,13 +6,19 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
+import torch
 import yaml
 from huggingface_hub import ModelCard
+from safetensors.torch import save_file
+from torch import nn
 
 from tests.results_page import check_results
+from tscnc_hf.artifact.models.building import timm_model
 from tscnc_hf.artifact.repository.opening import open_repository
 from tscnc_hf.artifact.repository.recard import rebuild_card
 from tscnc_hf.cli.recipe import command_line
+from tscnc_hf.training.publisher import Publisher
 
 
 PATTERN = Path(__file__).parent / "model_card_pattern.md"
@@ -100,3 +106,78 @@ def test_the_command_is_the_one_that_was_run(environment, command, monkeypatch):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(sys, "argv", ["train.py", "--model_args", '{"depth": 2}'])
     assert command_line() == command
+
+
+# ---- licences that somebody named, and no others ----
+
+
+def front_matter(path):
+    return yaml.safe_load(path.read_text(encoding="utf-8").split("---")[1])
+
+
+def publisher(make_config):
+    return Publisher(make_config(target_sparsity=0.0), [0.5] * 3, [0.25] * 3)
+
+
+def test_nobody_named_a_licence(build, make_config, tmp_path):
+    model, _ = build("vit")
+    model.save_pretrained(tmp_path)
+    publishing = publisher(make_config)
+    publishing.write_extras(tmp_path, model)
+    path = publishing.write_card(tmp_path, model, None, [])
+    assert "license" not in front_matter(path)
+    assert "license" not in front_matter(rebuild_card(open_repository(tmp_path)))
+    publishing.keep(license="mit")
+    publishing.write_extras(tmp_path, model)
+    assert front_matter(publishing.write_card(tmp_path, model, None, []))["license"] == "mit"
+    assert front_matter(rebuild_card(open_repository(tmp_path)))["license"] == "mit"
+
+
+@pytest.mark.parametrize("licence", ["cc-by-nc-4.0", None])
+def test_weights_of_timm_have_their_own_licence(licence, monkeypatch, make_config, tmp_path):
+    def downloaded(name, pretrained=False, **options):
+        model = original(name, **options)
+        model.pretrained_cfg = dict(model.pretrained_cfg, license=licence, hf_hub_id="timm/resnet18.some")
+        return model
+
+    original = timm.create_model
+    monkeypatch.setattr(timm, "create_model", downloaded)
+    small = {"channels": [8, 8, 8, 8], "layers": [1, 1, 1, 1]}
+    for pretrained in (True, False):
+        model, _ = timm_model("resnet18", ["a", "b"], (8, 8), model_args=small, pretrained=pretrained)
+        folder = tmp_path / str(pretrained)
+        model.save_pretrained(folder)
+        publishing = publisher(make_config)
+        publishing.write_extras(folder, model)
+        for path in (publishing.write_card(folder, model, None, []), rebuild_card(open_repository(folder))):
+            found = front_matter(path)
+            assert found.get("license") == (licence if pretrained else None)
+            assert found.get("base_model") == ("timm/resnet18.some" if pretrained else None)
+
+
+# ---- modules that no library builds from a folder ----
+
+
+class Own(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("kind", ["timm", "torch"])
+def test_a_card_of_a_plain_module_says_how_it_is_loaded(kind, make_config, tmp_path, monkeypatch):
+    model = timm.create_model("test_resnet", num_classes=2) if kind == "timm" else Own()
+    folder = tmp_path / "plain"
+    folder.mkdir()
+    save_file(model.state_dict(), folder / "model.safetensors")
+    text = publisher(make_config).write_card(folder, model, None, []).read_text(encoding="utf-8")
+    for wrong in ("from_pretrained", "load_sparse(", "library_name: transformers", "With transformers alone"):
+        assert wrong not in text
+    (code,) = re.findall(r"## How to load\n.*?```python\n(.*?)```", text, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    namespace = {"Own": Own}
+    exec(code, namespace)
+    assert all(torch.equal(a, b) for a, b in zip(namespace["model"].parameters(), model.parameters(), strict=True))

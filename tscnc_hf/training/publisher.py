@@ -87,8 +87,7 @@ class Publisher:
         if "sparsity" not in options:
             defaults["sparsity"] = sparsity_report(model, self.args.pruning_exclude).to_dict()
             defaults["spectrum"] = spectral_report(model).to_dict()
-        if not options.get("base_model"):  # else that model's licence decides, and nobody has said which it is
-            defaults["license"] = "apache-2.0"
+        defaults["module"] = "" if isinstance(model, PreTrainedModel) else described(model)
         return write_card(folder, **(defaults | options))
 
     def keep(self, **options: Any) -> None:
@@ -99,6 +98,7 @@ class Publisher:
         """What is known of a run beside its options (`RUN_FACTS`): plain JSON types, no paths of this machine."""
         versions = {name: text for name, text in code_identity().items() if name != "commit"}
         known = {"base_model": getattr(model, "name_or_path", None), "versions": versions}
+        known["license"] = (getattr(getattr(model, "config", None), "pretrained_cfg", None) or {}).get("license")
         known |= {key: self.card_options[key] for key in RUN_FACTS if self.card_options.get(key)}
         return {key: plain(value) for key, value in known.items() if value}
 
@@ -149,6 +149,13 @@ def _other_weights(path: Path, model: nn.Module) -> str | None:
     except (ValueError, AttributeError):  # damaged, or of somebody else
         return "unknown-weights"
     return None if found == weights_digest(model) else str(found)[:8]
+
+
+def described(module: nn.Module) -> str:
+    """What makes a plain module, as code as far as it says so itself, or the name of its class."""
+    made_by = getattr(module, "pretrained_cfg", None) or {}
+    name = made_by.get("architecture") if isinstance(made_by, dict) else None
+    return f'timm.create_model("{name}", num_classes={module.num_classes})' if name else type(module).__name__
 
 
 def failed_pushes(pushes: PushInProgress | None) -> list[BaseException]:

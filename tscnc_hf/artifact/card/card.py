@@ -65,6 +65,7 @@ def write_card(
     versions: Mapping[str, str] | None = None,
     notes: Sequence[str] = (),
     own_widths: bool = False,
+    module: str = "",
 ) -> Path:
     """Write README.md, figures/layers.png and, if there is something to draw, further figures into `folder`.
 
@@ -79,7 +80,7 @@ def write_card(
             where it is not known.
         class_names: not shown where they are those of transformers ("LABEL_0").
         base_model: the model that training started from, if any; only a Hub id reaches the metadata.
-        license: an identifier of the Hub, such as "apache-2.0".
+        license: an identifier of the Hub, such as "apache-2.0"; none where nobody has named one.
         command: the command line that trained the model.
         log_history: `trainer.state.log_history`.
         lipschitz, gates, curve: `to_dict()` of a `LipschitzReport`, of the `GateReport` of gates that were folded into
@@ -91,6 +92,7 @@ def write_card(
         versions: library -> version; those of `robustness` when left out.
         notes: further sentences for what the model does not promise.
         own_widths: the widths of its layers are recorded in config.json, and only this library can build it.
+        module: what a plain module, which no library builds from a folder, is made by; empty for any other model.
 
     Returns:
         the path of README.md.
@@ -130,7 +132,7 @@ def write_card(
         figures.save_figure(figure, folder / "figures" / f"{name}.png")
 
     card_data = ModelCardData(
-        library_name="transformers",
+        library_name=None if module else "transformers",
         pipeline_tag="image-classification",
         license=license,
         base_model=base_model if is_hub_id(base_model) else None,
@@ -164,6 +166,7 @@ def write_card(
         sizes=size_table(sizes) if sizes else [],
         packed=bool(sizes) and 0 < sizes.get("sparse_bytes", 0) < sizes.get("dense_bytes", math.inf),
         own_widths=own_widths,
+        module=module,
         versions=plain(versions or (robustness or {}).get("versions") or {}),
         notes=[without_paths(str(note)) for note in notes],
         not_yet=NOT_YET,

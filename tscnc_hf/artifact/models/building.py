@@ -83,7 +83,8 @@ def timm_model(
     Args:
         name (`str`): timm's name of the architecture, e.g. "resnet18".
         model_args (`dict`, *optional*): keyword arguments of `timm.create_model`, stored in config.json.
-        pretrained (`bool`): download timm's weights (needs the network) instead of timm's own initialisation.
+        pretrained (`bool`): download timm's weights (needs the network) instead of timm's own initialisation. Their
+            licence, and where they are from, is then what a card says.
 
     Raises:
         ValueError: timm does not know the name (similar names are listed), or refuses the arguments.
@@ -103,7 +104,8 @@ def timm_model(
     preprocessing = {"mean": [MEAN] * channels, "std": [STD] * channels, "interpolation": "bilinear"}
     preprocessing |= {"crop_pct": 1.0, "crop_mode": "center"}
     if pretrained:
-        preprocessing = {key: source.pretrained_cfg[key] for key in preprocessing if key in source.pretrained_cfg}
+        known = {key: value for key, value in source.pretrained_cfg.items() if value is not None}
+        preprocessing = {key: known[key] for key in (*preprocessing, "license") if key in known}
     config = TimmWrapperConfig(
         architecture=name,
         model_args=model_args,
@@ -111,5 +113,7 @@ def timm_model(
         **label_fields(class_names),
     )
     model = TimmWrapperForImageClassification(config)
+    if pretrained:
+        model.config.name_or_path = model.name_or_path = known.get("hf_hub_id") or f"timm's {name}"
     model.timm_model.load_state_dict(source.state_dict())  # the wrapper has overwritten timm's own initialisation
     return model, TimmWrapperImageProcessor(config.pretrained_cfg, architecture=name)
