@@ -212,7 +212,7 @@ def _conv_transpose_view(module: nn.Module, weight: Tensor) -> Tensor:
 
 def _report_unknown(module_name: str, module: nn.Module) -> None:
     weight = module._parameters.get("weight")
-    if weight is None or weight.ndim < 2 or isinstance(module, _LEFT_OUT):
+    if weight is None or weight.squeeze().ndim < 2 or isinstance(module, _LEFT_OUT):
         return
     kind = type(module).__name__
     _report(

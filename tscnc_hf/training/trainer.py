@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 from tscnc_hf.artifact.card.formatting import collapse_text, without_paths
 from tscnc_hf.artifact.files.state import STATE_FILE, save_state
-from tscnc_hf.artifact.models.saving import disk_state
+from tscnc_hf.artifact.models.saving import check_publishable, disk_state
 from tscnc_hf.data.batches import collate, collate_unlabelled
 from tscnc_hf.evaluation.run import as_published, evaluate
 from tscnc_hf.method.adversarial.objectives import objective_terms
@@ -98,6 +98,8 @@ class TSCNCTrainer(ResumableTrainer):
         data_collator = data_collator or collate
         check_datasets(model, train_dataset, eval_dataset, data_collator)
         self.class_weights = balanced_weights(model, train_dataset) if args.class_weights == "balanced" else None
+        if isinstance(model, PreTrainedModel):
+            check_publishable(model)
         args = with_dense_ends(model, args)
         if args.channels_last:
             model.to(memory_format=torch.channels_last)

@@ -1,5 +1,6 @@
 """What save_sparse and save_pretrained write, and what a stranger makes of it."""
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,11 @@ from transformers import (
 
 from tests.small_models import MODELS, assert_same_weights, resnet, vit
 from tscnc_hf import SparseConfig
+from tscnc_hf.artifact.files.identity import weights_digest
 from tscnc_hf.artifact.models.loading import load_sparse, load_weights
 from tscnc_hf.artifact.models.saving import disk_state, save_sparse
 from tscnc_hf.artifact.packed.file import SPARSE_FILE, read_sparse_file, write_sparse_file
+from tscnc_hf.artifact.repository.inspection import inspect_model, summary_rows
 from tscnc_hf.artifact.repository.opening import open_repository, read_model, read_tensors
 
 
@@ -50,11 +53,19 @@ def test_a_timm_model_is_read_and_packed_under_either_spelling_of_its_names(tmp_
             save_sparse(resnet(1), folder)
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
 def test_what_nobody_could_load_is_refused(tmp_path):
-    model = vit()
-    torch.nn.utils.parametrizations.weight_norm(model.classifier)
-    with pytest.raises(ValueError, match="classifier.parametrizations.*remove_parametrizations"):
-        save_sparse(model, tmp_path / "out")
+    for attach in (
+        torch.nn.utils.parametrizations.weight_norm,
+        torch.nn.utils.weight_norm,
+        torch.nn.utils.spectral_norm,
+        lambda layer: torch.nn.utils.prune.random_unstructured(layer, "weight", 0.5),
+        lambda layer: torch.nn.utils.prune.random_unstructured(layer, "bias", 0.5),
+    ):
+        model = vit()
+        attach(model.classifier)
+        with pytest.raises(ValueError, match="1 layers.*classifier.*remove_parametrizations"):
+            save_sparse(model, tmp_path / "out")
     with pytest.raises(ValueError, match="got Linear.*PreTrainedModel"):
         save_sparse(torch.nn.Linear(2, 2), tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -76,10 +87,57 @@ def test_a_folder_never_holds_two_models(tmp_path):
         save_sparse(second, tmp_path)
     assert_same_weights(load_sparse(tmp_path), first)
     second.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="holds other weights than the dense file beside it"):
-        read_tensors(tmp_path)
+    for read in (read_tensors, load_sparse):
+        with pytest.raises(ValueError, match="holds other weights than the dense file beside it"):
+            read(tmp_path)
     save_sparse(second, tmp_path)
     assert_same_weights(load_sparse(tmp_path), second)
+
+
+@pytest.mark.parametrize("make", [vit, resnet])
+def test_dense_and_packed_lie_in_one_folder_in_any_order(make, tmp_path):
+    model = make()
+    save_sparse(model, tmp_path)
+    model.save_pretrained(tmp_path)  # a timm model under its wrapper's names
+    assert_same_weights(load_sparse(tmp_path), model)
+    save_sparse(model, tmp_path)
+    model.save_pretrained(tmp_path, state_dict=disk_state(model))  # and under its own
+    assert_same_weights(load_sparse(tmp_path), model)
+    save_sparse(load_sparse(tmp_path), tmp_path)
+    assert_same_weights(AutoModelForImageClassification.from_pretrained(tmp_path), model)
+
+
+def test_names_as_they_are_in_memory_are_the_same_model(tmp_path):
+    model = vit()
+    save_sparse(model, tmp_path)
+    model.save_pretrained(tmp_path, save_original_format=False)
+    assert_same_weights(load_sparse(tmp_path), model)
+    vit(1).save_pretrained(tmp_path, save_original_format=False)
+    with pytest.raises(ValueError, match="holds other weights than the dense file beside it"):
+        load_sparse(tmp_path)
+
+
+def test_a_model_that_torch_pruned_packs_as_small_as_another(tmp_path):
+    """`prune.remove` leaves -0.0 where a negative weight was."""
+    model = vit()
+    for layer in [module for module in model.modules() if isinstance(module, torch.nn.Linear)]:
+        torch.nn.init.normal_(layer.weight)
+        torch.nn.utils.prune.l1_unstructured(layer, "weight", 0.95)
+        torch.nn.utils.prune.remove(layer, "weight")
+    assert any(weight[weight == 0].signbit().any() for weight in model.parameters())
+    plain = copy.deepcopy(model)
+    for weight in plain.parameters():
+        weight.data.add_(0.0)
+    sizes = [save_sparse(one, tmp_path / name).stat().st_size for name, one in (("minus", model), ("plain", plain))]
+    assert sizes[0] == sizes[1]
+    for one in (model, plain):
+        assert_same_weights(load_sparse(tmp_path / "minus"), one)
+    assert weights_digest(model) == weights_digest(plain) == weights_digest(load_sparse(tmp_path / "minus"))
+    model.save_pretrained(tmp_path / "minus")
+    assert_same_weights(load_sparse(tmp_path / "minus"), plain)  # beside the dense file with its signs
+    found = inspect_model(open_repository(tmp_path / "minus"))
+    assert found["minus_zeros"] > 1000 and "minus zeros" in dict(summary_rows(found))
+    assert found["sizes"]["limit_bytes"] == inspect_model(open_repository(tmp_path / "plain"))["sizes"]["limit_bytes"]
 
 
 def test_what_is_packed_is_compared_with_shards_too(tmp_path):

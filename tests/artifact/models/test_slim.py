@@ -63,6 +63,7 @@ MODELS = {
     "convnext": lambda: wrapped("convnext_atto", **STAGES),
     "inception-next": lambda: wrapped("inception_next_atto", **STAGES),
     "seresnet18": lambda: wrapped("seresnet18", channels=[8, 8, 16, 16], layers=[1, 1, 1, 1]),
+    "resnest14d": lambda: wrapped("resnest14d", channels=[8, 8, 16, 16], layers=[1, 1, 1, 1]),
     "cait": lambda: wrapped("cait_xxs24_224", img_size=32, patch_size=8, embed_dim=24, depth=1, num_heads=4),
     "timm_vit": lambda: wrapped("vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=4),
     "resnet18": lambda: wrapped("resnet18", channels=[8, 8, 16, 16], layers=[1, 1, 1, 1]),

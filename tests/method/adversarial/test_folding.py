@@ -6,7 +6,9 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from timm.layers import StdConv2d
 from torch import nn
+from torch.nn.utils import prune
 
 from tscnc_hf.method.adversarial.folding import folded_copy
 
@@ -122,3 +124,14 @@ def test_nothing_to_fold_and_hooks():
     model = warmed(timm.create_model("resnet18", **SMALL["resnet18"]))
     model.conv1.register_forward_pre_hook(lambda module, args: None)
     assert folded_copy(model, x) is None
+
+
+@pytest.mark.parametrize("attach", [nn.utils.parametrizations.weight_norm, lambda c: prune.identity(c, "weight")])
+def test_a_convolution_that_computes_its_weight_is_not_folded(attach):
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), StdConv2d(4, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3),
+        nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(64, 2),
+    ).eval()  # fmt: skip
+    attach(model[4])
+    folded = folded_copy(model, torch.randn(2, 3, 8, 8))
+    assert folded is None or folded.pairs == (("0", "1"),)

@@ -363,3 +363,11 @@ def test_a_checkpoint_says_how_it_was_made_without_a_pickle_of_ours(build, make_
         assert torch.equal(mask, trainer.model.get_parameter(name) != 0)
     assert json.loads((checkpoint / "trainer_state.json").read_text())["global_step"] == 8
     assert not (checkpoint / "model.sparse.safetensors").exists()
+
+
+def test_a_checkpoint_that_holds_a_model_only_is_not_resumed(build, make_trainer, tmp_path):
+    options = {"objective": "natural", "target_sparsity": 0.0, "save_strategy": "steps", "save_steps": 1}
+    make_trainer(build("vit"), evaluate=None, max_steps=1, save_only_model=True, **options).train()
+    again = make_trainer(build("vit"), evaluate=None, max_steps=2, **options)
+    with pytest.raises(ValueError, match="checkpoint-1 holds a model only.*optimizer.*save_only_model=False"):
+        again.train(resume_from_checkpoint=True)

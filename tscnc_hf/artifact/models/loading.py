@@ -25,7 +25,7 @@ from transformers import AutoImageProcessor, PreTrainedModel
 from tscnc_hf.artifact.files.tensor_file import unreadable
 from tscnc_hf.artifact.models.config import CONFIG_FILE, class_of, config_digest, label_fields, read_config
 from tscnc_hf.artifact.models.recorded_widths import as_plain, narrowed
-from tscnc_hf.artifact.models.weights import differences, float_dtypes, has_weights, read_weights
+from tscnc_hf.artifact.models.weights import differences, float_dtypes, has_weights, read_weights, same_tensors
 from tscnc_hf.artifact.packed.file import SPARSE_FILE, read_sparse_file, read_sparse_metadata
 from tscnc_hf.artifact.packed.limit import count_nonzero
 from tscnc_hf.method.adversarial.pixels import LogitsFn, normalisation, pixel_logits
@@ -34,6 +34,10 @@ from tscnc_hf.method.sharding import copy_whole_, is_sharded, unsharded_class
 
 HUB_OPTIONS = ("revision", "token", "cache_dir", "force_download", "local_files_only", "subfolder")
 SAME = "use a checkpoint of this very architecture"
+TWO_MODELS = (
+    "{} holds other weights than the dense file beside it. One of them is of another model: remove it, then `tscnc "
+    "pack` or `tscnc unpack` makes the other from what is left"
+)
 HOW_TO_PACK = "Make one with tscnc_hf.save_sparse(model, folder)"
 
 
@@ -113,15 +117,16 @@ def load_sparse(
 
     Only config.json and `model.sparse.safetensors` are read, or downloaded (from one commit) if `folder_or_hub_id` is
     not a folder here; `revision` and `token` are for the Hub. Checked are the digest of the file, that it was saved
-    with this config.json, all names and shapes, and the number of zeros in the finished model.
+    with this config.json, all names and shapes, and the number of zeros in the finished model; in a folder here also
+    that dense weights beside the file are the same.
 
     Args:
         options: of `from_pretrained`, such as `dtype` or `subfolder`.
 
     Raises:
         FileNotFoundError: there is no packed file, or no such folder and no such model on the Hub.
-        ValueError: the file is damaged, it is not of the model that config.json describes, or config.json describes no
-            image classifier.
+        ValueError: the file is damaged, it is not of the model that config.json describes, dense weights beside it are
+            of another model, or config.json describes no image classifier.
         ImportError: the file is compressed, and zstandard is not installed.
         OSError: the Hub can not be reached or refuses (huggingface_hub's own errors).
     """
@@ -137,7 +142,13 @@ def load_sparse(
     count = sum(tensor.numel() for tensor in _empty(found, config).state_dict().values())
     tensors = read_sparse_file(path, digest, (math.ceil(count / 2), 2 * count))
     values = sum(map(count_nonzero, tensors.values()))  # now: the model may share memory with the tensors
+    dense = read_weights(folder) if Path(folder_or_hub_id).is_dir() and has_weights(folder) else tensors
+    same = same_tensors(dense, tensors)
     model = build_exactly(found, config, path, tensors, **options)
+    if not same:  # or the dense weights have the names that they have in memory
+        other = build_exactly(found, config, folder, dense, **options)
+        if not same_tensors(other.state_dict(), model.state_dict()):
+            raise ValueError(TWO_MODELS.format(path))
     state = model.state_dict()
     untied = {(tensor.data_ptr(), tensor.shape): tensor for tensor in state.values()}  # a file has a tied weight once
     counts = [sum(map(count_nonzero, weights.values())) for weights in (state, untied)]

@@ -8,6 +8,9 @@ import tempfile
 from pathlib import Path
 
 import torch
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 from transformers import PreTrainedModel, TimmWrapperForImageClassification
 
 from tscnc_hf.artifact.models.config import CONFIG_FILE, config_digest
@@ -58,7 +61,7 @@ def save_sparse(
             weights that differ from what is packed.
         ImportError: zstandard is not installed.
     """
-    _check_publishable(model)
+    check_publishable(model)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as temporary:  # files can be moved within a disk
@@ -96,15 +99,28 @@ def disk_state(
     return {name.removeprefix(TIMM_PREFIX): tensor for name, tensor in state_dict.items()}
 
 
-def _check_publishable(model: object) -> None:
+def check_publishable(model: object) -> None:
+    """
+    Raises:
+        ValueError: no library would load the model from a folder, or it would load another one.
+    """
     if not isinstance(model, PreTrainedModel):
         raise ValueError(
             f"got {type(model).__name__}, but only a transformers PreTrainedModel can be published as a folder that "
             "others load. Wrap a timm model in TimmWrapperForImageClassification; unwrap a DDP or compiled model."
         )
-    attached = [name for name in model.state_dict() if "parametrizations" in name]
+    attached = [name for name, module in model.named_modules() if _reparametrized(module)]
     if attached:
         raise ValueError(
-            f"{len(attached)} keys belong to torch parametrizations ({attached[0]}, ...), which nobody else can load. "
-            "Fold them into the weights first: torch.nn.utils.parametrize.remove_parametrizations(module, 'weight')."
+            f"{len(attached)} layers compute a weight from other parameters ({attached[0]}, ...), which nobody else "
+            "can load. Fold them into plain weights first: torch.nn.utils.parametrize.remove_parametrizations(layer, "
+            "'weight'), torch.nn.utils.prune.remove(layer, 'weight'), remove_weight_norm or remove_spectral_norm."
         )
+
+
+def _reparametrized(module: torch.nn.Module) -> bool:
+    """Whether torch computes a parameter of the module from others, in its newer or its older way."""
+    hooks = tuple(map(type, module._forward_pre_hooks.values()))
+    return hasattr(module, "parametrizations") or any(
+        issubclass(hook, (BasePruningMethod, WeightNorm, SpectralNorm)) for hook in hooks
+    )

@@ -100,9 +100,8 @@ def _timm_candidates(model: PreTrainedModel, widths: Widths, hidden: set[int]) -
         units, width = hidden.pop(), inputs.pop()
         ratio = units / width
         yield {"mlp_ratio": ratio if int(width * ratio) == units else math.nextafter(ratio, math.inf)}
-    for first in (m for m in model.modules() if hasattr(m, "conv1") and hasattr(m, "conv2") and hasattr(m, "bn2")):
-        if hasattr(first, "conv3"):
-            yield {"base_width": 64 * 4 * first.conv2.out_channels / first.conv3.out_channels}
-        else:
-            yield {"block_reduce_first": first.conv2.out_channels // first.conv1.out_channels}
-        break
+    for module in model.modules():  # the first block of a ResNet
+        made = [getattr(getattr(module, key, None), "out_channels", 0) for key in ("conv1", "conv2", "conv3")]
+        if all(made[:2]) and hasattr(module, "bn2"):
+            yield {"base_width": 64 * 4 * made[1] / made[2]} if made[2] else {"block_reduce_first": made[1] // made[0]}
+            break

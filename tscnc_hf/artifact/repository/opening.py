@@ -16,7 +16,7 @@ from huggingface_hub import HfApi, constants, errors, snapshot_download
 from transformers import PreTrainedModel
 
 from tscnc_hf.artifact.models.config import CONFIG_FILE, class_of, config_digest, read_config
-from tscnc_hf.artifact.models.loading import build_exactly
+from tscnc_hf.artifact.models.loading import TWO_MODELS, build_exactly
 from tscnc_hf.artifact.models.recorded_widths import KEY
 from tscnc_hf.artifact.models.weights import INDEX_FILE, WEIGHTS_FILE, has_weights, read_weights, same_tensors
 from tscnc_hf.artifact.packed.file import SPARSE_FILE, read_sparse_file
@@ -175,10 +175,7 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
         return read_sparse_file(packed, digest)
     tensors = read_weights(folder)
     if packed.is_file() and not same_tensors(read_sparse_file(packed, digest), tensors):
-        raise ValueError(
-            f"{packed} holds other weights than the dense file beside it. One of them is of another model: remove it, "
-            "then `tscnc pack` or `tscnc unpack` makes the other from what is left"
-        )
+        raise ValueError(TWO_MODELS.format(packed))
     return tensors
 
 

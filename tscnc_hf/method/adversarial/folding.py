@@ -12,6 +12,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from tscnc_hf.method.adversarial.pixels import attack_mode, logits_of
+from tscnc_hf.method.weight_use import why_computed
 
 
 TOLERANCE = 1e-2  # of the largest logit: rounding is at most 1e-3 of it (TF32), a wrong fold about its own size
@@ -81,7 +82,8 @@ def folded_copy(model: nn.Module, inputs: Tensor) -> FoldedCopy | None:
 
     with ExitStack() as hooks, attack_mode(model):
         for module in model.modules():
-            if isinstance(module, _ConvNd) and not isinstance(module, _ConvTransposeNd):
+            plain = isinstance(module, _ConvNd) and not isinstance(module, _ConvTransposeNd)
+            if plain and not why_computed(module):  # what a weight is computed from can not be scaled
                 hooks.enter_context(module.register_forward_hook(after_conv))
             elif isinstance(module, _BatchNorm):
                 hooks.enter_context(module.register_forward_pre_hook(before_norm))

@@ -67,10 +67,17 @@ def save_sharded_optimizer(trainer: Trainer, folder: str) -> None:
 def check_optimizer_layout(checkpoint: str | os.PathLike, sharded: bool) -> None:
     """
     Raises:
-        ValueError: the optimizer's state is that of a run with FSDP2 and this one is without, or the other way round.
+        ValueError: the optimizer's state is that of a run with FSDP2 and this one is without, or the other way round;
+            or there is none (`save_only_model`).
     """
     names = {True: OPTIMIZER_NAME_BIN, False: OPTIMIZER_NAME}
     there = {kind: (Path(checkpoint) / name).is_file() for kind, name in names.items()}
+    if not any(there.values()):
+        raise ValueError(
+            f"{checkpoint} holds a model only (save_only_model=True): without the optimizer's moments and the place "
+            "in the schedule another model would come of it. Start a new run from its weights (model_name_or_path), "
+            "or save with save_only_model=False"
+        )
     if there[not sharded] and not there[sharded]:
         was, now = ("with", "without") if not sharded else ("without", "with")
         raise ValueError(
