@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tscnc_hf.cli.parser import ConfigParser
+from tscnc_hf.cli.parser import ConfigParser, side_or_pair
 from tscnc_hf.cli.threads import set_cpu_threads
 from tscnc_hf.training.numbers import check_numbers
 
@@ -23,7 +23,12 @@ class EvaluationArguments:
         model (`str`): Hub id or local folder of an image classifier, dense or packed.
         dataset (`str`, *optional*, defaults to `"uoft-cs/cifar10"`): Hub id, local folder, or "digits"; its test part.
         image_column, label_column (`str`, *optional*): name of the column; found by type if not given.
-        image_size (`int`, *optional*): side in pixels; by default what the model takes.
+        test_split (`str`, *optional*): the split to test on; by default "test", else "validation", else a fifth of
+            train.
+        drop_unlabelled (`bool`, *optional*, defaults to `False`): leave out images whose label is negative or missing,
+            and say how many.
+        image_size (`list[int]`, *optional*): resize to this side, or height and width, in pixels; by default images
+            are resized and cropped as the model's image processor does.
         attacks (`list[str]`, *optional*, defaults to `["clean", "fgsm", "pgd-20", "apgd"]`): of clean, fgsm, pgd-K,
             pgd-KxR, cw-K, apgd, apgd-dlr, square and autoattack; see `make_attack`.
         epsilon (`str`, *optional*, defaults to `"8/255"`): radius in pixel units, e.g. "8/255".
@@ -46,7 +51,9 @@ class EvaluationArguments:
     dataset: str = "uoft-cs/cifar10"
     image_column: str | None = None
     label_column: str | None = None
-    image_size: int | None = None
+    test_split: str | None = None
+    drop_unlabelled: bool = False
+    image_size: list[int] | None = None
     attacks: list[str] = field(default_factory=lambda: ["clean", "fgsm", "pgd-20", "apgd"])
     epsilon: str = "8/255"
     norm: str = field(default="linf", metadata={"choices": ("linf", "l2")})
@@ -62,6 +69,7 @@ class EvaluationArguments:
 
     def __post_init__(self):
         check_numbers(self)
+        self.image_size = side_or_pair(self.image_size)
         if self.batch_size < 1:
             raise ValueError(f"batch_size={self.batch_size}: at least 1 image is attacked at a time")
         if self.n is not None and self.n < 1:
@@ -191,20 +199,42 @@ def _load(load_model, name: str):
 
 def _load_data(arguments: EvaluationArguments, model, processor, say: Callable[[str], None]):
     from tscnc_hf.artifact.models.config import input_format
+    from tscnc_hf.artifact.models.preprocessing import ModelGeometry, acts
     from tscnc_hf.data.class_names import compare_class_names
-    from tscnc_hf.data.loading import load_image_data
+    from tscnc_hf.data.loading import load_test_data
 
-    side, channels = input_format(model, processor)
-    data = load_image_data(
+    size, channels = input_format(model, processor)
+    fit = ModelGeometry(model, processor) if arguments.image_size is None and acts(processor) else None
+    names = [str(model.config.id2label[index]) for index in range(model.config.num_labels)]
+    data = load_test_data(
         arguments.dataset,
         image_column=arguments.image_column,
         label_column=arguments.label_column,
-        image_size=arguments.image_size or side,
+        image_size=None if fit else arguments.image_size or size,
+        fit=fit,
         channels=channels or "auto",
-        augmentation="none",
-        train_limit=1,
+        test_split=arguments.test_split,
+        drop_unlabelled=arguments.drop_unlabelled,
+        class_names=names,
     )
-    names = [str(model.config.id2label[index]) for index in range(model.config.num_labels)]
+    _check_images(model, processor, data)
+    say(f"Images: {data.description}; " + (fit.text if fit else "resized here, not by the model's image processor"))
     if warning := compare_class_names(names, data.class_names):
         say(warning)
     return data
+
+
+def _check_images(model, processor, data) -> None:
+    """ValueError where images of this size do not go through the model."""
+    import torch
+
+    from tscnc_hf.artifact.models.loading import logits_fn
+
+    try:
+        with torch.no_grad():
+            logits_fn(model, processor)(data.test[0]["pixel_values"][None])
+    except (RuntimeError, AssertionError, ValueError) as error:
+        size = "x".join(map(str, data.image_size))
+        raise ValueError(
+            f"images of {size} pixels do not go through the model: {error}. Give the size it takes with --image_size"
+        ) from error

@@ -96,6 +96,13 @@ class ConfigParser(HfArgumentParser):
             self.set_defaults(**{name: value})
 
 
+def side_or_pair(image_size: int | Sequence[int] | None) -> int | tuple[int, ...] | None:
+    """An image size as typed: one number is a side, two are height and width."""
+    if image_size is None or isinstance(image_size, int):
+        return image_size
+    return image_size[0] if len(image_size) == 1 else tuple(image_size)
+
+
 def _config_paths(args: Sequence[str]) -> list[str]:
     parser = ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", action="append", nargs="?", default=[])

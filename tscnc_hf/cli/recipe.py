@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tscnc_hf.cli.parser import ConfigParser
+from tscnc_hf.cli.parser import ConfigParser, side_or_pair
 from tscnc_hf.training.config import TSCNCConfig
 from tscnc_hf.training.numbers import check_numbers
 from tscnc_hf.training.resume.termination import INTERRUPTED_STATUS
@@ -19,8 +19,8 @@ from tscnc_hf.training.resume.termination import INTERRUPTED_STATUS
 
 # options that `load_image_data` knows by the same name
 OF_DATA = (
-    "image_column", "label_column", "test_split", "image_size", "channels", "augmentation", "validation_fraction",
-    "train_limit", "test_limit",
+    "image_column", "label_column", "test_split", "drop_unlabelled", "image_size", "channels", "augmentation",
+    "validation_fraction", "train_limit", "test_limit",
 )  # fmt: skip
 DECODE = {"auto": "auto", "once": True, "as-read": False}  # as `in_memory` of load_image_data
 
@@ -28,7 +28,8 @@ DECODE = {"auto": "auto", "once": True, "as-read": False}  # as `in_memory` of l
 @dataclass
 class DataArguments:
     """
-    Where images come from. Model selection uses a part of train; the test split is touched once, at the end.
+    Where images come from. Model selection uses a part of train or a split of its own; the test split is touched once,
+    at the end.
 
     Parameters:
         dataset (`str`, *optional*, defaults to `"uoft-cs/cifar10"`): Hub id, local folder (parquet or one folder per
@@ -36,15 +37,19 @@ class DataArguments:
         image_column, label_column (`str`, *optional*): name of the column; found by type if not given.
         test_split (`str`, *optional*): the split to test on; by default "test", else "validation", else a fifth of
             train.
-        image_size (`int`, *optional*): resize to this side in pixels.
-        channels (`str`, *optional*, defaults to `"rgb"`): channels of the images, "rgb", "grey" or "auto".
+        drop_unlabelled (`bool`, *optional*, defaults to `False`): leave out images whose label is negative or missing,
+            and say how many.
+        image_size (`list[int]`, *optional*): resize to this side, or height and width, in pixels.
+        channels (`str`, *optional*, defaults to `"auto"`): channels of the images, "rgb", "grey", or "auto", which is
+            grey where the training images are.
         decode (`str`, *optional*, defaults to `"auto"`): when images are decoded, "once", into memory, "as-read", in
             every batch anew, which needs no memory for images and an image_size, or "auto", once up to 96 pixels a
             side and 4 GB.
         augmentation (`str`, *optional*, defaults to `"crop-flip"`): how training images are varied, "none", "flip",
             "crop" or "crop-flip". Crops are of the padded image where images are in memory, and random resized crops
             where they are decoded as read.
-        validation_fraction (`float`, *optional*, defaults to 0.1): part of train that is kept for model selection.
+        validation_fraction (`float`, *optional*, defaults to 0.1): part of train that is kept for model selection,
+            where the data set has no split "validation" beside the one to test on.
         train_limit (`int`, *optional*): train on the first n images only.
         test_limit (`int`, *optional*): test on the first n images only.
         test_attacks (`list[str]`, *optional*, defaults to `["clean", "pgd-20"]`): attacks of the final figures; see
@@ -64,8 +69,9 @@ class DataArguments:
     image_column: str | None = None
     label_column: str | None = None
     test_split: str | None = None
-    image_size: int | None = None
-    channels: str = field(default="rgb", metadata={"choices": ("rgb", "grey", "auto")})
+    drop_unlabelled: bool = False
+    image_size: list[int] | None = None
+    channels: str = field(default="auto", metadata={"choices": ("rgb", "grey", "auto")})
     decode: str = field(default="auto", metadata={"choices": tuple(DECODE)})
     augmentation: str = field(default="crop-flip", metadata={"choices": ("none", "flip", "crop", "crop-flip")})
     validation_fraction: float = 0.1
@@ -79,6 +85,7 @@ class DataArguments:
 
     def __post_init__(self):
         check_numbers(self)
+        self.image_size = side_or_pair(self.image_size)
 
 
 def parse(model_arguments: type, args: list[str] | None = None) -> tuple[TSCNCConfig, DataArguments, object]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from tscnc_hf.data.columns import normal_name
+
 
 NO_NAME = re.compile(r"((label|class)[_ ]?)?\d+")  # what a config or a data set says where nobody gave names
 SHOWN = 4
@@ -56,10 +58,10 @@ def has_no_names(class_names: Sequence[str]) -> bool:
 
 
 def _plain(names: Sequence[str]) -> list[str]:
-    return [name.strip().casefold() for name in names]
+    return [normal_name(name.strip().casefold()) for name in names]
 
 
 def _some(names: Sequence[str], but: set[str] = frozenset()) -> str:
     """The first few names that are not in `but`."""
-    left = [name for name in names if name.strip().casefold() not in but]
+    left = [name for name, plain in zip(names, _plain(names), strict=True) if plain not in but]
     return ", ".join(left[:SHOWN]) + (", ..." if len(left) > SHOWN else "") or "none"

@@ -1,5 +1,6 @@
 """Which column holds the images, which the labels, and what the labels mean."""
 
+import unicodedata
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -76,28 +77,51 @@ def _type_name(feature: Any) -> str:
     return feature.dtype if isinstance(feature, datasets.Value) else type(feature).__name__
 
 
-def read_labels(rows: "Dataset", column: str, split: str) -> np.ndarray:
-    """The labels of a split as stored: int64 or str, (n,). ValueError when the split is empty or one is missing."""
+def read_labels(rows: "Dataset", column: str, split: str, none: bool = False) -> np.ndarray:
+    """
+    The labels of a split as stored: int64 or str (n,), strings in Unicode's composed form (NFC).
+
+    Args:
+        none: a row may lack its label; it is then -1, or the empty string.
+
+    Raises:
+        ValueError: the split is empty, or a label is missing.
+    """
     if len(rows) == 0:
         raise ValueError(f"split {split!r} is empty; give a data set with images in it.")
     stored = rows.select_columns([column]).with_format("arrow")[:].column(column)
-    if stored.null_count:
-        missing = next(row for row, value in enumerate(stored.to_pylist()) if value is None)
+    values = stored.to_pylist()
+    if stored.null_count and not none:
         raise ValueError(
             f"{stored.null_count} rows of split {split!r} have no label in column {column!r} (the first is row "
-            f"{missing}). Label or remove them."
+            f"{values.index(None)}). Label or remove them."
         )
-    values = np.array(stored.to_pylist())
-    return values if values.dtype.kind == "U" else values.astype(np.int64)
+    if any(isinstance(value, str) for value in values):
+        return np.array(["" if value is None else normal_name(value) for value in values])
+    return np.array([-1 if value is None else value for value in values], dtype=np.int64)
 
 
-def encode_labels(raw: dict[str, np.ndarray], names: list[str] | None, column: str) -> tuple[dict, list[str]]:
+def normal_name(name: str) -> str:
+    """A class name in Unicode's composed form: two spellings that look alike are one class."""
+    return unicodedata.normalize("NFC", name)
+
+
+def labelled_rows(labels: np.ndarray) -> np.ndarray:
+    """Row numbers, int64, of the labels that say a class: not negative, not empty."""
+    return np.flatnonzero(labels != "" if labels.dtype.kind == "U" else labels >= 0)
+
+
+def encode_labels(
+    raw: dict[str, np.ndarray], names: list[str] | None, column: str, known: list[str] | None = None
+) -> tuple[dict, list[str]]:
     """Class ids 0 .. k - 1 for every split, and the class names.
 
     Args:
-        raw: split name -> int64 or str (n,), "train" among them.
-        names: the names of a `ClassLabel` column, else None: then strings are sorted, integers name themselves.
+        raw: split name -> int64 or str (n,), "train" among them unless the classes are `known`.
+        names: the names of a `ClassLabel` column, else None: then strings are sorted, integers name themselves. Names
+            that differ in their Unicode form only are one class.
         column: the label column, for messages.
+        known: a model's class names, for labels that have no names of their own, or of a data set without "train".
 
     Returns:
         split name -> int64 (n,); class names.
@@ -106,35 +130,60 @@ def encode_labels(raw: dict[str, np.ndarray], names: list[str] | None, column: s
         ValueError: a label is negative, beyond the names or absent from train; integers leave gaps; fewer than 2
             classes.
     """
-    train = raw["train"]
-    if names is None and train.dtype.kind == "U":
-        names = sorted(set(train.tolist()))
-        ids = {name: number for number, name in enumerate(names)}
+    train, classes = raw.get("train"), names
+    if names is None and next(iter(raw.values())).dtype.kind == "U":
+        classes = sorted(set(train.tolist())) if train is not None else known
+        ids = {normal_name(name): number for number, name in enumerate(classes)}
+        whose = "train lacks" if train is not None else "the model has no class for"
         for split, labels in raw.items():
             strange = sorted(set(labels.tolist()) - set(ids))
             if strange:
-                raise ValueError(f"column {column!r} of split {split!r} has labels that train lacks: {strange[:10]}.")
+                raise ValueError(f"column {column!r} of split {split!r} has labels that {whose}: {strange[:10]}.")
         raw = {split: np.array([ids[name] for name in labels.tolist()]) for split, labels in raw.items()}
+        train = raw.get("train")
     for split, labels in raw.items():
         if labels.min() < 0:
             raise ValueError(
                 f"column {column!r} of split {split!r} holds negative labels ({int((labels < 0).sum())} of "
-                f"{len(labels)}), as unlabelled test sets do. Use a labelled split, or remove this one."
+                f"{len(labels)}), as unlabelled test sets do. Use a labelled split, remove this one, or leave out the "
+                "rows without a label with drop_unlabelled."
             )
-    if names is None:
-        names = [str(number) for number in range(int(train.max()) + 1)]
-        gaps = sorted(set(range(len(names))) - set(train.tolist()))
+    if classes is None and train is None:
+        classes = known
+    elif classes is None:
+        classes = [str(number) for number in range(int(train.max()) + 1)]
+        gaps = sorted(set(range(len(classes))) - set(train.tolist()))
         if gaps:
             raise ValueError(
-                f"column {column!r} of split 'train' runs to {len(names) - 1} but lacks {gaps[:10]}; integer labels "
+                f"column {column!r} of split 'train' runs to {len(classes) - 1} but lacks {gaps[:10]}; integer labels "
                 "must be 0 .. k - 1 without gaps. Renumber them, or store them as ClassLabel with all class names."
             )
     for split, labels in raw.items():
-        if labels.max() >= len(names):
+        if labels.max() >= len(classes):
             raise ValueError(
                 f"column {column!r} of split {split!r} holds label {int(labels.max())}, but "
-                f"train knows {len(names)} classes (0 .. {len(names) - 1}). Give splits of the same classes."
+                f"{'train' if train is not None else 'the model'} knows {len(classes)} classes (0 .. "
+                f"{len(classes) - 1}). Give splits of the same classes."
             )
-    if len(names) < 2:
-        raise ValueError(f"column {column!r} holds {len(names)} class ({', '.join(names)}); at least 2 are needed.")
-    return {split: labels.astype(np.int64) for split, labels in raw.items()}, names
+    if names is not None:
+        spellings = [normal_name(name) for name in names]
+        classes = list(dict.fromkeys(spellings))
+        ids = np.array([classes.index(name) for name in spellings])
+        raw = {split: ids[labels] for split, labels in raw.items()}
+        _refuse_classes_without_training(raw, classes, column)
+    if len(classes) < 2:
+        raise ValueError(
+            f"column {column!r} holds {len(classes)} class ({', '.join(classes)}); at least 2 are needed."
+        )
+    return {split: labels.astype(np.int64) for split, labels in raw.items()}, classes
+
+
+def _refuse_classes_without_training(ids: dict[str, np.ndarray], classes: list[str], column: str) -> None:
+    for split, labels in ids.items():
+        strange = sorted(set(labels.tolist()) - set(ids["train"].tolist())) if "train" in ids else []
+        if strange:
+            shown = ", ".join(classes[number] for number in strange[:10])
+            raise ValueError(
+                f"column {column!r} of split {split!r} has labels that train lacks: {shown}. A model cannot learn "
+                "them: correct the names, add training images, or remove the rows."
+            )

@@ -1,6 +1,7 @@
 """Encoded images -> uint8 pixels, with PIL, so that an image that cannot be read is named."""
 
 import io
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,8 @@ from tscnc_hf.data.augmentation import centre_box
 if TYPE_CHECKING:
     from datasets import Dataset
 
+
+Fit = Callable[[Image.Image], np.ndarray]
 
 CHANNELS = {"rgb": 3, "grey": 1}
 SIXTEEN_BIT_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N")
@@ -55,7 +58,7 @@ class ImageDecoder:
             image.load()
             if image.getexif().get(ORIENTATION) is not None:
                 image = ImageOps.exif_transpose(image)
-            is_grey = image.mode in GREY_MODES
+            is_grey = image.mode in GREY_MODES or (self.only_grey and _channels_are_equal(image))
             image = self._convert(image)
         except Exception as error:  # PIL's plugins raise OSError, SyntaxError, ValueError, struct.error and more
             source = path if content is None else f"{len(content)} bytes" + (f" of {path}" if path else "")
@@ -86,15 +89,32 @@ class ImageDecoder:
         return image.convert(target)
 
 
-def decoder_for(stored: Any, channels: str, where: str) -> tuple[ImageDecoder, tuple[int, int]]:
-    """The decoder for `channels` ("rgb", "grey" or "auto") by a data set's first image, and that image's (h, w)."""
-    searched = channels == "auto"
-    decoder = ImageDecoder("grey" if searched else channels, only_grey=searched)
-    try:
-        image = decoder.open(stored, where)
-    except ColourError:
-        return decoder_for(stored, "rgb", where)
-    return decoder, (image.height, image.width)
+def decoder_for(images: Iterator[tuple[Any, str]], channels: str) -> tuple[ImageDecoder, tuple[int, int], bool]:
+    """
+    The decoder for `channels` ("rgb", "grey" or "auto"), the first image's (h, w), and whether it is grey. "auto" is
+    grey where the first image is stored so, or where the three channels of all of them are equal.
+
+    Args:
+        images: some of a data set, each as stored and as messages call it; more than one is read for "auto" only.
+    """
+    stored, where = next(images)
+    image, mode = ImageDecoder().open(stored, where), _mode(stored)
+    grey = mode in GREY_MODES or _channels_are_equal(image)
+    if channels == "auto" and grey and mode not in GREY_MODES:
+        grey = all(_channels_are_equal(ImageDecoder().open(*other)) for other in images)
+    chosen = channels if channels != "auto" else "grey" if grey else "rgb"
+    return ImageDecoder(chosen, only_grey=channels == "auto" and grey), (image.height, image.width), grey
+
+
+def _mode(stored: Any) -> str:
+    content, path = (stored.get("bytes"), stored.get("path")) if isinstance(stored, dict) else (stored, None)
+    with Image.open(path if content is None else io.BytesIO(content)) as image:
+        return image.mode
+
+
+def _channels_are_equal(image: Image.Image) -> bool:
+    red, green, blue = np.moveaxis(np.asarray(image.convert("RGB")), -1, 0)
+    return bool((red == green).all() and (green == blue).all())
 
 
 def resize_to(image: Image.Image, size: tuple[int, int], box: tuple[float, ...] | None = None) -> Image.Image:
@@ -112,7 +132,12 @@ def to_planes(image: Image.Image) -> np.ndarray:
 
 
 def decode_rows(
-    rows: "Dataset", indices: np.ndarray, split: str, decoder: ImageDecoder, image_size: tuple[int, int] | None
+    rows: "Dataset",
+    indices: np.ndarray,
+    split: str,
+    decoder: ImageDecoder,
+    image_size: tuple[int, int] | None,
+    fit: Fit | None = None,
 ) -> torch.Tensor:
     """Decode the images of the rows `indices` into memory.
 
@@ -122,6 +147,7 @@ def decode_rows(
         split: its name, for messages.
         decoder: what pixels to make.
         image_size: (h, w) to resize to: shorter side first, then a centre crop; None keeps the stored size.
+        fit: from an image to its pixels, uint8 (c, h, w), in place of `image_size`.
 
     Returns:
         uint8 (n, c, h, w).
@@ -136,19 +162,18 @@ def decode_rows(
     images = chain.from_iterable(chunk.column(column).to_pylist() for chunk in chunks)
     hidden = len(indices) <= PROGRESS_FROM
     images = tqdm(images, f"decoding {split}", len(indices), unit="img", disable=hidden)
-    planes, size = None, image_size
+    planes, size = None, None
     for at, stored in enumerate(images):
         where = f"image {int(indices[at])} of split {split!r}"
         image = decoder.open(stored, where)
-        if image_size is not None:
-            image = resize_to(image, image_size)
-        size = size or (image.height, image.width)
-        if (image.height, image.width) != size:
+        made = fit(image) if fit else to_planes(image if image_size is None else resize_to(image, image_size))
+        size = size or made.shape[1:]
+        if made.shape[1:] != size:
             raise ValueError(
-                f"{where} is {image.height}x{image.width}, images before it are {size[0]}x{size[1]} (height x width). "
-                "Give image_size to bring all images to one size."
+                f"{where} is {made.shape[1]}x{made.shape[2]}, images before it are {size[0]}x{size[1]} (height x "
+                "width). Give image_size to bring all images to one size."
             )
         if planes is None:
-            planes = np.empty((len(indices), CHANNELS[decoder.channels], *size), dtype=np.uint8)
-        planes[at] = to_planes(image)
+            planes = np.empty((len(indices), *made.shape), dtype=np.uint8)
+        planes[at] = made
     return torch.from_numpy(planes)

@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import Dataset
 
 from tscnc_hf.data.augmentation import check_augmentation, crop_and_flip, draw_crops_and_flips, random_box
-from tscnc_hf.data.decoding import CHANNELS, ImageDecoder, resize_to, to_planes
+from tscnc_hf.data.decoding import CHANNELS, Fit, ImageDecoder, resize_to, to_planes
 from tscnc_hf.data.identity import digest, spread
 
 
@@ -161,6 +161,7 @@ class ImageStreamDataset(EpochDataset):
         indices: int64, the rows to use, in order; all by default.
         decoder: which pixels to make of an image; RGB by default.
         split: name of the split, for messages.
+        fit: from an image to its pixels, uint8 (c, *image_size), in place of resizing and cropping.
 
     Raises:
         ValueError: wrong shapes or dtypes, an unknown augmentation; when an item is read: an image that cannot be
@@ -178,6 +179,7 @@ class ImageStreamDataset(EpochDataset):
     decoder: ImageDecoder = ImageDecoder()
     split: str = "train"
     seed: int = 0
+    fit: Fit | None = None
 
     _crop_text = "resized crops"
 
@@ -212,7 +214,8 @@ class ImageStreamDataset(EpochDataset):
         box = None
         if "crop" in self.augmentation:
             box = random_box(image.width, image.height, self.image_size, generator)
-        planes = torch.tensor(to_planes(resize_to(image, self.image_size, box)))
+        made = to_planes(resize_to(image, self.image_size, box)) if self.fit is None else self.fit(image)
+        planes = torch.tensor(made)
         if flip and "flip" in self.augmentation:
             planes = planes.flip(-1)
         return {"pixel_values": planes.float().div_(255), "labels": self.labels[index]}

@@ -1,6 +1,7 @@
 """Images -> pixels in [0, 1] and labels: the embedded digits, any labelled image data set of the Hub, any folder."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ import torch
 
 from tscnc_hf.data.augmentation import check_augmentation
 from tscnc_hf.data.batches import collate
-from tscnc_hf.data.columns import encode_labels, find_columns, read_labels
-from tscnc_hf.data.decoding import CHANNELS, decode_rows, decoder_for
+from tscnc_hf.data.columns import encode_labels, find_columns, labelled_rows, normal_name, read_labels
+from tscnc_hf.data.decoding import CHANNELS, Fit, decode_rows, decoder_for
+from tscnc_hf.data.identity import spread
 from tscnc_hf.data.image_datasets import ImageStreamDataset, ImageTensorDataset
 from tscnc_hf.data.splits import first_rows, stratified_split
 
@@ -21,6 +23,7 @@ __all__ = ["ImageData", "ImageStreamDataset", "ImageTensorDataset", "collate", "
 MEMORY_LIMIT = 4 * 10**9
 MEMORY_SIDE = 96
 TEST_FRACTION = 0.2
+LOOKED_AT = 16  # images, for whether a data set is grey
 
 
 @dataclass
@@ -64,11 +67,12 @@ def load_image_data(
     seed: int = 0,
     revision: str | None = None,
     test_split: str | None = None,
+    drop_unlabelled: bool = False,
 ) -> ImageData:
     """Load images and labels. The same rows land in train, validation and test in every run, whatever the seed.
 
-    The test part is the split `test`, else `validation`, else a fifth of train. The validation part always comes out
-    of train, class by class in proportion.
+    The test part is the split `test`, else `validation`, else a fifth of train. The validation part is the split
+    `validation` where that is not the test part; else it comes out of train, class by class in proportion.
 
     Images are held decoded in memory (`ImageTensorDataset`), or decoded as they are read (`ImageStreamDataset`): then
     no pixels are kept. For parquet files about 0.1 kB an image is, labels and row numbers and what `datasets` keeps;
@@ -81,8 +85,9 @@ def load_image_data(
         image_column, label_column: names; found by type when None.
         image_size: side, or (h, w), in pixels. The shorter side is resized, then the centre cropped. None keeps the
             stored size, which then must be the same for all images.
-        channels: "rgb", "grey", or "auto": grey when the first training image is.
-        validation_fraction: share of the training rows held out, in (0, 1).
+        channels: "rgb", "grey", or "auto": grey when the first training image is, or when the three channels of
+            each of the first ones are the same.
+        validation_fraction: share of the training rows held out, in (0, 1), where no split is for validation.
         train_limit: the first n training rows after validation was taken out (validation keeps its full size). Of
             rows sorted by class a fixed random order is taken first.
         test_limit: likewise the first n test rows.
@@ -92,6 +97,7 @@ def load_image_data(
         seed: of the augmentation only.
         revision: commit, branch or tag of a Hub data set.
         test_split: the split to test on, where the choice above is not the one meant: ImageNet's `test` has no labels.
+        drop_unlabelled: leave out rows whose label is negative or missing; the description says how many.
 
     Raises:
         ValueError: an argument, a column, a label or an image that cannot be used; the message says which and why.
@@ -104,35 +110,16 @@ def load_image_data(
     if in_memory not in ("auto", True, False):
         raise ValueError(f"in_memory={in_memory!r} is unknown; allowed are 'auto', True, False.")
     size = _check_size(image_size)
-    if dataset == "digits":
-        of_others = ("image_column", "label_column", "revision", "test_split")
-        given = [name for name in of_others if asked[name] is not None] + ["in_memory"] * (in_memory is False)
-        if given:
-            raise ValueError(f'dataset="digits" is embedded: drop {", ".join(given)}.')
-        splits, name, in_memory = {"train": _digits()}, dataset, True
-    else:
-        splits, name = _load_splits(dataset, revision, test_split)
+    splits, name = _digits_or_splits(dataset, asked, ("train", "validation", "test"))
+    in_memory = True if dataset == "digits" else in_memory
+    rows = _Rows(splits, image_column, label_column, drop_unlabelled)
+    parts, origin = _choose_rows(rows.labels, validation_fraction, train_limit, test_limit)
 
-    import datasets
-
-    image_column, label_column = find_columns(splits["train"].features, image_column, label_column)
-    feature = splits["train"].features[label_column]
-    names = list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
-    raw = {split: read_labels(rows, label_column, split) for split, rows in splits.items()}
-    labels, class_names = encode_labels(raw, names, label_column)
-    parts, origin = _choose_rows(labels, validation_fraction, train_limit, test_limit)
-
-    images = {split: rows.select_columns([image_column]) for split, rows in splits.items()}
-    if isinstance(splits["train"].features[image_column], datasets.Image):
-        undecoded = datasets.Image(decode=False)
-        images = {split: rows.cast_column(image_column, undecoded) for split, rows in images.items()}
     split, indices = parts["train"]
-    row = int(indices[0])
-    decoder, first_size = decoder_for(images[split][row][image_column], channels, f"image {row} of split {split!r}")
+    decoder, first_size, grey = decoder_for(rows.some_images(split, indices), channels)
     if in_memory == "auto":
-        height, width = size or first_size
-        pixels = sum(len(indices) for _, indices in parts.values()) * height * width * CHANNELS[decoder.channels]
-        in_memory = pixels <= MEMORY_LIMIT and max(height, width) <= MEMORY_SIDE
+        count = sum(len(indices) for _, indices in parts.values())
+        in_memory = _fits_in_memory(count, size or first_size, decoder)
     if not in_memory and size is None:
         raise ValueError(
             f"images of {first_size[0]}x{first_size[1]} pixels are decoded as they are read, and need an image_size, "
@@ -140,14 +127,150 @@ def load_image_data(
         )
     made = {}
     for part, (split, indices) in parts.items():
-        ids, how = torch.from_numpy(labels[split][indices]), augmentation if part == "train" else "none"
+        how = augmentation if part == "train" else "none"
+        made[part] = rows.dataset(split, indices, decoder, size, in_memory, augmentation=how, seed=seed)
+    notes = [origin, *rows.notes]
+    if grey and decoder.channels == "rgb":
+        notes.append('grey images in three equal channels, which an attack changes apart: channels="grey" keeps one')
+    return _finish(made, rows.class_names, name, "; ".join(notes), asked)
+
+
+@dataclass
+class TestData:
+    """Images to test on.
+
+    Attributes:
+        test: data set of `{"pixel_values": float32 (c, h, w) in [0, 1], "labels": int64 ()}`.
+        class_names, image_size, channels, name, description: as of `ImageData`.
+    """
+
+    test: ImageTensorDataset | ImageStreamDataset
+    class_names: list[str]
+    image_size: tuple[int, int]
+    channels: int
+    name: str
+    description: str
+
+
+def load_test_data(
+    dataset: str = "digits",
+    *,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    fit: Fit | None = None,
+    channels: str = "auto",
+    limit: int | None = None,
+    revision: str | None = None,
+    test_split: str | None = None,
+    drop_unlabelled: bool = False,
+    class_names: Sequence[str] | None = None,
+) -> TestData:
+    """The test part of `load_image_data`, of a data set that may have nothing else, for a model that exists.
+
+    Args:
+        dataset, image_column, label_column, image_size, channels, revision, test_split, drop_unlabelled: as there; a
+            data set with one split is tested on that, unless it is `train`.
+        fit: from an image (PIL, mode RGB or L) to its pixels, uint8 (c, h, w), in place of `image_size`.
+        limit: the first n rows, chosen as by `test_limit` there.
+        class_names: of the model. Labels of a data set without train that are strings are looked up in them.
+
+    Raises:
+        ValueError, FileNotFoundError: as `load_image_data`; a label that the model has no class for.
+    """
+    asked = dict(locals())
+    size = _check_size(image_size)
+    splits, name = _digits_or_splits(dataset, asked, ("train", "test"), test_only=True)
+    rows = _Rows(splits, image_column, label_column, drop_unlabelled, class_names)
+    split, _, indices, origin = _test_rows(rows.labels)
+    indices = first_rows(indices, rows.labels[split], limit, "limit")
+    decoder, first_size, _ = decoder_for(rows.some_images(split, indices), channels)
+    if fit is not None:
+        stored, where = next(rows.some_images(split, indices))
+        size = fit(decoder.open(stored, where)).shape[1:]
+    in_memory = _fits_in_memory(len(indices), size or first_size, decoder)
+    if not in_memory and size is None:
+        raise ValueError(f"images of {first_size[0]}x{first_size[1]} pixels need an image_size")
+    made = rows.dataset(split, indices, decoder, size, in_memory, fit=fit)
+    channels, *size = made[0]["pixel_values"].shape
+    return TestData(made, rows.class_names, tuple(size), channels, name, "; ".join([origin, *rows.notes]))
+
+
+class _Rows:
+    """The splits of a data set, with their labels as class ids and their images not decoded.
+
+    Attributes:
+        labels: split -> int64 (n,).
+        class_names: k names.
+        notes: what was done that one should know.
+    """
+
+    def __init__(
+        self, splits: dict[str, Any], image_column: str | None, label_column: str | None, drop_unlabelled: bool,
+        known: Sequence[str] | None = None,
+    ):  # fmt: skip
+        import datasets
+
+        features = next(iter(splits.values())).features
+        self.column, label_column = find_columns(features, image_column, label_column)
+        feature, self.notes = features[label_column], []
+        names = list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
+        raw = {split: read_labels(rows, label_column, split, drop_unlabelled) for split, rows in splits.items()}
+        if drop_unlabelled:
+            for split, labels in raw.items():
+                kept = labelled_rows(labels)
+                if len(kept) == 0:
+                    raise ValueError(f"no row of split {split!r} has a label in column {label_column!r}.")
+                if len(kept) < len(labels):
+                    self.notes.append(f"{len(labels) - len(kept):,} rows of {split!r} without a label left out")
+                    splits[split], raw[split] = splits[split].select(kept), labels[kept]
+        known = None if known is None else list(known)
+        self.labels, self.class_names = encode_labels(raw, names, label_column, known)
+        if names is not None and len(self.class_names) < len(names):
+            self.notes.append(
+                f"{len(names) - len(self.class_names)} class names that differ from others in their Unicode form only "
+                "are the same class"
+            )
+        self.images = {split: rows.select_columns([self.column]) for split, rows in splits.items()}
+        if isinstance(features[self.column], datasets.Image):
+            undecoded = datasets.Image(decode=False)
+            self.images = {split: rows.cast_column(self.column, undecoded) for split, rows in self.images.items()}
+
+    def some_images(self, split: str, indices: np.ndarray) -> Iterator[tuple[Any, str]]:
+        """The first of the rows `indices` and some others, as stored, and what messages call them."""
+        for place in spread(len(indices), LOOKED_AT):
+            row = int(indices[place])
+            yield self.images[split][row][self.column], f"image {row} of split {split!r}"
+
+    def dataset(
+        self, split: str, indices: np.ndarray, decoder: Any, size: tuple[int, int] | None, in_memory: bool,
+        fit: Fit | None = None, augmentation: str = "none", seed: int = 0,
+    ) -> ImageTensorDataset | ImageStreamDataset:  # fmt: skip
+        """The rows `indices` of a split."""
+        ids, names, images = torch.from_numpy(self.labels[split][indices]), self.class_names, self.images[split]
         if in_memory:
-            planes = decode_rows(images[split], indices, split, decoder, size)
-            made[part] = ImageTensorDataset(planes, ids, class_names, how, seed)
-        else:
-            source = dict(image_column=image_column, indices=indices, decoder=decoder, split=split)
-            made[part] = ImageStreamDataset(images[split], ids, class_names, size, how, **source, seed=seed)
-    return _finish(made, class_names, name, origin, asked)
+            planes = decode_rows(images, indices, split, decoder, size, fit)
+            return ImageTensorDataset(planes, ids, names, augmentation, seed)
+        source = dict(image_column=self.column, indices=indices, decoder=decoder, split=split, seed=seed, fit=fit)
+        return ImageStreamDataset(images, ids, names, size, augmentation, **source)
+
+
+def _fits_in_memory(count: int, size: tuple[int, int], decoder: Any) -> bool:
+    pixels = count * size[0] * size[1] * CHANNELS[decoder.channels]
+    return pixels <= MEMORY_LIMIT and max(size) <= MEMORY_SIDE
+
+
+def _digits_or_splits(
+    dataset: str, asked: dict[str, Any], wanted: Sequence[str], test_only: bool = False
+) -> tuple[dict[str, Any], str]:
+    """Split -> rows, of those that are used, and the data set's name."""
+    if dataset != "digits":
+        return _load_splits(dataset, asked["revision"], asked["test_split"], wanted, test_only)
+    of_others = ("image_column", "label_column", "revision", "test_split", "drop_unlabelled")
+    given = [name for name in of_others if asked[name]] + ["in_memory"] * (asked.get("in_memory") is False)
+    if given:
+        raise ValueError(f'dataset="digits" is embedded: drop {", ".join(given)}.')
+    return {"train": _digits()}, dataset
 
 
 def _check_size(image_size: int | Sequence[int] | None) -> tuple[int, int] | None:
@@ -159,7 +282,9 @@ def _check_size(image_size: int | Sequence[int] | None) -> tuple[int, int] | Non
     return size
 
 
-def _load_splits(dataset: str, revision: str | None, test_split: str | None) -> tuple[dict[str, Any], str]:
+def _load_splits(
+    dataset: str, revision: str | None, test_split: str | None, wanted: Sequence[str], test_only: bool
+) -> tuple[dict[str, Any], str]:
     import datasets
 
     folder = Path(dataset).expanduser()
@@ -177,33 +302,69 @@ def _load_splits(dataset: str, revision: str | None, test_split: str | None) -> 
             f"data set {dataset!r} cannot be read: {error.__cause__ or error}. Give a Hub id, or a folder of parquet "
             "files or of images with rows in every split."
         ) from error
-    if "train" not in splits:
-        raise ValueError(f"data set {name!r} has no split 'train', only {', '.join(splits)}. Rename one to train.")
     others = [split for split in splits if split != "train"]
+    if "train" not in splits and not test_only:
+        raise ValueError(f"data set {name!r} has no split 'train', only {', '.join(splits)}. Rename one to train.")
     if test_split is not None and test_split not in others:
         raise ValueError(f"test_split={test_split!r}: data set {name!r} has {', '.join(others) or 'only train'}.")
     test = test_split or next((split for split in ("test", "validation") if split in splits), None)
-    return {split: splits[split] for split in ("train", test) if split is not None}, name
+    if test is None and "train" not in splits:
+        if len(others) > 1:
+            raise ValueError(f"data set {name!r} has {', '.join(others)}: name one with test_split.")
+        test = others[0]
+    chosen = {"train": "train", "validation": "validation", "test": test}
+    used = dict.fromkeys(chosen[part] for part in wanted)  # validation is the test part where there is no other
+    if folder.is_dir():
+        _refuse_other_names(folder)
+    return {split: splits[split] for split in used if split in splits}, name
 
 
 def _choose_rows(
     labels: dict[str, np.ndarray], validation_fraction: float, train_limit: int | None, test_limit: int | None
 ) -> tuple[dict[str, tuple[str, np.ndarray]], str]:
-    """Part -> (split, rows), and where the test part came from."""
-    everything, test_split = labels["train"], next((split for split in labels if split != "train"), "train")
-    if test_split == "train":
-        rest, test = stratified_split(everything, TEST_FRACTION, "testing")
-        origin = f"{TEST_FRACTION:.0%} of the training rows were held out for testing"
+    """Part -> (split, rows), and where the parts came from."""
+    everything = labels["train"]
+    test_split, rest, test, origin = _test_rows(labels)
+    if "validation" in labels and test_split != "validation":
+        train, held = rest, ("validation", np.arange(len(labels["validation"])))
+        origin += ", validation on split 'validation'"
     else:
-        rest, test = np.arange(len(everything)), np.arange(len(labels[test_split]))
-        origin = f"tested on split {test_split!r}"
-    train, validation = stratified_split(everything[rest], validation_fraction, "validation")
+        train, validation = stratified_split(everything[rest], validation_fraction, "validation")
+        train, held = rest[train], ("train", rest[validation])
+        origin += ", validation held out of the training rows"
     parts = {
-        "train": ("train", first_rows(rest[train], everything, train_limit, "train_limit")),
-        "validation": ("train", rest[validation]),
+        "train": ("train", first_rows(train, everything, train_limit, "train_limit")),
+        "validation": held,
         "test": (test_split, first_rows(test, labels[test_split], test_limit, "test_limit")),
     }
-    return parts, f"{origin}, validation held out of the training rows"
+    return parts, origin
+
+
+def _test_rows(labels: dict[str, np.ndarray]) -> tuple[str, np.ndarray, np.ndarray, str]:
+    """The split to test on (the last one), the rows of train that are left, its own, and where they came from."""
+    split = list(labels)[-1]
+    if split == "train":
+        rest, test = stratified_split(labels[split], TEST_FRACTION, "testing")
+        return split, rest, test, f"{TEST_FRACTION:.0%} of the training rows were held out for testing"
+    return split, np.arange(len(labels.get("train", ()))), np.arange(len(labels[split])), f"tested on split {split!r}"
+
+
+def _refuse_other_names(folder: Path) -> None:
+    """ValueError where parquet files number their classes differently: `datasets` reads all with one file's names."""
+    import pyarrow.parquet as pq
+
+    first: dict[str, tuple[Path, list[str]]] = {}
+    for path in sorted(folder.rglob("*.parquet")):
+        described = json.loads((pq.read_schema(path).metadata or {}).get(b"huggingface", b"{}"))
+        for column, feature in described.get("info", {}).get("features", {}).items():
+            if isinstance(feature, dict) and feature.get("_type") == "ClassLabel":
+                where, names = first.setdefault(column, (path, feature["names"]))
+                if [*map(normal_name, feature["names"])] != [*map(normal_name, names)]:
+                    raise ValueError(
+                        f"the classes of column {column!r} are {', '.join(names)} in {where.name}, but "
+                        f"{', '.join(feature['names'])} in {path.name}: the same numbers are other classes. Write all "
+                        "splits with one ClassLabel."
+                    )
 
 
 def _digits():

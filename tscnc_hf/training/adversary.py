@@ -27,16 +27,18 @@ class Adversary:
 
     Args:
         args (`TSCNCConfig`): the options.
-        mean, std: how the model's inputs are normalised, one value a channel.
+        mean, std, order: how the model's inputs are made of pixels, as in `Normalisation`.
     """
 
-    def __init__(self, args: TSCNCConfig, mean: Sequence[float], std: Sequence[float]):
-        self.args, self.mean, self.std = args, mean, std
+    def __init__(
+        self, args: TSCNCConfig, mean: Sequence[float], std: Sequence[float], order: Sequence[int] | None = None
+    ):
+        self.args, self.mean, self.std, self.order = args, mean, std, order
         self._folded: FoldedCopy | bool | None = None  # None: not tried yet, False: nothing to fold
 
     def logits(self, model: Callable) -> LogitsFn:
         """From pixels in [0, 1], (b, c, h, w), to float32 logits (b, k); `model` is one, or a function like one."""
-        return pixel_logits(model, self.mean, self.std)
+        return pixel_logits(model, self.mean, self.std, self.order)
 
     def epsilon_at(self, step: int, max_steps: int) -> float:
         """The radius in a step, in pixel units: a pure function of it (`epsilon_warmup`)."""

@@ -9,9 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers.utils import logging
 
+from tscnc_hf.artifact.models.finetuning import fitted
 from tscnc_hf.data.batches import LABEL_KEYS
 from tscnc_hf.training.resume.checkpoints import whole_checkpoint_text
+
+
+logger = logging.get_logger(__name__)
 
 
 def check_processes(world_size: int) -> None:
@@ -61,6 +66,21 @@ def _check_dataset(model: nn.Module, dataset, collator: Callable) -> None:
             check_labels(dataset, num_labels)
         except TypeError:  # they cannot be read without all images
             check_labels(batch["labels"], num_labels)
+
+
+def publishable_processor(
+    model: nn.Module, processor: object | None, train_dataset, eval_dataset, collator: Callable
+) -> object | None:
+    """The image processor to save with the model: what it makes of an image is what is trained on (`fitted`)."""
+    for dataset in (train_dataset, eval_dataset):
+        part = next(iter(dataset.values())) if isinstance(dataset, dict) else dataset
+        if hasattr(part, "__getitem__"):
+            shape = tuple(collator([part[0]])["pixel_values"].shape[1:])
+            processor, changed = fitted(model, processor, shape)
+            if changed:
+                logger.warning(changed[0].upper() + changed[1:])
+            break
+    return processor
 
 
 def _channels(config) -> int | None:

@@ -43,11 +43,13 @@ class Publisher:
 
     Args:
         args (`TSCNCConfig`): the options.
-        mean, std: how the model's inputs are normalised, one value a channel.
+        mean, std, order: how the model's inputs are made of pixels, as in `Normalisation`.
     """
 
-    def __init__(self, args: TSCNCConfig, mean: Sequence[float], std: Sequence[float]):
-        self.args, self.mean, self.std = args, mean, std
+    def __init__(
+        self, args: TSCNCConfig, mean: Sequence[float], std: Sequence[float], order: Sequence[int] | None = None
+    ):
+        self.args, self.mean, self.std, self.order = args, mean, std, order
         self.folder = Path(args.output_dir)
         self.results: dict | None = None
         self.card_options: dict[str, Any] = {}
@@ -56,6 +58,7 @@ class Publisher:
         """Write the options and the normalisation into the model's config, where it has one."""
         if isinstance(model, PreTrainedModel):
             normalised = {"image_mean": list(self.mean), "image_std": list(self.std)}
+            normalised |= {} if self.order is None else {"channel_order": list(self.order)}
             model.config.tscnc = self.args.method_dict() | normalised | width_record(model.config)
 
     def write_extras(self, folder: Path, model: nn.Module) -> None:

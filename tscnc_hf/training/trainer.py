@@ -16,16 +16,22 @@ from transformers.utils import logging
 
 from tscnc_hf.artifact.card.formatting import collapse_text, without_paths
 from tscnc_hf.artifact.files.state import STATE_FILE, save_state
+from tscnc_hf.artifact.models.preprocessing import preprocessing
 from tscnc_hf.artifact.models.saving import check_publishable, disk_state
 from tscnc_hf.data.batches import collate, collate_unlabelled
 from tscnc_hf.evaluation.run import as_published, evaluate
 from tscnc_hf.method.adversarial.objectives import objective_terms
-from tscnc_hf.method.adversarial.pixels import normalisation
 from tscnc_hf.method.matrices import computed_weights, weight_matrices
 from tscnc_hf.method.sharding import is_sharded, reshard_
 from tscnc_hf.method.units.gates import detached_gates, folded_gates, gate_report
 from tscnc_hf.training.adversary import Adversary
-from tscnc_hf.training.checks import check_datasets, check_finite_weights, check_processes, check_terms
+from tscnc_hf.training.checks import (
+    check_datasets,
+    check_finite_weights,
+    check_processes,
+    check_terms,
+    publishable_processor,
+)
 from tscnc_hf.training.class_weights import balanced_weights, image_weights
 from tscnc_hf.training.compressor import Compressor, with_dense_ends
 from tscnc_hf.training.config import TSCNCConfig
@@ -94,17 +100,18 @@ class TSCNCTrainer(ResumableTrainer):
             processing_class = loaded_processor if processing_class is None else processing_class
         if model is None:
             raise ValueError("model is missing: pass a module, a folder or a Hub id")
-        mean, std = normalisation(model, processing_class)
+        normalised = preprocessing(model, processing_class)
         data_collator = data_collator or collate
         check_datasets(model, train_dataset, eval_dataset, data_collator)
         self.class_weights = balanced_weights(model, train_dataset) if args.class_weights == "balanced" else None
         if isinstance(model, PreTrainedModel):
             check_publishable(model)
+        processing_class = publishable_processor(model, processing_class, train_dataset, eval_dataset, data_collator)
         args = with_dense_ends(model, args)
         if args.channels_last:
             model.to(memory_format=torch.channels_last)
-        self.adversary, self.compressor = Adversary(args, mean, std), Compressor(model, args)
-        self.publisher = Publisher(args, mean, std)
+        self.adversary, self.compressor = Adversary(args, *normalised), Compressor(model, args)
+        self.publisher = Publisher(args, *normalised)
         given = (model, args, data_collator, train_dataset, eval_dataset, processing_class)
         metrics = Metrics(compute_metrics, args.batch_eval_metrics)
         metrics.check_best(

@@ -42,8 +42,9 @@ def read_config(name_or_folder: str | os.PathLike, **options: Any) -> PreTrained
 
 def input_format(
     model: PreTrainedModel | PreTrainedConfig | str, processing_class: object | None = None
-) -> tuple[int | None, str | None]:
-    """Side in pixels and channels ("rgb" or "grey") of the images that a model takes; None where nothing says.
+) -> tuple[int | tuple[int, int] | None, str | None]:
+    """Size, a side or (h, w) in pixels, and channels ("rgb" or "grey") of the images that a model takes; None where
+    nothing says.
 
     Args:
         model: itself, its config, or its name or folder, of which config and image processor are read.
@@ -56,12 +57,20 @@ def input_format(
     config = getattr(model, "config", model)
     pretrained = getattr(config, "pretrained_cfg", None) or {}
     if "input_size" in pretrained:
-        return pretrained["input_size"][-1], COLOURS.get(pretrained["input_size"][0])
+        return _side_or_pair(pretrained["input_size"][-2:]), COLOURS.get(pretrained["input_size"][0])
     config = getattr(config, "vision_config", config)  # of CLIP and its like
     size = getattr(processing_class, "crop_size", None) if getattr(processing_class, "do_center_crop", False) else None
     size = dict(size or getattr(processing_class, "size", None) or {})
-    side = getattr(config, "image_size", None) or size.get("height") or size.get("shortest_edge")
-    return side if isinstance(side, int) else None, COLOURS.get(getattr(config, "num_channels", None))
+    made = (size["height"], size["width"]) if {"height", "width"} <= size.keys() else size.get("shortest_edge")
+    size = _side_or_pair(getattr(config, "image_size", None)) or _side_or_pair(made)
+    return size, COLOURS.get(getattr(config, "num_channels", None))
+
+
+def _side_or_pair(size: int | Sequence[int] | None) -> int | tuple[int, int] | None:
+    if not size or isinstance(size, int):
+        return size or None
+    height, width = size
+    return height if height == width else (height, width)
 
 
 def label_fields(class_names: Sequence[str]) -> dict:

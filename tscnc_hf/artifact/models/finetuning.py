@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch
-from transformers import PreTrainedModel, TimmWrapperImageProcessor
+from torch import nn
+from transformers import (
+    PreTrainedModel,
+    TimmWrapperConfig,
+    TimmWrapperForImageClassification,
+    TimmWrapperImageProcessor,
+    ViTImageProcessor,
+)
 
 from tscnc_hf.artifact.models.config import input_format, label_fields, read_config
 from tscnc_hf.artifact.models.loading import load_model
+from tscnc_hf.artifact.models.preprocessing import acts, image_processor, leaves_alone, preprocessing
 from tscnc_hf.data.class_names import has_no_names, refuse_another_order
+from tscnc_hf.method.adversarial.pixels import Normalisation
 
 
 def load_for_finetuning(
@@ -53,33 +63,97 @@ def load_for_finetuning(
         head = f"new head for {len(new)} classes" + (had_none or f" in place of one for {len(old)}")
     if renamed or not kept:
         model.config.update(label_fields(class_names))
-    side, channels = input_format(model, processor)
+    before, channels = input_format(model, processor)
+    channels = 1 if channels == "grey" else 3
     try:
         with torch.no_grad():  # the model comes in eval mode
-            model(pixel_values=torch.zeros(1, 1 if channels == "grey" else 3, *image_size))
+            model(pixel_values=torch.zeros(1, channels, *image_size))
     except (ValueError, RuntimeError, AssertionError) as error:
         raise ValueError(
             f"images of {image_size[0]}x{image_size[1]} pixels do not go through the model: {error} Leave image_size "
             "out: images are then resized to what the model takes"
         ) from error
     size = f"images of {image_size[0]}x{image_size[1]}"
-    if image_size != (side, side):
-        processor = _take_size_(model, processor, image_size)
-        size += f", of {side}x{side} so far" if side else ""
+    processor, _ = fitted(model, processor, (channels, *image_size))
+    before = (before, before) if isinstance(before, int) else before
+    if before not in (None, image_size):
+        size += f", of {before[0]}x{before[1]} so far"
     return model, processor, f"{head}; {size}"
 
 
-def _take_size_(model: PreTrainedModel, processor: object, image_size: tuple[int, int]) -> object:
-    """Let the model's config say that it takes images of (h, w); returns an image processor that makes such."""
-    config, (height, width) = model.config, image_size
-    if pretrained := getattr(config, "pretrained_cfg", None):  # timm's
-        channels = pretrained.get("input_size", [3])[0]
-        config.pretrained_cfg = pretrained | {"input_size": [channels, height, width]}
-        return TimmWrapperImageProcessor(config.pretrained_cfg, architecture=config.architecture)
-    if hasattr(config, "image_size"):
-        config.image_size = height if height == width else [height, width]
-    by_shorter_side = "shortest_edge" in (processor.size or {})
-    processor.size = {"shortest_edge": min(image_size)} if by_shorter_side else {"height": height, "width": width}
+def fitted(model: nn.Module, processor: object | None, shape: tuple[int, int, int]) -> tuple[object, str]:
+    """
+    The image processor to publish with a model that is trained on images of `shape` (c, h, w) as they are, and what
+    was changed in one sentence ("" where nothing was): one that leaves such images alone. Where the one given would
+    resize or crop them, this is a copy with another size, and the model's config says that size, too, if its weights
+    fit any. Of a timm model in transformers' wrapper, config.json is all that anybody reads.
+
+    Raises:
+        ValueError: no image processor does to such images what this one does to their values; see `preprocessing`.
+    """
+    (channels, height, width), name = shape, type(image_processor(processor)).__name__
+    if isinstance(model, TimmWrapperForImageClassification) and model.config.pretrained_cfg:
+        return _of_timm(model.config, preprocessing(model, processor), shape, name)
+    one = image_processor(processor)
+    if not acts(one) or leaves_alone(one, normalised := preprocessing(model, one), shape):
+        return processor, ""
+    made = _of_size(one, height, width)
+    if not leaves_alone(made, normalised, shape) and normalised.order is None:
+        mean, std = (list(values) for values in normalised[:2])  # its class cannot make such images, this can
+        made = ViTImageProcessor(size={"height": height, "width": width}, image_mean=mean, image_std=std)
+    if not leaves_alone(made, normalised, shape):
+        raise ValueError(
+            f"the image processor {name} does not leave images of {height}x{width} as they are, whatever its size: "
+            "resize the images to what it makes"
+        )
+    if hasattr(getattr(model, "config", None), "image_size"):
+        _say_size_(model, height, width)
+    return made, _resized(name, height, width)
+
+
+def _resized(name: str, height: int, width: int) -> str:
+    return (
+        f"images are {height}x{width}, and are trained on and attacked as they are; the image processor {name} would "
+        f"resize or crop them: the one that is saved with the model makes {height}x{width}"
+    )
+
+
+def _of_timm(
+    config: TimmWrapperConfig, normalised: Normalisation, shape: tuple[int, int, int], name: str
+) -> tuple[object, str]:
+    made = TimmWrapperImageProcessor(config.pretrained_cfg, architecture=config.architecture)
+    if leaves_alone(made, normalised, shape):
+        return made, ""
+    if normalised.order is not None:
+        raise ValueError(
+            f"the image processor {name} changes the order of channels, which the config of a timm model cannot say: "
+            "nobody would load the model as it was trained. Pass one that does not, or none"
+        )
+    mean, std = ((values * shape[0])[: shape[0]] for values in normalised[:2])
+    own = {"input_size": list(shape), "mean": mean, "std": std, "crop_pct": 1.0, "crop_mode": "center"}
+    config.pretrained_cfg = config.pretrained_cfg | own
+    return TimmWrapperImageProcessor(config.pretrained_cfg, architecture=config.architecture), (
+        f"the model's pretrained_cfg described other inputs than images of {shape[1]}x{shape[2]}, as they are, with "
+        f"mean {mean} and standard deviation {std}, which it is trained on: it describes these now"
+    )
+
+
+def _of_size(processor: object, height: int, width: int) -> object:
+    made = copy.copy(processor)
+    by_shorter_side = "shortest_edge" in dict(processor.size or {})
+    made.size = {"shortest_edge": min(height, width)} if by_shorter_side else {"height": height, "width": width}
     if getattr(processor, "crop_size", None):
-        processor.crop_size = {"height": height, "width": width}
-    return processor
+        made.crop_size = {"height": height, "width": width}
+    if getattr(processor, "crop_pct", None):
+        made.crop_pct = 1.0
+    return made
+
+
+def _say_size_(model: PreTrainedModel, height: int, width: int) -> None:
+    """Let the config say the size of the images, unless the shapes of weights depend on it."""
+    said = copy.deepcopy(model.config)
+    said.image_size = height if height == width else [height, width]
+    with torch.device("meta"):
+        before, after = (type(model)(copy.deepcopy(one)).state_dict() for one in (model.config, said))
+    if {name: weight.shape for name, weight in before.items()} == {n: weight.shape for n, weight in after.items()}:
+        model.config.image_size = said.image_size

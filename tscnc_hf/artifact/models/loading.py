@@ -24,11 +24,12 @@ from transformers import AutoImageProcessor, PreTrainedModel
 
 from tscnc_hf.artifact.files.tensor_file import unreadable
 from tscnc_hf.artifact.models.config import CONFIG_FILE, class_of, config_digest, label_fields, read_config
+from tscnc_hf.artifact.models.preprocessing import preprocessing
 from tscnc_hf.artifact.models.recorded_widths import as_plain, narrowed
 from tscnc_hf.artifact.models.weights import differences, float_dtypes, has_weights, read_weights, same_tensors
 from tscnc_hf.artifact.packed.file import SPARSE_FILE, read_sparse_file, read_sparse_metadata
 from tscnc_hf.artifact.packed.limit import count_nonzero
-from tscnc_hf.method.adversarial.pixels import LogitsFn, normalisation, pixel_logits
+from tscnc_hf.method.adversarial.pixels import LogitsFn, pixel_logits
 from tscnc_hf.method.sharding import copy_whole_, is_sharded, unsharded_class
 
 
@@ -46,9 +47,10 @@ def logits_fn(model: nn.Module, processing_class: object | None = None) -> Logit
     A function from pixels in [0, 1], float (b, c, h, w), to float32 logits (b, k), normalisation inside.
 
     Raises:
-        ValueError: neither the image processor nor the model's config says how inputs are normalised.
+        ValueError: neither the image processor nor the model's config says how inputs are normalised, or the image
+            processor does what cannot be reproduced (`preprocessing`).
     """
-    return pixel_logits(model, *normalisation(model, processing_class))
+    return pixel_logits(model, *preprocessing(model, processing_class))
 
 
 def load_model(

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from tscnc_hf.artifact.files.state import load_state, save_state
+from tscnc_hf.artifact.models.preprocessing import preprocessing
 from tscnc_hf.data.batches import collate
 from tscnc_hf.evaluation.attacks import make_attack
 from tscnc_hf.evaluation.memory import InParts
 from tscnc_hf.evaluation.state import EvaluationState
 from tscnc_hf.evaluation.subset import drawn
-from tscnc_hf.method.adversarial.pixels import attack_mode, normalisation, pixel_logits, pixel_quantity
+from tscnc_hf.method.adversarial.pixels import attack_mode, pixel_logits, pixel_quantity
 
 
 logger = logging.get_logger(__name__)
@@ -80,7 +81,7 @@ def adversarial_examples(
     if run is None:
         raise ValueError("attack='clean' makes no adversarial examples; use an attack such as 'pgd-20'")
     device = next(model.parameters()).device
-    forward = pixel_logits(model, *normalisation(model, processing_class))
+    forward = pixel_logits(model, *preprocessing(model, processing_class))
     batch = collate([dataset[place] for place in drawn(len(dataset), n, seed)])
     x, y = batch["pixel_values"].to(device), batch["labels"].to(device)
     with attack_mode(model):

@@ -11,12 +11,13 @@ from functools import partial
 import torch
 from torch import nn
 
+from tscnc_hf.artifact.models.preprocessing import preprocessing
 from tscnc_hf.data.batches import collate
 from tscnc_hf.evaluation.memory import halving
 from tscnc_hf.evaluation.state import EvaluationState
 from tscnc_hf.evaluation.subset import drawn
 from tscnc_hf.method.adversarial.pgd import seeded_generator
-from tscnc_hf.method.adversarial.pixels import attack_mode, normalisation, pixel_logits, pixel_quantity
+from tscnc_hf.method.adversarial.pixels import attack_mode, pixel_logits, pixel_quantity
 from tscnc_hf.method.reports.lipschitz import LipschitzProduct, lipschitz_product, local_lipschitz
 
 
@@ -92,7 +93,7 @@ def evaluate_lipschitz(
     if size == 0 or n < 1:
         raise ValueError(f"n={n} of a data set of {size} images: at least one image is needed")
     device = next(model.parameters()).device
-    forward = pixel_logits(model, *normalisation(model, processing_class))
+    forward = pixel_logits(model, *preprocessing(model, processing_class))
     places, state = sorted(drawn(size, n, seed)), EvaluationState() if state is None else state
     n = len(places)
 

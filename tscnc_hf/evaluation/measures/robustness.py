@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from tscnc_hf import __version__
 from tscnc_hf.artifact.files.identity import RunIdentity, code_identity, weights_digest
+from tscnc_hf.artifact.models.preprocessing import preprocessing
 from tscnc_hf.data.batches import collate
 from tscnc_hf.evaluation.attacks import KNOWN_ATTACKS, Attack, check_attacks, make_attack
 from tscnc_hf.evaluation.duration import estimate, estimate_text, timed
@@ -29,7 +30,7 @@ from tscnc_hf.evaluation.memory import InParts, halving
 from tscnc_hf.evaluation.state import FORMAT, EvaluationState, OtherEvaluation, data_identity
 from tscnc_hf.evaluation.subset import drawn
 from tscnc_hf.method.adversarial.ball import check_norm
-from tscnc_hf.method.adversarial.pixels import attack_mode, normalisation, pixel_logits, pixel_quantity
+from tscnc_hf.method.adversarial.pixels import attack_mode, pixel_logits, pixel_quantity
 
 
 CHECKED = 64  # images, for hidden gradients
@@ -145,8 +146,8 @@ class Robustness:
         rank, world = _processes(device) if distributed else (0, 1)
         self.device = PartialState().device if world > 1 else device
         model.to(self.device)
-        self.processing_class, self.mean_std = processing_class, normalisation(model, processing_class)
-        self.forward = pixel_logits(model, *self.mean_std)
+        self.processing_class, self.normalised = processing_class, preprocessing(model, processing_class)
+        self.forward = pixel_logits(model, *self.normalised)
         if self.attacks != [Attack("clean")]:
             some = collate([dataset[self.places[0]]])["pixel_values"].to(self.device)
             with attack_mode(model), torch.no_grad():
@@ -172,7 +173,7 @@ class Robustness:
     def identity(self) -> RunIdentity:
         """Of whatever decides the accuracies."""
         options = self.threat_model | {"format": FORMAT, "batch_size": self.batch_size}
-        options |= dict(zip(("mean", "std"), self.mean_std, strict=True))
+        options |= {name: value for name, value in self.normalised._asdict().items() if value is not None}
         code, parameters = code_identity(), {}
         for attack in self.attacks:
             parameters[attack.name] = dict(attack.parameters)
@@ -246,10 +247,10 @@ class Robustness:
         options, of = {"epsilon": self.epsilon, "norm": self.norm, "seed": self.seed}, None
         if dense_model is not None:
             processor = self.processing_class if dense_processing_class is None else dense_processing_class
-            dense_mean_std = normalisation(dense_model, processor)
-            options["dense_fn"] = pixel_logits(dense_model.to(self.device), *dense_mean_std)
+            dense_normalised = preprocessing(dense_model, processor)
+            options["dense_fn"] = pixel_logits(dense_model.to(self.device), *dense_normalised)
             if self.state.folder is not None:
-                of = {"model": weights_digest(dense_model), "mean_std": dense_mean_std}
+                of = {"model": weights_digest(dense_model), "normalised": dense_normalised}
         batch = self._some()
         x, y = batch["pixel_values"].to(self.device), batch["labels"].to(self.device)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -42,33 +43,56 @@ def pixel_quantity(name: str, value: float | str, norm: str = "linf") -> float:
     return number
 
 
-def normalisation(model: nn.Module, processing_class: object | None = None) -> tuple[list[float], list[float]]:
+class Normalisation(NamedTuple):
     """
-    Mean and standard deviation, one per channel in pixel units, that the model's inputs are normalised with.
+    What a model's inputs are of an image: input channel c is (pixels[order[c]] - mean[c]) / std[c].
+
+    Attributes:
+        mean, std: one value a channel, or one for all, in pixel units.
+        order: the image's channel behind each input channel; None where they are as in the image (RGB).
+    """
+
+    mean: list[float]
+    std: list[float]
+    order: list[int] | None = None
+
+
+def normalisation(model: nn.Module, processing_class: object | None = None) -> Normalisation:
+    """
+    How the model's inputs are said to be normalised. An image processor may do otherwise: see
+    `tscnc_hf.artifact.models.preprocessing`.
 
     Looked up in this order: the image processor (`image_mean`, `image_std`, or timm's `data_config`),
-    `model.config.pretrained_cfg` (timm), `model.config.tscnc` (written by this library).
+    `model.config.pretrained_cfg` (timm), `model.config.tscnc` (written by this library), `model.pretrained_cfg` (of a
+    model of timm itself).
 
     Raises:
         ValueError: none of them says.
     """
     if getattr(processing_class, "do_normalize", None) is False:
-        return [0.0], [1.0]
+        return Normalisation([0.0], [1.0])
     config, own = getattr(model, "config", None), ("image_mean", "image_std")
     sources = [{name: getattr(processing_class, name, None) for name in own}]
     sources += [getattr(processing_class, "data_config", None)]
     sources += [getattr(config, name, None) for name in ("pretrained_cfg", "tscnc")]
+    sources += [getattr(model, "pretrained_cfg", None)]
     for source in filter(None, sources):
         mean, std = (source.get(name, source.get(f"image_{name}")) for name in ("mean", "std"))
         if mean is not None and std is not None:
-            return list(mean), list(std)
+            return Normalisation(_listed(mean), _listed(std), source.get("channel_order"))
     raise ValueError(
         f"cannot tell how {type(model).__name__} normalises its input: pass processing_class= an image processor with "
         "image_mean and image_std (mean 0, std 1 if the model takes pixels in [0, 1] as they are)"
     )
 
 
-def pixel_logits(model: Callable, mean: Sequence[float], std: Sequence[float]) -> LogitsFn:
+def _listed(values: float | Sequence[float]) -> list[float]:
+    return [float(values)] if isinstance(values, (int, float)) else list(values)
+
+
+def pixel_logits(
+    model: Callable, mean: Sequence[float], std: Sequence[float], order: Sequence[int] | None = None
+) -> LogitsFn:
     """
     Wrap a classifier as a function of pixels.
 
@@ -76,13 +100,15 @@ def pixel_logits(model: Callable, mean: Sequence[float], std: Sequence[float]) -
         model (`nn.Module`, or a function like one): takes normalised images (b, c, h, w); returns logits (b, k) or an
             output with `.logits`.
         mean, std (`Sequence[float]`): per channel (or one value for all), in pixel units.
+        order (`Sequence[int]`, *optional*): the image's channel behind each of the model's; see `Normalisation`.
 
     Returns:
         A function from pixels in [0, 1], float (b, c, h, w), to float32 logits (b, k), differentiable in the pixels.
     """
-    mean, std = tuple(mean), tuple(std)
+    mean, std, order = tuple(mean), tuple(std), None if order is None else list(order)
 
     def forward(pixels: Tensor) -> Tensor:
+        pixels = pixels if order is None else torch.stack([pixels[:, channel] for channel in order], dim=1)
         offset, scale = _per_channel(mean, pixels.device), _per_channel(std, pixels.device)
         # fp32 at least: the sign of a half-precision loss gradient can underflow to zero
         return logits_of(model((pixels - offset) / scale)).float()
