@@ -1,5 +1,6 @@
 """The trainer: what a step does, what is logged, what evaluation leaves alone, which checkpoint is best."""
 
+import copy
 import math
 
 import numpy as np
@@ -630,3 +631,68 @@ def test_folding_batch_norms_changes_no_adversarial_image(adversary, build, make
             assert (trainer.attack(trainer.model, x, y) - x).abs().max() <= 0.1 + 1e-6
     # where a gradient is all rounding its sign may differ
     assert ((images[True] - images[False]).abs() < 1e-5).double().mean() > 0.99
+
+
+def test_a_second_training_begins_anew(build, make_trainer, digits, tmp_path, caplog):
+    """Masks, moments and figures of the first one are gone, and it says so."""
+    options = {"pruning_schedule": "linear", "logging_steps": 1, "max_steps": 8, "optim": "adamw_torch"}
+    trainer = make_trainer(build("vit"), **options)
+    trainer.train()
+    trainer.test(digits.test, ("clean", "pgd-1"), n=8)
+    trainer.save_model()
+    page = [tmp_path / "out" / name for name in ("results.json", "figures/security_curve.png")]
+    assert all(path.is_file() for path in page)
+    model = copy.deepcopy(trainer.model)
+    trainer.args.max_steps = 10
+    trainer.train_dataset = digits.train.subset(range(40))
+    with caplog.at_level("WARNING"):
+        trainer.train()
+    assert "Training begins anew: the" in caplog.text
+    trainer.save_model()
+    assert not any(path.exists() for path in page)
+    sparsity = [log["sparsity"] for log in trainer.state.log_history if "sparsity" in log]
+    assert sparsity == sorted(sparsity) and sparsity[:2] == [0, 0] and trainer.masks_frozen()
+    fresh = make_trainer((model, build("vit")[1]), train=trainer.train_dataset, output_dir=str(tmp_path / "b"),
+                         **(options | {"max_steps": 10}))  # fmt: skip
+    fresh.train()
+    assert [log["sparsity"] for log in fresh.state.log_history if "sparsity" in log] == sparsity
+    moments = [state["step"].item() for state in trainer.optimizer.state.values()]
+    assert max(moments) == 10
+
+
+@pytest.mark.parametrize(
+    "way", [{}, {"pruning_criterion": "learned"}, {"ema_decay": 0.5, "pruning_criterion": "taylor"}]
+)
+def test_out_of_memory_begins_anew_with_the_weights_of_the_beginning(way, build, make_trainer, monkeypatch, tmp_path):
+    """As a run that had begun with the smaller batch."""
+    options = {"optim": "adamw_torch", "max_steps": 6, "logging_steps": 1, "pruning_start": 0.34} | way
+    options |= {"objective": "natural", "adversary": "none", "dataloader_drop_last": True}
+    whole = make_trainer(build("vit"), per_device_train_batch_size=28, output_dir=str(tmp_path / "a"), **options)
+    trainer = make_trainer(build("vit"), per_device_train_batch_size=32, auto_find_batch_size=True, **options)
+    compute, shapes = trainer.compute_loss, []
+
+    def out_of_memory(model, inputs, **kwargs):
+        if len(inputs["labels"]) > 28 and trainer.state.global_step == 4:
+            raise RuntimeError("CUDA out of memory.")
+        shapes.append(len(inputs["labels"]))
+        return compute(model, inputs, **kwargs)
+
+    begun = {}
+
+    def keep(step, max_steps, optimizer, before=trainer.compressor.before_step):
+        if step == 0:
+            begun[trainer._train_batch_size] = copy.deepcopy(trainer.model.state_dict())
+        return before(step, max_steps, optimizer)
+
+    monkeypatch.setattr(trainer, "compute_loss", out_of_memory)
+    monkeypatch.setattr(trainer.compressor, "before_step", keep)
+    trainer.train()
+    first, last = begun.values()
+    assert all(torch.equal(first[name], last[name]) for name in first)
+    assert shapes.count(32) == 4 and len(begun) == 2
+    whole.train()
+    sparsities = [
+        [log["sparsity"] for log in one.state.log_history if "sparsity" in log][-6:] for one in (trainer, whole)
+    ]
+    assert sparsities[0] == sparsities[1] and sparsities[0][0] == 0
+    assert max(state["step"].item() for state in trainer.optimizer.state.values()) <= 6

@@ -18,16 +18,21 @@ from tscnc_hf.artifact.files.atomic import atomic_file
 from tscnc_hf.evaluation.measures.robustness_report import RobustnessReport
 
 
+PAGE, CURVE_FIGURE, EXAMPLES_FIGURE = PAGE_FILES = (
+    "robustness.md", "figures/security_curve.png", "figures/adversarial_examples.png",
+)  # fmt: skip
+
+
 def write_page(
     results: Mapping, folder: Path, class_names: Sequence[str] | None = None, examples: Mapping | None = None
 ) -> None:
     """robustness.md and its figures; `examples` as `examples_figure` takes them."""
-    with atomic_file(folder / "robustness.md") as temporary:
+    with atomic_file(folder / PAGE) as temporary:
         temporary.write_text(_page(results, class_names), encoding="utf-8")
     if "curve" in results:
-        save_figure(curve_figure(results["curve"]), folder / "figures" / "security_curve.png")
+        save_figure(curve_figure(results["curve"]), folder / CURVE_FIGURE)
     if examples is not None:
-        save_figure(examples_figure(**examples), folder / "figures" / "adversarial_examples.png")
+        save_figure(examples_figure(**examples), folder / EXAMPLES_FIGURE)
 
 
 def _page(results: Mapping, class_names: Sequence[str] | None) -> str:

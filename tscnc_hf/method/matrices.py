@@ -10,6 +10,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from tscnc_hf.method.weight_use import why_computed
+from tscnc_hf.method.wrappers import unwrapped
 
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -89,6 +90,7 @@ class WeightMatrices(Iterator[WeightMatrix]):
     """Iterator over `WeightMatrix`; printed, it lists what takes part, what is left out, and why."""
 
     def __init__(self, model: nn.Module, exclude: Sequence[str] = ()):
+        model = unwrapped(model)
         self._model, self._excluded = model, _excluded(model, exclude)
         self._records = _find(model, self._excluded)
 

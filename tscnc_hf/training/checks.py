@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from tscnc_hf.artifact.models.finetuning import fitted
 from tscnc_hf.data.batches import LABEL_KEYS
+from tscnc_hf.data.streams import is_stream
 from tscnc_hf.training.resume.checkpoints import whole_checkpoint_text
 
 
@@ -44,7 +45,7 @@ def check_datasets(model: nn.Module, train_dataset, eval_dataset, collator: Call
     for role, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
         for part in dataset.values() if isinstance(dataset, dict) else (dataset,):
             try:
-                if hasattr(part, "__getitem__"):  # a stream: its items are checked by the collator as they come
+                if part is not None and not is_stream(part):  # whose items the collator checks as they come
                     _check_dataset(model, part, collator)
             except ValueError as error:
                 raise ValueError(f"{role}: {error}") from error

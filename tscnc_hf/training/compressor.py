@@ -80,7 +80,9 @@ class Compressor:
         Raises:
             ValueError: see `build_pruner`.
         """
-        args, self._frozen = self.args, [r.name for r in weight_matrices(self.model) if not r.weight.requires_grad]
+        args, before = self.args, getattr(self, "pruner", None)
+        self._given_up = 0 if before is None or args.keep_masks else before.pruned_count
+        self._frozen = [r.name for r in weight_matrices(self.model) if not r.weight.requires_grad]
         args.pruning_exclude = list(dict.fromkeys([*self._excluded, *self._frozen]))
         self.pruner = build_pruner(self.model, args)
         self.scales = weight_scales(weight_matrices(self.model, args.pruning_exclude))
@@ -99,6 +101,11 @@ class Compressor:
         self._schedule(max_steps)
         if step == 0 and not self._fresh:
             self.restart()
+        if step == 0 and self._given_up and self.args.process_index == 0:
+            logger.warning(
+                f"Training begins anew: the {self._given_up:,} weights that the one before has pruned are trained "
+                "again, as if it were the first. keep_masks=True keeps them zero"
+            )
         if self._frozen and self.args.process_index == 0:
             logger.warning(self._frozen_text())
         self.scales = {name: scale.to(self.args.device) for name, scale in self.scales.items()}

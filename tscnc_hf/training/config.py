@@ -75,6 +75,8 @@ class TSCNCConfig(TrainingArguments):
         awp_start (`float`, *optional*, defaults to 0): fraction of training after which weights are perturbed.
         eval_attack_steps (`int`, *optional*, defaults to 10): PGD steps behind `eval_robust_accuracy`; 0 leaves it
             out.
+        eval_stream_images (`int`, *optional*, defaults to 10000): how many images an evaluation reads of a data set
+            without a length, which may have no end.
 
     Parameters that control the constraints:
         tsc_weight (`float`, *optional*, defaults to 0): coefficient of the Transformed Sparse Constraint, a sum over
@@ -160,6 +162,7 @@ class TSCNCConfig(TrainingArguments):
     awp_gamma: Annotated[float, "[0, infinity)"] = 0.0
     awp_start: Annotated[float, "[0, 1]"] = 0.0
     eval_attack_steps: Annotated[int, "[0, infinity)"] = 10
+    eval_stream_images: Annotated[int, "[1, infinity)"] = 10_000
 
     tsc_weight: Annotated[float, "[0, infinity)"] = 0.0
     tsc_a: Annotated[float, "(0, infinity)"] = 10.0

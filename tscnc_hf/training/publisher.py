@@ -26,6 +26,7 @@ from tscnc_hf.artifact.packed.limit import storage_limit
 from tscnc_hf.artifact.repository.opening import METHOD_FILE, RESULTS_FILE, folder_sizes, read_tensors
 from tscnc_hf.artifact.repository.push import push_folder
 from tscnc_hf.artifact.repository.recard import RUN_FACTS
+from tscnc_hf.evaluation.page import PAGE_FILES
 from tscnc_hf.evaluation.run import card_figures
 from tscnc_hf.method.reports.sparsity import sparsity_report
 from tscnc_hf.method.reports.spectrum import spectral_report
@@ -68,11 +69,21 @@ class Publisher:
         write_json(self.args.method_dict() | self.facts(model), folder / METHOD_FILE)
         (folder / "training_args.bin").unlink(missing_ok=True)
 
+    def forget_results(self) -> None:
+        """The weights are about to change: figures of those before are not those of the model any more."""
+        self.results = None
+        self.card_options.pop("examples", None)
+
     def write_results(self, folder: Path, model: nn.Module) -> None:
-        """`results.json`, where there are results; those of other weights than these are kept under another name."""
+        """
+        `results.json`, where there are results. Those of other weights than these are kept under another name; their
+        page and figures go.
+        """
         path = folder / RESULTS_FILE
         if path.is_file() and (other := _other_weights(path, model)):
             path.replace(folder / f"_results-of-{other}.json")  # which no push takes along
+            for name in PAGE_FILES:
+                (folder / name).unlink(missing_ok=True)
         if self.results is not None:
             write_json(self.results, path)
 

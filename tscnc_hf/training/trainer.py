@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, nullcontext
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -17,13 +18,15 @@ from transformers.utils import logging
 from tscnc_hf.artifact.card.formatting import collapse_text, without_paths
 from tscnc_hf.artifact.files.state import STATE_FILE, save_state
 from tscnc_hf.artifact.models.preprocessing import preprocessing
-from tscnc_hf.artifact.models.saving import check_publishable, disk_state
+from tscnc_hf.artifact.models.saving import check_publishable, disk_state, refuse_parts
 from tscnc_hf.data.batches import collate, collate_unlabelled
+from tscnc_hf.data.streams import FirstItems, has_length, is_stream
 from tscnc_hf.evaluation.run import as_published, evaluate
 from tscnc_hf.method.adversarial.objectives import objective_terms
 from tscnc_hf.method.matrices import computed_weights, weight_matrices
 from tscnc_hf.method.sharding import is_sharded, reshard_
 from tscnc_hf.method.units.gates import detached_gates, folded_gates, gate_report
+from tscnc_hf.method.wrappers import unwrap_
 from tscnc_hf.training.adversary import Adversary
 from tscnc_hf.training.checks import (
     check_datasets,
@@ -100,6 +103,14 @@ class TSCNCTrainer(ResumableTrainer):
             processing_class = loaded_processor if processing_class is None else processing_class
         if model is None:
             raise ValueError("model is missing: pass a module, a folder or a Hub id")
+        model, wrapped = unwrap_(model)
+        if wrapped:
+            logger.warning(
+                f"{', '.join(name or 'the model' for name in wrapped)}: compiled or wrapped for several devices, "
+                "which would change the names of weights in what is saved. Trained as the plain module inside; for a "
+                "compiled training set torch_compile=True"
+            )
+        refuse_parts(model)
         normalised = preprocessing(model, processing_class)
         data_collator = data_collator or collate
         check_datasets(model, train_dataset, eval_dataset, data_collator)
@@ -123,6 +134,7 @@ class TSCNCTrainer(ResumableTrainer):
         self.callback_handler.callbacks.insert(0, StepCallback(self))  # masks first: whatever follows sees them
         self._micro_batch = self._eval_batches = 0
         self._saved_at = 0  # the step of the weights that were last published
+        self._optimizer_is_ours = False  # made by `create_optimizer`, not given
         self._until_backward: ExitStack | None = None  # during a step: what is undone when it is over
         self.clear_terms()
         if isinstance(model, PreTrainedModel):
@@ -205,6 +217,7 @@ class TSCNCTrainer(ResumableTrainer):
 
     def create_optimizer(self, *args, **kwargs):
         made_here = self.optimizer is None
+        self._optimizer_is_ours = made_here or self._optimizer_is_ours
         optimizer = super().create_optimizer(*args, **kwargs)
         if made_here:
             self.compressor.group_gates(optimizer)
@@ -250,6 +263,13 @@ class TSCNCTrainer(ResumableTrainer):
         logits = self.adversary.evaluate(inner, x, y, place)
         loss = None if y is None else nn.functional.cross_entropy(logits[0], y)
         return (loss, None, None) if prediction_loss_only else (loss, observed(logits, y, self._preprocess), y)
+
+    def _get_dataloader(
+        self, dataset, description, batch_size, sampler_fn=None, is_training=False, dataloader_key=None
+    ):
+        if description == "Evaluation" and not has_length(dataset):  # which may have no end
+            dataset = FirstItems(dataset, self.args.eval_stream_images)
+        return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
 
     def evaluation_loop(self, *args, **kwargs):
         self._eval_batches = 0
@@ -325,6 +345,10 @@ class TSCNCTrainer(ResumableTrainer):
             `dict`: what `results.json` holds (docs/results_json.md).
         """
         args, publisher, gates = self.args, self.publisher, gate_report(self.model)
+        if is_stream(dataset):
+            if n is None:
+                raise ValueError("a stream is tested on its first n images: give n")
+            dataset, n = list(islice(dataset, n)), None
         if self.state.global_step != self._saved_at:
             self.save_model(_internal_call=True)  # pushes nothing
         with (
@@ -359,8 +383,11 @@ class TSCNCTrainer(ResumableTrainer):
     # ---- saving, loading, publishing ----
 
     def train(self, *args, **kwargs):
-        self.publisher.results = self._saved_at = None  # what there is is of other weights, from now on
+        self.publisher.forget_results()  # of other weights, from now on
+        self._saved_at = None
         self.compressor.restart()  # weights may have been frozen since it was made
+        if self._optimizer_is_ours:  # of a training before: its moments, and perhaps of other weights
+            self.optimizer, self._optimizer_is_ours = None, False
         return super().train(*args, **kwargs)
 
     def _save_checkpoint(self, model, trial):

@@ -91,7 +91,7 @@ def fitted(model: nn.Module, processor: object | None, shape: tuple[int, int, in
     Raises:
         ValueError: no image processor does to such images what this one does to their values; see `preprocessing`.
     """
-    (channels, height, width), name = shape, type(image_processor(processor)).__name__
+    (_, height, width), name = shape, type(image_processor(processor)).__name__
     if isinstance(model, TimmWrapperForImageClassification) and model.config.pretrained_cfg:
         return _of_timm(model.config, preprocessing(model, processor), shape, name)
     one = image_processor(processor)

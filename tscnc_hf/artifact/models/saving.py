@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import os
 import tempfile
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -17,7 +19,9 @@ from tscnc_hf.artifact.models.config import CONFIG_FILE, config_digest
 from tscnc_hf.artifact.models.recorded_widths import as_plain, narrowed
 from tscnc_hf.artifact.models.weights import TIMM_PREFIX, float_dtypes, has_weights, read_weights, same_tensors
 from tscnc_hf.artifact.packed.file import SPARSE_FILE, read_sparse_file, write_sparse_file
+from tscnc_hf.method.matrices import weight_matrices
 from tscnc_hf.method.sharding import unsharded_class, whole_state
+from tscnc_hf.method.wrappers import unwrapped
 
 
 def whole_copy(model: PreTrainedModel, keep: bool = True) -> PreTrainedModel | None:
@@ -61,6 +65,7 @@ def save_sparse(
             weights that differ from what is packed.
         ImportError: zstandard is not installed.
     """
+    model = unwrapped(model)
     check_publishable(model)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -91,12 +96,66 @@ def disk_state(
 ) -> dict[str, torch.Tensor] | None:
     """`state_dict` (by default the model's) for `save_pretrained(state_dict=...)`, a timm model's under timm's names.
 
-    For any other model what was given, None included: transformers renames on its own.
+    For any other model what was given, None included: transformers renames on its own. Unless a tensor is not
+    contiguous or shares memory with another one (weights that are tied, views of a larger one), which files cannot
+    express: each then has a copy of its own, so that stock loaders find every name. Ties that a transformers model
+    declares it handles itself.
     """
-    if not isinstance(model, TimmWrapperForImageClassification):
-        return state_dict
-    state_dict = model.state_dict() if state_dict is None else state_dict
-    return {name.removeprefix(TIMM_PREFIX): tensor for name, tensor in state_dict.items()}
+    wrapped = isinstance(model, TimmWrapperForImageClassification)
+    full = model.state_dict() if state_dict is None else state_dict
+    separate = _separate(full, getattr(model, "all_tied_weights_keys", None) or {})
+    if wrapped:
+        return {name.removeprefix(TIMM_PREFIX): tensor for name, tensor in (separate or full).items()}
+    return state_dict if separate is None else separate
+
+
+def _separate(state: dict[str, torch.Tensor], tied: Mapping[str, str]) -> dict[str, torch.Tensor] | None:
+    """The state with contiguous tensors that share no memory, but for declared ties; None if it is so already."""
+    if any(hasattr(tensor, "full_tensor") for tensor in state.values()):  # sharded: gathered elsewhere
+        return None
+    owners = Counter(
+        tensor.untyped_storage().data_ptr() for name, tensor in state.items() if name not in tied and tensor.numel()
+    )
+    shared = {
+        name
+        for name, tensor in state.items()
+        if name not in tied and tensor.numel() and owners[tensor.untyped_storage().data_ptr()] > 1
+    }
+    loose = {name for name, tensor in state.items() if not tensor.is_contiguous()}
+    if not shared | loose:
+        return None
+    return {
+        name: tensor.detach().clone(memory_format=torch.contiguous_format) if name in shared | loose else tensor
+        for name, tensor in state.items()
+    }
+
+
+def refuse_parts(model: torch.nn.Module) -> None:
+    """
+    Raises:
+        ValueError: what `save_pretrained` writes is a part of the model only, an adapter, while constraints and
+            pruning change all of it; or its weights are quantised, so that none of them can be pruned.
+    """
+    classes = {cls.__name__ for module in model.modules() for cls in type(module).__mro__}
+    adapted = classes & {"PeftModel", "BaseTunerLayer"} or getattr(model, "_hf_peft_config_loaded", False)
+    adapted = adapted or hasattr(model, "peft_config") or getattr(model, "adapters_config", None) is not None
+    if adapted:
+        raise ValueError(
+            f"the {type(model).__name__} has adapters (PEFT): base weights and factors would be constrained and "
+            "pruned, and the adapter alone saved, which is another model. Merge it first: "
+            "model = model.merge_and_unload(), or train the model without it"
+        )
+    odd = [record.name for record in weight_matrices(model) if not record.weight.is_floating_point()]
+    if getattr(model, "is_quantized", False) or odd:
+        raise ValueError(
+            f"the {type(model).__name__} is quantised{f' ({odd[0]})' if odd else ''}: its weights cannot be "
+            "constrained or pruned. Load it in a floating dtype, or call model.dequantize()"
+        )
+    if lost := {name for name, _ in model.named_parameters()} - model.state_dict().keys():
+        raise ValueError(
+            f"{type(model).__name__}.state_dict() leaves out {', '.join(sorted(lost)[:3])}: what would be saved is a "
+            "part of the model"
+        )
 
 
 def check_publishable(model: object) -> None:
@@ -107,7 +166,13 @@ def check_publishable(model: object) -> None:
     if not isinstance(model, PreTrainedModel):
         raise ValueError(
             f"got {type(model).__name__}, but only a transformers PreTrainedModel can be published as a folder that "
-            "others load. Wrap a timm model in TimmWrapperForImageClassification; unwrap a DDP or compiled model."
+            "others load. Wrap a timm model in TimmWrapperForImageClassification."
+        )
+    refuse_parts(model)
+    if compiled := [name for name in model.state_dict() if "_orig_mod." in name]:
+        raise ValueError(
+            f"{len(compiled)} keys are those of a compiled module ({compiled[0]}, ...), which nobody else can load. "
+            "Put module._orig_mod in its place first"
         )
     attached = [name for name, module in model.named_modules() if _reparametrized(module)]
     if attached:

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from tscnc_hf.method.wrappers import unwrapped
+
 
 LogitsFn = Callable[[Tensor], Tensor]
 
@@ -69,6 +71,7 @@ def normalisation(model: nn.Module, processing_class: object | None = None) -> N
     Raises:
         ValueError: none of them says.
     """
+    model = unwrapped(model)
     if getattr(processing_class, "do_normalize", None) is False:
         return Normalisation([0.0], [1.0])
     config, own = getattr(model, "config", None), ("image_mean", "image_std")

@@ -87,7 +87,7 @@ class Allocation:
         barred = {} if self.pattern is None else outside_pattern(records, scores, *self.pattern)
         needed, free = self._needed(records, scores, barred), self._with_own_sparsity(sizes)
         while True:  # ranked without them first: where no matrix is emptied, as it is by far the most often
-            masks = self._ranked(records, scores, sizes, pruned, needed, barred)
+            masks = self._ranked(records, scores, sizes, pruned, needed, barred, standing or {})
             emptied = {}
             for record in records:
                 best = None if record.name in free else _best_of_emptied(record, masks[record.name], scores, barred)
@@ -97,7 +97,7 @@ class Allocation:
                 return masks
             needed |= emptied
 
-    def _ranked(self, records, scores, sizes, pruned: int, needed, barred) -> dict[str, Tensor]:
+    def _ranked(self, records, scores, sizes, pruned: int, needed, barred, standing) -> dict[str, Tensor]:
         """Masks with so many zeros, that keep what is needed."""
         minimum, bars = ({n: int(m[n].sum()) if n in m else 0 for n in sizes} for m in (needed, barred))
         for record in records:
@@ -106,7 +106,7 @@ class Allocation:
         whole = pruned >= sum(bars.values())  # else only a part of the groups follows the pattern yet
         maximum = {name: size - bars[name] * whole for name, size in sizes.items()}
         masks = {}
-        for names, count in self._kept(records, sizes, sum(sizes.values()) - pruned, minimum, maximum, standing or {}):
+        for names, count in self._kept(records, sizes, sum(sizes.values()) - pruned, minimum, maximum, standing):
             cut = sum(sizes[name] for name in names) - count
             first = cut >= sum(bars[name] for name in names)
             ranked = []

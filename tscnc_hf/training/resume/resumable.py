@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
+import sys
 from pathlib import Path
 
 from accelerate.utils import broadcast_object_list
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 from transformers.utils import logging
@@ -17,6 +19,7 @@ from tscnc_hf.artifact.files.identity import RunIdentity, code_identity
 from tscnc_hf.artifact.models.loading import load_weights
 from tscnc_hf.data.epochs import set_epoch
 from tscnc_hf.data.identity import dataset_identity
+from tscnc_hf.data.streams import has_length
 from tscnc_hf.training.resume.checkpoints import (
     ResumeError,
     checkpoints,
@@ -70,6 +73,7 @@ class ResumableTrainer(Trainer):
         self._wrote_here = False  # a checkpoint: from then on those of the folder are this trainer's
         self._identity: RunIdentity | None = None  # while training
         self._steps_planned: int | None = None  # of the run that was resumed, when its checkpoint was written
+        self._beginning: tuple | None = None  # weights and moments, while training may have to begin anew
         self.data_identity: dict | None = None
         self.termination = Termination(can_wait=False)
         super().__init__(model, args, *positional, **kwargs)
@@ -78,6 +82,9 @@ class ResumableTrainer(Trainer):
     def identity(self) -> RunIdentity:
         """The options that decide what is trained, the data and the code; kept in each checkpoint and compared."""
         options, usual = decisive_options(self.args)
+        if self.train_dataset is not None and not has_length(self.train_dataset):  # else `check_batch` sees it
+            images = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+            options["images_a_step"] = images
         data = self.data_identity or {
             part: {name: dataset_identity(one) for name, one in given.items()}
             if isinstance(given, dict)
@@ -157,7 +164,64 @@ class ResumableTrainer(Trainer):
         """Upstream takes one more step where a run that is over is resumed and its last epoch was not whole."""
         args = (max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial)
         place = super()._init_training_state(*args)
-        return place if self.state.global_step < max_steps else (num_train_epochs, 0)
+        if self.state.global_step >= max_steps:
+            return num_train_epochs, 0
+        if self.state.global_step and num_train_epochs == sys.maxsize and not self.args.ignore_data_skip:
+            # a stream: the epoch is (pass) + (micro-batches of it) / (those of the whole run, as it was planned)
+            passes, share = divmod(self.state.epoch, 1)
+            planned = steps_planned(resume_from_checkpoint) * self.args.gradient_accumulation_steps
+            return int(passes), round(share * planned)
+        return place
+
+    def _run_epoch(
+        self, model, epoch, train_dataloader, steps_in_epoch, num_update_steps_per_epoch, trial, ignore_keys_for_eval,
+        start_time, resume_from_checkpoint, epochs_trained, steps_trained_in_current_epoch,
+    ):  # fmt: skip
+        """
+        Data is told the epoch: augmentation is a function of (seed, epoch, index). Each pass over a stream begins with
+        random states that follow from seed and epoch, so that one which shuffles by them comes in the same order when
+        it is resumed; what it draws later, in this process, it draws anew.
+        """
+        set_epoch((self.train_dataset, getattr(train_dataloader, "dataset", None)), epoch)
+        stream, before = not has_length(train_dataloader), self.state.global_step
+        if stream:
+            set_seed(self.args.seed + epoch)
+        try:
+            super()._run_epoch(
+                model, epoch, train_dataloader, steps_in_epoch, num_update_steps_per_epoch, trial,
+                ignore_keys_for_eval, start_time, resume_from_checkpoint, epochs_trained,
+                steps_trained_in_current_epoch,
+            )  # fmt: skip
+        except ValueError as error:  # accelerate's, of a stream that gives nothing
+            if not stream or "does not contain any data" not in str(error):
+                raise
+        if not stream:
+            return
+        model.zero_grad()  # of batches that were too few for a step
+        if self.state.global_step == before and not (resume_from_checkpoint and epoch == epochs_trained):
+            raise RuntimeError(
+                f"the stream gave too few images for an optimizer step in pass {epoch + 1}, after step {before} of "
+                f"{self.state.max_steps}; {whole_checkpoint_text(self.args.output_dir)}. A stream must begin anew "
+                "whenever it is iterated, with at least per_device_train_batch_size x gradient_accumulation_steps "
+                "images for each process"
+            )
+
+    def _inner_training_loop(
+        self, batch_size=None, args=None, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None
+    ):
+        """Out of memory (`auto_find_batch_size`), upstream begins anew with the weights and moments of by then."""
+        if self.args.auto_find_batch_size:
+            if self._beginning is None:
+                moments = None if self.optimizer is None else copy.deepcopy(self.optimizer.state_dict())
+                self._beginning = copy.deepcopy(self.model.state_dict()), moments
+            else:
+                weights, moments = self._beginning
+                self.model.load_state_dict(weights)
+                if moments is None:
+                    self.optimizer = None
+                else:
+                    self.optimizer.load_state_dict(moments)
+        return super()._inner_training_loop(batch_size, args, resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def _save_optimizer_and_scheduler(self, output_dir):
         if self.is_fsdp_enabled:  # upstream would write the weights once more, with gates and as a pickle
@@ -221,7 +285,7 @@ class ResumableTrainer(Trainer):
                     )
             raise
         finally:
-            self._identity = None
+            self._identity = self._beginning = None
             self.termination = Termination(can_wait=False)  # evaluating the model that was left does not end again
 
     def _refuse_others(self, resume_from_checkpoint: str | bool | None) -> None:
@@ -264,16 +328,11 @@ class ResumeCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
         if state.global_step == 0:
             return
-        if hasattr(train_dataloader, "__len__"):
+        if has_length(train_dataloader):
             check_batch(state.global_step, state.epoch, -(-len(train_dataloader) // args.gradient_accumulation_steps))
         text = check_length(state.global_step, state.max_steps, self.trainer._steps_planned)
         if text and state.is_world_process_zero:
             logger.warning(text)
-
-    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
-        # augmentation is a function of (seed, epoch, index)
-        given = (self.trainer.train_dataset, getattr(train_dataloader, "dataset", None))
-        set_epoch(given, int(state.epoch or 0))
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.trainer.termination.requested and state.epoch % 1 != 0:  # else what belongs to the epoch's end first
