@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,10 @@ from torch import Tensor, nn
 
 from tscnc_hf.method.matrices import WeightMatrix
 from tscnc_hf.method.units.groups import KINDS, StructureGroup, structure_groups
+from tscnc_hf.method.units.slimming import why_not_cut
 
+
+logger = logging.getLogger(__name__)
 
 UNIT_SCOPES = ("global", "uniform", "learned")
 
@@ -120,10 +124,20 @@ def unit_allocation(
     names = {record.name for record in records}
     found = structure_groups(model)
     wanted = [g for g in found if g.kind in kinds and g.count > 1]
-    groups = tuple(g for g in wanted if not g.blocked and {part.name for part in g.weights} <= names)
+    left = {group.name: group.blocked for group in wanted if group.blocked}
+    try:
+        left |= why_not_cut(model, kinds) if len(left) < len(wanted) else {}
+    except ValueError as error:
+        logger.warning(f"whether `slim` can cut units out of the model was not tried before training: {error}")
+    groups = tuple(g for g in wanted if g.name not in left and {part.name for part in g.weights} <= names)
+    if left and groups:
+        logger.warning(
+            f"{len(left)} of {len(wanted)} groups of units are not pruned, since they cannot be cut out: "
+            + "; ".join(f"{name} ({why})" for name, why in list(left.items())[:3])
+        )
     if not groups:
         others = sorted({group.kind for group in found}) or ["none"]
-        why = next((f"; {group.blocked}" for group in wanted if group.blocked), "")
+        why = next((f"; {name}: {why}" for name, why in left.items()), "")
         raise ValueError(
             f"{type(model).__name__} has no units of kind {', '.join(kinds)} that could be pruned and then cut out; "
             f'found: {", ".join(others)}{why}. Prune single weights (pruning_structure="unstructured")'

@@ -16,7 +16,7 @@ from tscnc_hf.method.reports.flops import flops_report
 from tscnc_hf.method.reports.report import Report, by, markdown_table
 from tscnc_hf.method.units.dead import DeadUnits, find_dead_units
 from tscnc_hf.method.units.gates import fold_gates_
-from tscnc_hf.method.units.groups import KINDS
+from tscnc_hf.method.units.groups import KINDS, structure_groups
 from tscnc_hf.method.units.sites import HEAD_COUNTS
 from tscnc_hf.method.units.widths import HEAD_CHANNELS, follow_shapes_, replace_tensor_
 
@@ -103,6 +103,28 @@ def cut_dead_units(
         difference=_relative(outputs, expected),
     )
     return slimmed, report
+
+
+@torch.no_grad()
+def why_not_cut(model: nn.Module, kinds: Sequence[str] = KINDS) -> dict[str, str]:
+    """
+    The groups whose units stay, whatever is zeroed: name -> why. Tried, with one zeroed unit in each group of a copy
+    on the CPU: the attention of some networks (CaiT, DaViT, MetaFormer) cannot have fewer heads, and nothing but its
+    forward code says so.
+
+    Raises:
+        ValueError: the model does not say how large its inputs are, or `cut_dead_units` cannot be tried on it.
+    """
+    shape = _input_shape(model)
+    tried = copy.deepcopy(model).cpu()
+    for group in structure_groups(tried):
+        keep = torch.ones(group.count, dtype=torch.bool)
+        keep[-1] = group.count < 2
+        for name, mask in group.unit_masks(keep).items():
+            if not group.blocked:
+                tried.get_parameter(name).mul_(mask)
+    _, report = cut_dead_units(tried, torch.randn(1, *shape, generator=torch.Generator().manual_seed(0)), kinds=kinds)
+    return {row.name: row.why for row in report.rows if row.kept == row.units > 1}
 
 
 def _check_forward(model: nn.Module) -> None:
