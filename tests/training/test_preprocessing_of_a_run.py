@@ -25,7 +25,7 @@ from tscnc_hf.artifact.models.building import timm_model
 from tscnc_hf.artifact.models.loading import load_model, logits_fn
 from tscnc_hf.cli.evaluate import EvaluationArguments, evaluate_model
 from tscnc_hf.evaluation.measures.robustness import evaluate_robustness
-from tscnc_hf.training import checks
+from tscnc_hf.training import image_checks
 from tscnc_hf.training.trainer import TSCNCTrainer
 
 
@@ -92,7 +92,7 @@ def test_a_processor_of_another_size_is_saved_with_the_size_of_the_data(make_con
     given = ViTImageProcessor()  # 224 x 224
     args = make_config(max_steps=1, target_sparsity=0, output_dir=str(tmp_path))
     said = []
-    monkeypatch.setattr(checks.logger, "warning", said.append)
+    monkeypatch.setattr(image_checks.logger, "warning", said.append)
     trainer = TSCNCTrainer(model, args, None, items, processing_class=given)
     assert "Images are 12x10" in said[0] and "saved with the model makes 12x10" in said[0]
     trainer.train()

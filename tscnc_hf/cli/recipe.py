@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import shlex
 import sys
@@ -201,7 +200,7 @@ def dense_twin(config: TSCNCConfig) -> TSCNCConfig:
     from tscnc_hf.training.ablation.grid import DENSE_OPTIONS
 
     folder = f"{Path(config.output_dir)}-dense-twin"
-    return dataclasses.replace(config, output_dir=folder, keep_masks=False, push_to_hub=False, **DENSE_OPTIONS)
+    return config.changed(output_dir=folder, keep_masks=False, push_to_hub=False, **DENSE_OPTIONS)
 
 
 def finish(trainer, data, arguments: DataArguments, dense: dict | None = None) -> dict:

@@ -4,6 +4,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from PIL import Image
+
+from tscnc_hf.data.decoding import to_planes
 
 
 TOLERANCE = 1e-6
@@ -16,7 +19,8 @@ def collate(items: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> dict[str,
     Args:
         items: either a dict with `pixel_values` (b, c, h, w) and `labels` (b,), or a non-empty list of dicts with
             `pixel_values` (c, h, w) and `labels` (an int or a 0-d integer tensor). Pixels are floats in [0, 1] or
-            uint8 (then divided by 255). The key `label` is read where `labels` is missing; other keys are dropped.
+            uint8 (then divided by 255), or an image is PIL's, in mode RGB or L. The key `label` is read where
+            `labels` is missing; other keys are dropped.
 
     Returns:
         `{"pixel_values": float32 (b, c, h, w) in [0, 1], "labels": int64 (b,)}`.
@@ -61,6 +65,34 @@ def collate_unlabelled(items: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -
     return {"pixel_values": batch["pixel_values"]}
 
 
+def check_items(dataset: Any) -> None:
+    """
+    Raises:
+        ValueError: what is given is no data set with a length whose items are found by number: a loader, a generator,
+            a batch, a pair of tensors, a dictionary of splits. The message says what to give instead.
+    """
+    kind, advice = type(dataset).__name__, "Give a data set with a length and numbered items, or a list of items"
+    if isinstance(dataset, torch.utils.data.DataLoader):
+        raise ValueError("the data set is a DataLoader, which has batches: give its images, loader.dataset.")
+    if isinstance(dataset, Mapping):
+        if "pixel_values" in dataset:
+            advice = "Give a list of such dicts, one an image"
+        else:
+            advice = f"Give one of its parts: {', '.join(map(repr, list(dataset)[:5]))}"
+        raise ValueError(f"the data set is a {kind}: {advice}.")
+    if isinstance(dataset, tuple) and any(isinstance(part, torch.Tensor) for part in dataset):
+        raise ValueError(
+            "the data set is a tuple of tensors: give items, such as "
+            '[{"pixel_values": image, "labels": label} for image, label in zip(images, labels)].'
+        )
+    try:
+        len(dataset)
+    except (TypeError, NotImplementedError) as error:
+        raise ValueError(f"the data set is a {kind}, which has no length. {advice}.") from error
+    if not hasattr(dataset, "__getitem__"):
+        raise ValueError(f"the data set is a {kind}, whose items have no numbers. {advice}.")
+
+
 def _read_pixels(item: Mapping[str, Any]) -> torch.Tensor:
     if not isinstance(item, Mapping):
         raise ValueError(
@@ -72,7 +104,19 @@ def _read_pixels(item: Mapping[str, Any]) -> torch.Tensor:
             f"a batch item has no 'pixel_values', only {sorted(item)}. Give pixel_values, floats in [0, 1], and "
             "labels; with transformers.Trainer also set remove_unused_columns=False."
         )
-    pixels = torch.as_tensor(item["pixel_values"])
+    pixels = item["pixel_values"]
+    if isinstance(pixels, Image.Image):
+        if pixels.mode not in ("RGB", "L"):
+            raise ValueError(
+                f"pixel_values is an image of PIL in mode {pixels.mode}: convert it to RGB, or to L for one channel."
+            )
+        pixels = to_planes(pixels).copy()
+    try:
+        pixels = torch.as_tensor(pixels)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"pixel_values is a {type(pixels).__name__} ({error}); give floats in [0, 1] or uint8, (c, h, w)."
+        ) from error
     if pixels.dtype != torch.uint8 and not pixels.is_floating_point():
         raise ValueError(f"pixel_values have dtype {pixels.dtype}; give floats in [0, 1] or uint8.")
     return pixels

@@ -49,7 +49,7 @@ def dataset_identity(dataset: Any) -> dict[str, Any]:
         return {str(place): dataset_identity(part) for place, part in enumerate(dataset.datasets)}
     try:
         size = len(dataset)
-        with _random_states_kept():
+        with random_states_kept():
             items = [dataset[place] for place in spread(size)]
     except (TypeError, NotImplementedError, KeyError):
         return {}
@@ -59,7 +59,8 @@ def dataset_identity(dataset: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def _random_states_kept() -> Iterator[None]:
+def random_states_kept() -> Iterator[None]:
+    """Inside, Python's, numpy's and torch's global generators may be used; afterwards they are as before."""
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):
         yield

@@ -9,15 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers.utils import logging
+from torch.utils.data import ConcatDataset, Subset
 
-from tscnc_hf.artifact.models.finetuning import fitted
 from tscnc_hf.data.batches import LABEL_KEYS
 from tscnc_hf.data.streams import is_stream
 from tscnc_hf.training.resume.checkpoints import whole_checkpoint_text
-
-
-logger = logging.get_logger(__name__)
 
 
 def check_processes(world_size: int) -> None:
@@ -54,7 +50,7 @@ def check_datasets(model: nn.Module, train_dataset, eval_dataset, collator: Call
 def _check_dataset(model: nn.Module, dataset, collator: Callable) -> None:
     if len(dataset) == 0:
         raise ValueError("the data set is empty: at least one image is needed")
-    batch = collator([dataset[0]])
+    batch = collator([dataset[0], dataset[min(1, len(dataset) - 1)]])  # two, for collators that mix pairs
     if missing := {"pixel_values", "labels"} - set(batch):
         raise ValueError(f"a batch needs pixel_values and labels; {', '.join(sorted(missing))} missing")
     config = getattr(model, "config", None)
@@ -65,23 +61,9 @@ def _check_dataset(model: nn.Module, dataset, collator: Callable) -> None:
     if num_labels is not None:
         try:
             check_labels(dataset, num_labels)
-        except TypeError:  # they cannot be read without all images
-            check_labels(batch["labels"], num_labels)
-
-
-def publishable_processor(
-    model: nn.Module, processor: object | None, train_dataset, eval_dataset, collator: Callable
-) -> object | None:
-    """The image processor to save with the model: what it makes of an image is what is trained on (`fitted`)."""
-    for dataset in (train_dataset, eval_dataset):
-        part = next(iter(dataset.values())) if isinstance(dataset, dict) else dataset
-        if hasattr(part, "__getitem__"):
-            shape = tuple(collator([part[0]])["pixel_values"].shape[1:])
-            processor, changed = fitted(model, processor, shape)
-            if changed:
-                logger.warning(changed[0].upper() + changed[1:])
-            break
-    return processor
+        except TypeError:  # they cannot be read without all images: each batch is looked at
+            if not batch["labels"].is_floating_point():  # of a collator that mixes images
+                check_labels(batch["labels"], num_labels)
 
 
 def _channels(config) -> int | None:
@@ -121,18 +103,7 @@ def check_labels(dataset_or_labels: Any, num_labels: int) -> None:
     Raises:
         TypeError: the labels cannot be read without reading every image.
     """
-    given = dataset_or_labels
-    key = next((key for key in LABEL_KEYS if key in (getattr(given, "column_names", None) or ())), None)
-    if key is not None:
-        values = given.select_columns([key]).with_format("numpy")[:][key]
-    elif isinstance(given, Sequence) and len(given) and isinstance(given[0], Mapping):
-        values = [int(item["labels"] if "labels" in item else item["label"]) for item in given]
-    elif hasattr(given, "labels"):
-        values = given.labels
-    elif isinstance(given, (torch.Tensor, np.ndarray, Sequence)):
-        values = given
-    else:
-        raise TypeError(f"cannot read labels off {type(given).__name__}; give the class ids as a tensor or a list.")
+    values = _labels_of(dataset_or_labels)
     labels = torch.as_tensor(values)
     if labels.numel() == 0:
         raise ValueError("there are no labels to check; the data set is empty.")
@@ -142,3 +113,20 @@ def check_labels(dataset_or_labels: Any, num_labels: int) -> None:
             f"labels run from {low} to {high}, but the model has {num_labels} outputs: 0 .. {num_labels - 1}. "
             f"Build the model with num_labels={high + 1} or more, or give it the data set it was made for."
         )
+
+
+def _labels_of(given: Any) -> Any:
+    if isinstance(given, Subset):
+        return torch.as_tensor(_labels_of(given.dataset))[torch.as_tensor(given.indices, dtype=torch.int64)]
+    if isinstance(given, ConcatDataset):
+        return torch.cat([torch.as_tensor(_labels_of(part)) for part in given.datasets])
+    key = next((key for key in LABEL_KEYS if key in (getattr(given, "column_names", None) or ())), None)
+    if key is not None:
+        return given.select_columns([key]).with_format("numpy")[:][key]
+    if isinstance(given, Sequence) and len(given) and isinstance(given[0], Mapping):
+        return [int(item["labels"] if "labels" in item else item["label"]) for item in given]
+    if hasattr(given, "labels"):
+        return given.labels
+    if isinstance(given, (torch.Tensor, np.ndarray, Sequence)):
+        return given
+    raise TypeError(f"cannot read labels off {type(given).__name__}; give the class ids as a tensor or a list.")

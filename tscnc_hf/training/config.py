@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from inspect import get_annotations
 from typing import Annotated, Any, get_origin
 
@@ -38,6 +39,20 @@ INSIDE = {
     "[0, 1]": lambda x: 0 <= x <= 1,
     "[0, 1)": lambda x: 0 <= x < 1,
 }
+# options that change nothing unless others choose what they belong to: the condition, in words and as a function
+USED_WITH = {
+    'tsc_on="gates"': (
+        ("gate_layers", "gate_learning_rate", "gate_drop_rate", "gate_l0", "gate_l2"),
+        lambda args: args.tsc_on == "gates",
+    ),
+    "awp_gamma above 0": (("awp_start",), lambda args: args.awp_gamma > 0),
+    'objective="trades" or "mart"': (("trades_beta",), lambda args: args.objective in ("trades", "mart")),
+    'adversary="pgd", "cw-pgd" or "kl-pgd"': (
+        ("attack_steps",), lambda args: args.adversary in ("pgd", "cw-pgd", "kl-pgd") or args.attack_steps == 1,
+    ),
+    "an adversary": (("attack_step_size", "epsilon_warmup"), lambda args: args.adversary != "none"),
+    'pruning_scope="learned"': (("pruning_rate_learning_rate",), lambda args: args.pruning_scope == "learned"),
+}  # fmt: skip
 
 
 def _choice(default: str, choices: tuple[str, ...]):
@@ -47,7 +62,9 @@ def _choice(default: str, choices: tuple[str, ...]):
 @dataclass
 class TSCNCConfig(TrainingArguments):
     """
-    `TrainingArguments` plus the options of TSCNC. Wrong values raise `ValueError` here, before any training.
+    `TrainingArguments` plus the options of TSCNC. Wrong values raise `ValueError` here, before any training, and so do
+    options that belong to a choice not made, such as gate_layers without tsc_on="gates". A weight or a target of 0
+    leaves its term or pruning out, whatever the other options about it say.
 
     What is said here of an option is also what `--help` (its first sentence) and docs/options.md say.
 
@@ -241,6 +258,11 @@ class TSCNCConfig(TrainingArguments):
             if isinstance(getattr(self, name), str):
                 raise ValueError(f"{name}={getattr(self, name)!r}: give a list of name parts")
 
+        if ignored := _ignored(self):
+            name, condition = next(iter(ignored.items()))
+            raise ValueError(
+                f"{name}={getattr(self, name)!r} has no effect without {condition}: set that, or leave {name} out"
+            )
         if self.pruning_end < self.pruning_start:
             raise ValueError(
                 f"pruning_end={self.pruning_end} lies before pruning_start={self.pruning_start}; both are fractions "
@@ -272,6 +294,14 @@ class TSCNCConfig(TrainingArguments):
                     f"pruning_structure={self.pruning_structure!r}, which keeps one unit of each group anyway"
                 )
 
+    def changed(self, **options: Any) -> TSCNCConfig:
+        """A copy with other options; those that have no effect with them are what they are by default."""
+        other = copy.copy(self)
+        for name, value in options.items():
+            setattr(other, name, value)
+        usual = _defaults()
+        return replace(self, **({name: usual[name] for name in _ignored(other)} | options))
+
     def method_dict(self) -> dict:
         """
         The options of this class and those of `TrainingArguments` that shape a run, as plain JSON types; those that
@@ -291,6 +321,21 @@ class TSCNCConfig(TrainingArguments):
         plain, usual = self.to_dict(), {f.name: f.default for f in fields(type(self))}
         changed = [name for name in seldom if name in plain and plain[name] not in (usual[name], {})]
         return {name: plain[name] for name in (*own, *upstream, *changed) if name not in hidden}
+
+
+def _defaults() -> dict[str, Any]:
+    return {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(TSCNCConfig)}
+
+
+def _ignored(args: TSCNCConfig) -> dict[str, str]:
+    """Options that are set and have no effect, with the condition under which they would."""
+    usual = _defaults()
+    return {
+        name: condition
+        for condition, (names, used) in USED_WITH.items()
+        for name in names
+        if not used(args) and getattr(args, name) != usual[name]
+    }
 
 
 def pattern(structure: str) -> tuple[int, int] | None:

@@ -28,16 +28,11 @@ from tscnc_hf.method.sharding import is_sharded, reshard_
 from tscnc_hf.method.units.gates import detached_gates, folded_gates, gate_report
 from tscnc_hf.method.wrappers import unwrap_
 from tscnc_hf.training.adversary import Adversary
-from tscnc_hf.training.checks import (
-    check_datasets,
-    check_finite_weights,
-    check_processes,
-    check_terms,
-    publishable_processor,
-)
+from tscnc_hf.training.checks import check_datasets, check_finite_weights, check_processes, check_terms
 from tscnc_hf.training.class_weights import balanced_weights, image_weights
 from tscnc_hf.training.compressor import Compressor, with_dense_ends
 from tscnc_hf.training.config import TSCNCConfig
+from tscnc_hf.training.image_checks import CheckedLabels, check_images
 from tscnc_hf.training.metrics import Metrics, given, observed, spectral_metrics
 from tscnc_hf.training.publisher import Publisher, failed_pushes
 from tscnc_hf.training.resume.fsdp import check_sharding
@@ -117,7 +112,8 @@ class TSCNCTrainer(ResumableTrainer):
         self.class_weights = balanced_weights(model, train_dataset) if args.class_weights == "balanced" else None
         if isinstance(model, PreTrainedModel):
             check_publishable(model)
-        processing_class = publishable_processor(model, processing_class, train_dataset, eval_dataset, data_collator)
+        images = (train_dataset, eval_dataset, data_collator, processing_class)
+        processing_class, self._outputs = check_images(model, normalised, args, *images)
         args = with_dense_ends(model, args)
         if args.channels_last:
             model.to(memory_format=torch.channels_last)
@@ -206,6 +202,14 @@ class TSCNCTrainer(ResumableTrainer):
         batches, items = super().get_batch_samples(*args, **kwargs)
         self._images = sum(len(batch["labels"]) for batch in batches)  # of this process in the step to come
         return batches, items
+
+    def _get_dataloader(self, *args, **kwargs):
+        collator = self.data_collator
+        try:
+            self.data_collator = CheckedLabels(collator, self._outputs)
+            return super()._get_dataloader(*args, **kwargs)
+        finally:
+            self.data_collator = collator
 
     def _clip_grad_norm(self, model):
         self.compressor.before_clipping(self.state.global_step, self.state.max_steps)

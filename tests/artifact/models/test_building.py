@@ -156,3 +156,15 @@ def test_arguments_that_timm_refuses(name, model_args):
 def test_sizes_that_do_not_fit(size, options, message):
     with pytest.raises(ValueError, match=message):
         vit_from_config(NAMES, size, **options)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (32, 48)])
+def test_timm_models_of_another_image_size_are_told_the_size(size):
+    small = {"patch_size": 16, "embed_dim": 16, "depth": 1, "num_heads": 2}
+    model, processor = timm_model("vit_tiny_patch16_224", ["a", "b"], size, model_args=small)
+    assert model.config.model_args["img_size"] in (32, [32, 48])
+    assert model(pixel_values=torch.zeros(1, 3, *size)).logits.shape == (1, 2)
+    again = type(model)(type(model.config).from_dict(model.config.to_dict()))
+    assert again(pixel_values=torch.zeros(1, 3, *size)).logits.shape == (1, 2)
+    resnet, _ = timm_model("resnet18", ["a", "b"], size, model_args={"channels": [8] * 4, "layers": [1] * 4})
+    assert "img_size" not in resnet.config.model_args

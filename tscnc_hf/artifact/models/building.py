@@ -82,7 +82,8 @@ def timm_model(
 
     Args:
         name (`str`): timm's name of the architecture, e.g. "resnet18".
-        model_args (`dict`, *optional*): keyword arguments of `timm.create_model`, stored in config.json.
+        model_args (`dict`, *optional*): keyword arguments of `timm.create_model`, stored in config.json. `img_size` is
+            added where the model takes it and is usually of another.
         pretrained (`bool`): download timm's weights (needs the network) instead of timm's own initialisation. Their
             licence, and where they are from, is then what a card says.
 
@@ -95,12 +96,22 @@ def timm_model(
     if not timm.is_model(name):
         similar = ", ".join(timm.list_models(f"*{name[:6]}*")[:8])
         raise ValueError(f"timm has no model named {name!r}" + (f"; similar: {similar}" if similar else ""))
-    try:
-        source = timm.create_model(name, pretrained=pretrained, num_classes=len(class_names), **model_args)
-    except (TypeError, ValueError, AssertionError, KeyError) as error:
-        raise ValueError(
-            f"timm's {name} does not take model_args={model_args}: {type(error).__name__} {error}"
-        ) from error
+    usual = timm.get_pretrained_cfg(name)
+    sizes = [{}]
+    if "img_size" not in model_args and usual is not None and tuple(usual.input_size[-2:]) != tuple(image_size):
+        sizes.insert(0, {"img_size": image_size[0] if image_size[0] == image_size[1] else list(image_size)})
+    for size in sizes:
+        try:
+            options = model_args | size
+            source = timm.create_model(name, pretrained=pretrained, num_classes=len(class_names), **options)
+            model_args = options
+            break
+        except (TypeError, ValueError, AssertionError, KeyError) as error:
+            if isinstance(error, TypeError) and size:
+                continue  # it takes images of any size
+            raise ValueError(
+                f"timm's {name} does not take model_args={options}: {type(error).__name__} {error}"
+            ) from error
     preprocessing = {"mean": [MEAN] * channels, "std": [STD] * channels, "interpolation": "bilinear"}
     preprocessing |= {"crop_pct": 1.0, "crop_mode": "center"}
     if pretrained:

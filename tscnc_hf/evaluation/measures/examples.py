@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 from tscnc_hf.artifact.files.state import load_state, save_state
 from tscnc_hf.artifact.models.preprocessing import preprocessing
-from tscnc_hf.data.batches import collate
+from tscnc_hf.data.batches import check_items, collate
 from tscnc_hf.evaluation.attacks import make_attack
 from tscnc_hf.evaluation.memory import InParts
 from tscnc_hf.evaluation.state import EvaluationState
@@ -81,6 +81,7 @@ def adversarial_examples(
     if run is None:
         raise ValueError("attack='clean' makes no adversarial examples; use an attack such as 'pgd-20'")
     device = next(model.parameters()).device
+    check_items(dataset)
     forward = pixel_logits(model, *preprocessing(model, processing_class))
     batch = collate([dataset[place] for place in drawn(len(dataset), n, seed)])
     x, y = batch["pixel_values"].to(device), batch["labels"].to(device)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from tscnc_hf.artifact.models.preprocessing import preprocessing
-from tscnc_hf.data.batches import collate
+from tscnc_hf.data.batches import check_items, collate
 from tscnc_hf.evaluation.memory import halving
 from tscnc_hf.evaluation.state import EvaluationState
 from tscnc_hf.evaluation.subset import drawn
@@ -89,6 +89,7 @@ def evaluate_lipschitz(
         ValueError: epsilon outside (0, 1], no images, n or steps below 1.
     """
     epsilon = pixel_quantity("epsilon", epsilon)
+    check_items(dataset)
     size = len(dataset)
     if size == 0 or n < 1:
         raise ValueError(f"n={n} of a data set of {size} images: at least one image is needed")

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from tscnc_hf import __version__
 from tscnc_hf.artifact.files.identity import RunIdentity, code_identity, weights_digest
 from tscnc_hf.artifact.models.preprocessing import preprocessing
-from tscnc_hf.data.batches import collate
+from tscnc_hf.data.batches import check_items, collate
 from tscnc_hf.evaluation.attacks import KNOWN_ATTACKS, Attack, check_attacks, make_attack
 from tscnc_hf.evaluation.duration import estimate, estimate_text, timed
 from tscnc_hf.evaluation.measures.classes import collapse, confusion
@@ -134,6 +134,7 @@ class Robustness:
             raise ValueError(f"no attack was named; known are {KNOWN_ATTACKS}")
         attacks = [attacks] if isinstance(attacks, str) else attacks
         self.attacks = [make_attack(name, self.epsilon, norm) for name in dict.fromkeys(attacks)]
+        check_items(dataset)
         size = len(dataset)
         if size == 0:
             raise ValueError("the data set has no images")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import NamedTuple
@@ -119,8 +119,29 @@ def pixel_logits(
     return forward
 
 
-def logits_of(output) -> Tensor:
-    return output if isinstance(output, Tensor) else output.logits
+def logits_of(output: object) -> Tensor:
+    """
+    The logits (b, k) that a model has returned: a tensor, `.logits`, the entry "logits" of a dict, or the one tensor
+    of two dimensions in a tuple, which may hold features beside.
+
+    Raises:
+        ValueError: none or several.
+    """
+    found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
+    if isinstance(found, (tuple, list)):
+        matrices = [part for part in found if isinstance(part, Tensor) and part.ndim == 2]
+        found = matrices[0] if len(matrices) == 1 else None
+    if isinstance(found, Tensor):
+        return found
+    shown = f"a {type(output).__name__}"
+    if isinstance(output, Mapping):
+        shown += f" with {', '.join(map(str, output)) or 'nothing'}"
+    elif isinstance(output, (tuple, list)):
+        shown += f" of {', '.join(str(tuple(p.shape)) if isinstance(p, Tensor) else type(p).__name__ for p in output)}"
+    raise ValueError(
+        f"the model returns {shown}: logits (batch, classes) are needed, as a tensor, as .logits, or as the one "
+        "matrix of a tuple. Wrap the model so that it returns them"
+    )
 
 
 @lru_cache(maxsize=64)

@@ -125,7 +125,7 @@ class Grid:
     def settings(self, cell: Cell) -> TSCNCConfig:
         """The options of the cell's training, but for its folder."""
         options = (DENSE_OPTIONS if cell.is_dense else {"target_sparsity": cell.sparsity}) | dict(cell.options)
-        return replace(self.config, seed=cell.seed, push_to_hub=False, **options)
+        return self.config.changed(seed=cell.seed, push_to_hub=False, **options)
 
     def identity(self, cell: Cell) -> RunIdentity:
         """Of the cell's training, with that of the dense training that it starts from as options "dense.*"."""

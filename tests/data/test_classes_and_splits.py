@@ -1,0 +1,134 @@
+"""Classes by name whatever the split, rows without a label, splits of any kind, grey images."""
+
+import unicodedata
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.data.test_loading import encoded, picture, private_cache, typed, write_parquet  # noqa: F401
+from tscnc_hf.data.class_names import compare_class_names
+from tscnc_hf.data.loading import load_image_data, load_test_data
+
+
+NFC, NFD = unicodedata.normalize("NFC", "café"), unicodedata.normalize("NFD", "café")
+
+
+def image_folder(root, **splits):
+    """`train=["ant", "bee"]`: ten images for each name."""
+    for split, names in splits.items():
+        for shift, name in enumerate(names):
+            (root / split / name).mkdir(parents=True)
+            for i in range(10):
+                picture(100 * shift + i).save(root / split / name / f"{i}.png")
+    return str(root)
+
+
+@pytest.mark.parametrize("split", ["test", "validation"])
+def test_a_class_that_train_lacks_is_named(split, tmp_path):
+    splits = {"train": ["ant", "bee"], "test": ["ant", "bee"]}
+    folder = image_folder(tmp_path, **(splits | {split: ["ant", "bee", "cicada"]}))
+    with pytest.raises(ValueError, match=f"split '{split}' has labels that train lacks: cicada"):
+        load_image_data(folder, augmentation="none")
+
+
+def test_two_unicode_forms_of_a_name_are_one_class(tmp_path):
+    data = load_image_data(image_folder(tmp_path, train=["ant", NFC], test=["ant", NFD]), augmentation="none")
+    assert data.class_names == ["ant", NFC] and sorted(set(data.test.labels.tolist())) == [0, 1]
+    assert "in their Unicode form only" in data.description
+    strings = write_parquet(tmp_path / "p", labels=["ant", NFC] * 10)
+    write_parquet(tmp_path / "p", "test", labels=["ant", NFD] * 2, n=4, images=[encoded(picture(i)) for i in range(4)])
+    assert load_image_data(strings).class_names == ["ant", NFC]
+    assert compare_class_names([NFC, "ant"], [NFD, "Ant"]) is None
+
+
+def test_files_that_number_their_classes_otherwise_are_refused(tmp_path):
+    folder = write_parquet(tmp_path / "d", features=typed(("cat", "dog")))
+    write_parquet(tmp_path / "d", "test", n=4, features=typed(("dog", "cat")))
+    with pytest.raises(
+        ValueError, match="classes of column 'label' are .*dog, cat.*the same numbers are other classes"
+    ):
+        load_image_data(folder)
+
+
+def test_rows_without_a_label_are_left_out_and_counted(tmp_path):
+    folder = write_parquet(tmp_path / "d", labels=[0, 1, -1, 1] * 5, features=typed())
+    write_parquet(tmp_path / "d", "test", n=4, labels=[0, 1, None, -1], features=typed())
+    with pytest.raises(ValueError, match="no label in column|drop_unlabelled"):
+        load_image_data(folder)
+    data = load_image_data(folder, drop_unlabelled=True, augmentation="none")
+    assert len(data.test) == 2 and len(data.train) + len(data.validation) == 15
+    assert "5 rows of 'train' without a label left out; 2 rows of 'test' without" in data.description
+    expected = torch.stack([torch.from_numpy(np.array(picture(i))).permute(2, 0, 1) for i in range(2)])
+    assert torch.equal(data.test.images, expected)
+    strings = write_parquet(tmp_path / "s", labels=["b", "a", None, "a"] * 5)
+    assert load_image_data(strings, drop_unlabelled=True).class_names == ["a", "b"]
+    write_parquet(tmp_path / "d", "test", n=4, labels=[-1] * 4, features=typed())
+    with pytest.raises(ValueError, match="no row of split 'test' has a label"):
+        load_image_data(folder, drop_unlabelled=True)
+
+
+def test_a_split_for_validation_is_used_beside_one_for_test(tmp_path):
+    folder = image_folder(tmp_path, train=["ant", "bee"], val=["ant", "bee"], test=["ant", "bee"])
+    data = load_image_data(folder, augmentation="none")
+    assert (len(data.train), len(data.validation), len(data.test)) == (20, 20, 20)
+    assert "validation on split 'validation'" in data.description
+    data = load_image_data(folder, augmentation="none", test_split="validation")
+    assert (len(data.train), len(data.validation), len(data.test)) == (18, 2, 20)
+
+
+def test_a_data_set_with_nothing_but_a_test_split(tmp_path):
+    folder = write_parquet(tmp_path / "d", "test", n=6, features=typed())
+    data = load_test_data(folder, class_names=["cat", "dog"])
+    assert len(data.test) == 6 and data.class_names == ["cat", "dog"] and data.channels == 3
+    assert data.test.labels.tolist() == [0, 1] * 3 and data.description == "tested on split 'test'"
+    strings = write_parquet(tmp_path / "s", "test", n=4, labels=["dog", "cat"] * 2)
+    assert load_test_data(strings, class_names=["cat", "dog"]).test.labels.tolist() == [1, 0, 1, 0]
+    with pytest.raises(ValueError, match=r"labels that the model has no class for: \['cat'\]"):
+        load_test_data(strings, class_names=["wolf", "dog"])
+    numbers = write_parquet(tmp_path / "n", "test", n=4, labels=[0, 2] * 2)
+    assert load_test_data(numbers, class_names=["a", "b", "c"]).class_names == ["a", "b", "c"]
+    with pytest.raises(ValueError, match="holds label 2, but the model knows 2 classes"):
+        load_test_data(numbers, class_names=["a", "b"])
+
+
+def test_the_test_part_is_that_of_training(tmp_path):
+    folder = write_parquet(tmp_path / "d", features=typed())
+    ours, theirs = load_image_data(folder, augmentation="none").test, load_test_data(folder).test
+    assert torch.equal(ours.images, theirs.images) and torch.equal(ours.labels, theirs.labels)
+    with pytest.raises(ValueError, match="embedded: drop test_split"):
+        load_test_data("digits", test_split="test")
+
+
+def test_grey_is_chosen_by_the_data_and_said(tmp_path):
+    grey = [encoded(picture(i, mode="L").convert("RGB")) for i in range(20)]  # three equal channels
+    folder = write_parquet(tmp_path / "a", images=grey, features=typed())
+    assert load_image_data(folder, channels="auto").channels == 1
+    data = load_image_data(folder)
+    assert data.channels == 3 and 'channels="grey" keeps one' in data.description
+    mixed = write_parquet(
+        tmp_path / "b", images=[grey[0], *(encoded(picture(i)) for i in range(19))], features=typed()
+    )
+    assert load_image_data(mixed, channels="auto").channels == 3
+    assert "grey" not in load_image_data(mixed).description
+
+
+@pytest.mark.parametrize("mode", ["P", "RGBA", "CMYK", "I;16", "LA"])
+def test_grey_in_every_mode(mode, tmp_path):
+    made = [picture(i, mode="L") for i in range(20)]
+    if mode == "I;16":
+        made = [Image.fromarray(np.asarray(image).astype(np.uint16) * 257) for image in made]
+    elif mode == "CMYK":
+        made = [Image.merge("CMYK", [Image.new("L", image.size)] * 3 + [image]) for image in made]
+    else:
+        made = [image.convert(mode) for image in made]
+    kind = "TIFF" if mode == "CMYK" else "PNG"
+    folder = write_parquet(tmp_path / "d", images=[encoded(image, kind) for image in made], features=typed())
+    data = load_image_data(folder, channels="auto")
+    assert data.channels == 1
+    expected = np.asarray(picture(0, mode="L"))
+    shown = {
+        tuple(image.flatten().tolist()) for part in (data.train, data.validation, data.test) for image in part.images
+    }
+    assert tuple((255 - expected if mode == "CMYK" else expected).flatten().tolist()) in shown

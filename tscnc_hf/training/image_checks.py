@@ -1,0 +1,165 @@
+"""What one batch of each data set says of a run before it starts: sizes, outputs, labels, and what is to be saved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import logging
+
+from tscnc_hf.artifact.models.finetuning import fitted
+from tscnc_hf.data.identity import random_states_kept
+from tscnc_hf.method.adversarial.pixels import Normalisation, attack_mode, pixel_logits
+from tscnc_hf.training.checks import check_labels
+from tscnc_hf.training.config import TSCNCConfig
+
+
+logger = logging.get_logger(__name__)
+
+
+def check_images(
+    model: nn.Module, normalised: Normalisation, args: TSCNCConfig, train_dataset, eval_dataset, collator: Callable,
+    processor: object | None,
+) -> tuple[object | None, int | None]:  # fmt: skip
+    """
+    Two images of each data set go through the collator and one through the model. Data sets without numbered items
+    are left to the batches to come.
+
+    Returns:
+        The image processor to save with the model, which makes of an image what is trained on (`fitted`), and the
+        number of the model's outputs, None where nothing was sent through it.
+
+    Raises:
+        ValueError: images that do not go through the model, or not as they are normalised; labels that the model has
+            no output for; soft labels where class ids are needed; a last batch of one image, whose statistics a batch
+            norm cannot have.
+    """
+    outputs, seen = getattr(getattr(model, "config", None), "num_labels", None), None
+    with random_states_kept():
+        for role, dataset in _parts(train_dataset, eval_dataset):
+            batch = _first_batch(dataset, collator)
+            if batch is None:
+                continue
+            images = batch["pixel_values"]
+            try:
+                found, alone = _send_one(model, normalised, images)
+                outputs = found if outputs is None else outputs
+                _check_batch(dataset, batch, outputs, args, role)
+                if alone and role == "train_dataset":
+                    _check_last_batch(len(dataset), args, alone)
+            except ValueError as error:
+                raise ValueError(f"{role}: {error}") from error
+            if seen is None:
+                seen = tuple(images.shape[1:])
+        if seen is not None:
+            processor, changed = fitted(model, processor, seen)
+            if changed:
+                logger.warning(changed[0].upper() + changed[1:])
+    return processor, outputs
+
+
+@dataclass
+class CheckedLabels:
+    """
+    A collator whose batches have labels that the model has outputs for. Cross-entropy takes no notice of -100, and
+    an index that is too large is an error of an index somewhere.
+
+    Raises:
+        ValueError: as `check_labels`.
+    """
+
+    collator: Callable
+    outputs: int | None
+
+    def __call__(self, items) -> Mapping[str, Any]:
+        batch = self.collator(items)
+        labels = batch.get("labels") if isinstance(batch, Mapping) else None
+        if self.outputs is not None and isinstance(labels, Tensor) and not labels.is_floating_point():
+            check_labels(labels, self.outputs)
+        return batch
+
+
+def _parts(train_dataset, eval_dataset) -> Iterator[tuple[str, Any]]:
+    for role, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
+        for part in dataset.values() if isinstance(dataset, dict) else (dataset,):
+            yield role, part
+
+
+def _first_batch(dataset, collator: Callable) -> Mapping[str, Tensor] | None:
+    try:
+        items = [dataset[0], dataset[min(1, len(dataset) - 1)]]
+    except (TypeError, NotImplementedError, KeyError):  # None, or a stream
+        return None
+    return collator(items)
+
+
+def _send_one(model: nn.Module, normalised: Normalisation, images: Tensor) -> tuple[int | None, str | None]:
+    """The number of outputs, and the name of a batch norm that sees one value a channel of an image; or None."""
+    shape, channels = "x".join(map(str, images.shape[1:])), max(len(normalised.mean), len(normalised.std))
+    if channels not in (1, images.shape[1]):
+        raise ValueError(
+            f"images have {images.shape[1]} channels, and inputs are normalised with {channels} means and deviations"
+        )
+    weight, alone = next(model.parameters(), None), []
+    if weight is None or weight.device.type == "meta" or weight.dtype != torch.float32:
+        return None, None
+
+    def look(name: str) -> Callable:
+        return lambda module, inputs: alone.append(name) if inputs[0].numel() == inputs[0].shape[1] else None
+
+    norms = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    hooks = [norm.register_forward_pre_hook(look(name)) for name, norm in norms]
+    try:
+        with attack_mode(model), torch.no_grad():
+            logits = pixel_logits(model, *normalised)(images[:1].to(weight.device))
+    except (RuntimeError, AssertionError, ValueError, IndexError) as error:
+        raise ValueError(f"images of {shape} do not go through the model: {error}") from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if logits.ndim != 2:
+        raise ValueError(f"the model returns {tuple(logits.shape)} of one image; logits (batch, classes) are needed")
+    return logits.shape[1], alone[0] if alone else None
+
+
+def _check_batch(dataset, batch: Mapping[str, Tensor], outputs: int | None, args: TSCNCConfig, role: str) -> None:
+    labels = batch["labels"]
+    if not labels.is_floating_point():
+        if outputs is not None:
+            check_labels(labels, outputs)
+            try:
+                check_labels(dataset, outputs)
+            except TypeError:  # they cannot be read without all images
+                pass
+        return
+    if role == "eval_dataset":
+        raise ValueError(
+            "the collator makes soft labels of shape "
+            f"{tuple(labels.shape)}: an accuracy needs one class id an image. Mix images in training only"
+        )
+    if outputs is not None and labels.shape[1:] != (outputs,):
+        raise ValueError(f"soft labels have shape {tuple(labels.shape)}, the model has {outputs} outputs")
+    for name, value in (("objective", "mart"), ("adversary", "cw-pgd"), ("class_weights", "balanced")):
+        if getattr(args, name, None) == value and (name != "adversary" or args.objective != "natural"):
+            raise ValueError(
+                f"the collator makes soft labels, and {name}={getattr(args, name)!r} needs one class id an image: use "
+                "objective='pgd-at' or 'trades' with adversary='pgd' or 'kl-pgd', or mix no images"
+            )
+
+
+def _check_last_batch(size: int, args: TSCNCConfig, norm: str) -> None:
+    """ValueError where a step would have one image alone, and a batch norm one value a channel."""
+    batch = args.train_batch_size
+    left, whole = size % batch, size // batch
+    last_is_read = args.max_steps <= 0 or args.max_steps * args.gradient_accumulation_steps > whole
+    alone = batch == 1 or (left == 1 and not args.dataloader_drop_last and last_is_read)
+    # other objectives have clean and adversarial images in one batch; of several processes all get as many
+    if alone and args.world_size == 1 and args.objective in ("natural", "pgd-at"):
+        raise ValueError(
+            f"{size} images in batches of {batch} leave one alone, and the batch norm {norm} sees one value a channel "
+            "of it, which has no variance. Set dataloader_drop_last=True (--dataloader_drop_last true), or another "
+            "per_device_train_batch_size"
+        )
