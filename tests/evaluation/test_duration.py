@@ -61,8 +61,9 @@ def test_sums_and_words():
 
 def test_it_is_said_at_the_start_and_what_comes_on_top_can_be_left_out(capsys, tmp_path):
     options = {"attacks": ("clean", "pgd-2"), "epsilon": 0.1, "processing_class": Pixels, "folder": tmp_path}
-    results = evaluate(Counted(), DATA, full=False, **options)
+    model = Counted()
+    results = evaluate(model, DATA, full=False, **options)
     said = capsys.readouterr().err
     assert said.startswith("At most about") and "curve" not in results and results["robustness"]["masking"] is None
-    evaluate(Counted(), DATA, full=False, **options)
+    evaluate(model, DATA, full=False, **options)
     assert "At most" not in capsys.readouterr().err  # it goes on, and nothing is left to do

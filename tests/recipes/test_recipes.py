@@ -243,6 +243,8 @@ def test_the_dense_twin_is_dense_and_compared(runs):
     assert row.split() == ["sparsity", "0.00%", "90.00%"]
     twin = json.loads((folder.with_name(f"{folder.name}-dense-twin") / "results.json").read_text())
     assert twin["sparsity"]["zeros"] == 0
+    load_sparse(folder.with_name(f"{folder.name}-dense-twin"))  # a model like any other, with its own card
+    assert (folder.with_name(f"{folder.name}-dense-twin") / "README.md").is_file()
     card = (folder / "README.md").read_text(encoding="utf-8")
     (row,) = [line for line in card.splitlines() if line.startswith("| Clean accuracy")]
     own = json.loads((folder / "results.json").read_text())

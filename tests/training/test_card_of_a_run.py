@@ -32,8 +32,12 @@ def run_folder(build, make_trainer, digits, tmp_path):
     trainer.publisher.keep(dataset_name="digits", command="python train.py --max_steps 8")
     trainer.train()
     results = trainer.test(digits.test.subset(range(24)), attacks=("clean", "pgd-5", "fgsm"))
+    # which text is shown must not hang on eight steps of training
     for check in results["robustness"]["masking"]["checks"]:
-        check["passed"] = True  # which text is shown must not hang on eight steps of training
+        check["passed"] = True
+    results["collapsed"] = None
+    classes = results["robustness"]["per_class"]
+    results["robustness"]["confusion"] = {label: {label: row["n"]} for label, row in classes.items()}
     trainer.save_model()
     return tmp_path / "out"
 

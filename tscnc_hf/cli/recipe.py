@@ -245,9 +245,9 @@ def run(config: TSCNCConfig, arguments: DataArguments, build: Callable[[], tuple
             with one_line_errors():
                 model, _ = build_one(config)
                 build_pruner(model, with_dense_ends(model, config))
-            dense = train_one(dense_twin(config), bool(resume)).test(
-                data.test, arguments.test_attacks, full=arguments.test_full
-            )
+            twin = train_one(dense_twin(config), bool(resume))
+            dense = twin.test(data.test, arguments.test_attacks, full=arguments.test_full)
+            twin.save_model()  # a model like any other, with its card
         trainer = train_one(config, resume)
         finish(trainer, data, arguments, dense)
     trainer.end()

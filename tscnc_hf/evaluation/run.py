@@ -9,7 +9,9 @@ from pathlib import Path
 
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
+from transformers.utils import logging
 
+from tscnc_hf.artifact.card.formatting import collapse_text
 from tscnc_hf.artifact.files.atomic import write_json
 from tscnc_hf.artifact.repository.opening import RESULTS_FILE, STATE_FOLDER
 from tscnc_hf.evaluation.measures.curve import default_epsilons, security_curve
@@ -21,6 +23,8 @@ from tscnc_hf.evaluation.page import write_page
 from tscnc_hf.method.reports.sparsity import sparsity_report
 from tscnc_hf.method.reports.spectrum import spectral_report
 
+
+logger = logging.get_logger(__name__)
 
 FEW_IMAGES = 256  # for what costs many steps an image
 SHOWN = ("collapsed", "robustness", "sparsity", "spectrum", "curve", "lipschitz", "gates", "dense")
@@ -116,6 +120,10 @@ def evaluate(
     collapsed = robustness.pop("collapsed")
     if collapsed is not None:
         collapsed |= {"emptied": [row["name"] for row in zeros if row["zeros"] == row["numel"]]}
+        if state.rank == 0:
+            logger.warning(
+                f"{model_name or 'Evaluation'}: {collapse_text(collapsed, collapsed['emptied'], class_names)}"
+            )
     results = {"collapsed": collapsed, "model": model_name, "dataset": dataset_name, "robustness": robustness}
     results |= of_weights
     results |= {"gates": dict(gates)} if gates else {}

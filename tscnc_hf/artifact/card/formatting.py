@@ -84,8 +84,9 @@ def collapse_text(
         said = "it gives the same logits for every image"
     else:
         label = found["class"]
-        name = f"{label}" if not class_names else f"{label} ({class_names[label]})"
-        said = f"it names class {name} for {found['share']:.1%} of the images"
+        name = str(class_names[label]) if class_names else str(label)
+        known = name not in (str(label), f"LABEL_{label}")
+        said = f"it names class {label}{f' ({name})' if known else ''} for {found['share']:.1%} of the images"
     if found.get("largest_class") is not None:
         said += f", of which {found['largest_class']:.1%} belong to the largest class"
     text = f"the network has collapsed: {said}. Its accuracies are no sign of robustness"

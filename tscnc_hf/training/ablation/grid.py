@@ -107,7 +107,7 @@ class Grid:
         label: the model's name in the results.
         split: "test", or "validation" for choosing settings.
         attacks: see `make_attack`.
-        n: images, the first of the split.
+        n: as many images of the split, drawn with the seed, where it has more.
         save_models: leave a publishable folder with a card for every cell, not only its line.
         about: what else decides the figures (the model), plain JSON types; part of each cell's identity.
     """
@@ -194,13 +194,14 @@ class Grid:
         """
         args = trainer.args
         with folded_gates(trainer.model), as_published(trainer.model):
+            dataset = getattr(self.data, self.split)
             results = evaluate(
                 trainer.model,
-                getattr(self.data, self.split),
+                dataset,
                 epsilon=args.epsilon,
                 norm=args.norm,
                 attacks=self.attacks,
-                n=self.n,
+                n=None if self.n is None else min(self.n, len(dataset)),
                 seed=args.seed,
                 batch_size=args.eval_batch_size,
                 processing_class=trainer.processing_class,
