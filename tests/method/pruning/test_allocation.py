@@ -11,6 +11,7 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from tscnc_hf.method.matrices import weight_matrices
 from tscnc_hf.method.pruning.allocation import Allocation, share_out
+from tscnc_hf.method.pruning.pruner import Pruner
 
 
 ARCHITECTURES = {
@@ -268,3 +269,12 @@ def test_a_layer_is_emptied_where_it_is_asked_for_by_name():
     records, scores = records_and_scores(model)
     masks = Allocation(layer_sparsity={"1.": 1.0}).masks(records, scores, 0.6)
     assert emptied(records, masks) == ["1.weight[0]"] and zeros(masks) == round(0.6 * 128)
+
+
+def test_a_matrix_that_is_empty_already_stays_so():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 24), nn.Linear(24, 8))
+    nn.init.zeros_(model[0].weight)
+    pruner = Pruner(weight_matrices(model))
+    pruner.keep_zeros()
+    pruner.update(0.9)
+    assert not pruner.masks["0.weight"].any() and pruner.pruned_count == pruner.target_count(0.9)

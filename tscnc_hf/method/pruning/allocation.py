@@ -235,18 +235,22 @@ def _matrices(record: WeightMatrix) -> int:
 
 
 def _best_of_emptied(record: WeightMatrix, mask: Tensor, scores, barred) -> Tensor | None:
-    """A mask of the best weight of each matrix of which nothing is kept, None where there is no such matrix."""
-    whole = _matrices(record) == 1
-    kept = mask.reshape(1, -1) if whole else record.view(mask).flatten(1)
-    empty = ~kept.any(dim=-1)
-    if not empty.any():
+    """
+    A mask of the best weight of each matrix of which nothing is kept, None where there is no such matrix. One whose
+    scores are all 0 is empty already, and stays so.
+    """
+    score, whole = scores[record.name], _matrices(record) == 1
+
+    def matrices(values: Tensor) -> Tensor:
+        return values.reshape(1, -1) if whole else record.view(values).flatten(1)
+
+    empty = ~matrices(mask).any(dim=-1)
+    if not empty.any() or not (empty := empty & matrices(score).any(dim=-1)).any():
         return None
-    score = scores[record.name]
+    index = matrices(torch.arange(score.numel(), device=score.device).view(score.shape))
     if record.name in barred:
         score = score.masked_fill(barred[record.name], -math.inf)
-    index = torch.arange(score.numel(), device=score.device).view(1, *score.shape)
-    index = index.flatten(1) if whole else index_view(record, score.device).flatten(1)
-    best = index.gather(-1, score.reshape(-1)[index].argmax(dim=-1, keepdim=True))[empty]
+    best = index.gather(-1, matrices(score).argmax(dim=-1, keepdim=True))[empty]
     found = torch.zeros(score.numel(), dtype=torch.bool, device=score.device)
     found[best.flatten()] = True
     return found.view(score.shape)
