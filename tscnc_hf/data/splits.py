@@ -44,8 +44,8 @@ def stratified_split(labels: np.ndarray, fraction: float, purpose: str) -> tuple
 def first_rows(indices: np.ndarray, labels: np.ndarray, limit: int | None, argument: str) -> np.ndarray:
     """The first `limit` of `indices` (all for None).
 
-    Rows that are sorted by class, as an image folder's are, are put in a fixed random order first: their first rows
-    would all be of one class.
+    Rows that lie class by class, as an image folder's do, are put in a fixed random order first: their first rows
+    would all be of one class. (They do where neighbours differ in class less than half as often as by chance.)
 
     Args:
         indices: int64 (m,), rows of a split.
@@ -58,6 +58,9 @@ def first_rows(indices: np.ndarray, labels: np.ndarray, limit: int | None, argum
     if limit < 1:
         raise ValueError(f"{argument}={limit}; give 1 or more, or None for all rows.")
     mine = labels[indices]
-    if limit < len(indices) and len(np.unique(mine)) > 1 and (np.diff(mine) >= 0).all():
+    _, counts = np.unique(mine, return_counts=True)
+    by_chance = len(mine) * (1 - np.sum((counts / max(len(mine), 1)) ** 2))
+    grouped = (np.diff(mine) >= 0).all() or np.count_nonzero(np.diff(mine)) < by_chance / 2
+    if limit < len(indices) and len(counts) > 1 and grouped:
         indices = np.random.RandomState(0).permutation(indices)
     return indices[:limit]
