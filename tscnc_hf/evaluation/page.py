@@ -37,7 +37,7 @@ def write_page(
 
 def _page(results: Mapping, class_names: Sequence[str] | None) -> str:
     """The tables as Markdown, with the figures beside them."""
-    report = RobustnessReport.from_dict(results["robustness"] | {"collapsed": results["collapsed"]})
+    report = RobustnessReport.from_dict(results["robustness"])
     threat = report.threat_model
     parts = [
         f"# Robustness of {results['model']}",

@@ -117,9 +117,9 @@ def evaluate(
     of_weights = state.share(weights, of=list(exclude), doing="Computing zeros and condition numbers")
     report = work.accuracies()
     robustness, zeros = report.to_dict(), of_weights["sparsity"]["rows"]
-    collapsed = robustness.pop("collapsed")
+    collapsed = robustness["collapsed"]
     if collapsed is not None:
-        collapsed |= {"emptied": [row["name"] for row in zeros if row["zeros"] == row["numel"]]}
+        collapsed = collapsed | {"emptied": [row["name"] for row in zeros if row["zeros"] == row["numel"]]}
         if state.rank == 0:
             logger.warning(
                 f"{model_name or 'Evaluation'}: {collapse_text(collapsed, collapsed['emptied'], class_names)}"
