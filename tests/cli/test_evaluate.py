@@ -22,6 +22,7 @@ from tscnc_hf.artifact.models.config import input_format
 from tscnc_hf.artifact.models.loading import load_model
 from tscnc_hf.artifact.models.saving import save_sparse
 from tscnc_hf.cli.evaluate import EvaluationArguments, evaluate_model
+from tscnc_hf.evaluation.subset import drawn
 
 
 ROOT = Path(__file__).parents[2]
@@ -75,7 +76,7 @@ def test_dense_and_packed_give_the_figures_of_the_function(folders, tmp_path, di
     assert "| worst case |" in page and "| 9 |" in page and "Are gradients hidden?" in page
     assert "steps 3, step size" in page and str(tmp_path) not in page
     printed = capsys.readouterr().out
-    assert "pgd-3 accuracy" in printed and "60 of 60 test images of digits" in printed
+    assert "pgd-3 accuracy" in printed and "60 of 359 test images of digits" in printed
 
 
 def test_the_command_line(folders, tmp_path):
@@ -194,17 +195,18 @@ def test_started_again_it_is_told_from_the_folder(folders, tmp_path, capsys, mon
         evaluate_model(options(folders["dense"], tmp_path, seed=1))
 
 
-def test_hidden_gradients_that_nobody_could_look_for(folders, tmp_path):
+def test_hidden_gradients_that_nobody_could_look_for(folders, tmp_path, digits):
     wrong = tmp_path / "model"
     shutil.copytree(folders["dense"], wrong)
     model, _ = load_model(str(wrong))
     with torch.no_grad():
         model.classifier.weight.zero_()
-        model.classifier.bias.copy_(5 * torch.eye(10)[9])  # the first digit is no 9
+        (place,) = drawn(len(digits.test), 1, 0)
+        model.classifier.bias.copy_(5 * torch.eye(10)[(digits.test.labels[place] + 1) % 10])
     model.save_pretrained(wrong)
     evaluate_model(options(wrong, tmp_path / "none", attacks=["clean", "pgd-1"], n=1))
     page = (tmp_path / "none" / "robustness.md").read_text()
-    assert "Not checked: no image was classified correctly" in page
+    assert "Not run: none of the 1 images that were drawn is classified correctly" in page
     evaluate_model(options(wrong, tmp_path / "few", attacks=["clean", "pgd-1"], n=16))
     assert "images: too few to tell much." in (tmp_path / "few" / "robustness.md").read_text()
     evaluate_model(options(wrong, tmp_path / "clean", attacks=["clean"], n=8))
