@@ -58,8 +58,8 @@ def test_logits_are_preprocessed_in_turn(preprocess, build, make_trainer):
         assert guesses.shape == given.label_ids.shape
         return {"top1": float((guesses == given.label_ids).mean())}
 
-    trainer = make_trainer(build("vit"), compute_metrics=own, **OPTIONS)
-    trainer._preprocess = functions[preprocess]
+    trainer = make_trainer(build("vit"), **OPTIONS)
+    trainer.compute_metrics, trainer.preprocess_logits_for_metrics = own, functions[preprocess]
     metrics = trainer.evaluate()
     assert metrics["eval_top1"] == pytest.approx(metrics["eval_accuracy"])
     assert metrics["eval_robust_top1"] == pytest.approx(metrics["eval_robust_accuracy"])

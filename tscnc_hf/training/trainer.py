@@ -124,7 +124,6 @@ class TSCNCTrainer(ResumableTrainer):
         metrics.check_best(
             args, eval_dataset, self.adversary.evaluates, getattr(getattr(model, "config", None), "num_labels", None)
         )
-        self._preprocess = kwargs.pop("preprocess_logits_for_metrics", None)
         super().__init__(*given, compute_metrics=metrics, **kwargs)
         check_sharding(self)
         self.callback_handler.callbacks.insert(0, StepCallback(self))  # masks first: whatever follows sees them
@@ -257,6 +256,23 @@ class TSCNCTrainer(ResumableTrainer):
         super().log(logs, start_time)
 
     # ---- evaluation ----
+
+    @property
+    def compute_metrics(self) -> Metrics:
+        return self._metrics
+
+    @compute_metrics.setter
+    def compute_metrics(self, function: Callable | None) -> None:  # also one that is set later gets its turns
+        ours = isinstance(function, Metrics)
+        self._metrics = function if ours else Metrics(function, self.args.batch_eval_metrics)
+
+    @property
+    def preprocess_logits_for_metrics(self) -> None:
+        """None for upstream, which would call it on the pair: `prediction_step` does so, in turn."""
+
+    @preprocess_logits_for_metrics.setter
+    def preprocess_logits_for_metrics(self, function: Callable | None) -> None:
+        self._preprocess = function
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         inputs = self._prepare_inputs(inputs)
