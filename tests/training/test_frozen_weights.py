@@ -22,7 +22,7 @@ WAYS = {
     "learned": {"pruning_criterion": "learned"},
     "rates": {"pruning_criterion": "taylor", "pruning_scope": "learned"},
     "learned rates": {"pruning_criterion": "learned", "pruning_scope": "learned"},
-    "floors": {"pruning_layer_floor": 0.2, "pruning_row_floor": 1},
+    "floors": {"pruning_layer_floor": 0.2, "pruning_layer_sparsity": {"classifier": 0.25}},
     "hidden": {"pruning_structure": "hidden", "pruning_criterion": "taylor", "target_sparsity": 0.2},
     "gates": {"pruning_criterion": "gates", "tsc_on": "gates", "gate_learning_rate": 0.3},
 }

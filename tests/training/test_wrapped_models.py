@@ -184,7 +184,7 @@ def with_own_adapter(model):
 
 
 def with_adapters_library(model):
-    model.adapters_config = types.SimpleNamespace()
+    model.adapters_config = types.SimpleNamespace(adapters={})
     return model
 
 

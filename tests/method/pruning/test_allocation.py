@@ -150,6 +150,17 @@ def test_rates_that_are_given_hold_and_the_rest_shares_the_rest(scope):
         Allocation(layer_sparsity={"head": 0.5}).masks(records, scores, 0.5)
 
 
+@pytest.mark.parametrize("scope", ["global", "uniform", "erk"])
+@pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.25, 0.3])
+def test_on_the_way_to_the_target_rates_that_are_given_are_reached_in_part(scope, sparsity):
+    model = nn.Sequential(nn.Linear(40, 30), nn.Linear(30, 20), nn.Linear(20, 10))
+    records, scores = records_and_scores(model)
+    masks = Allocation(scope, layer_sparsity={"0.": 0.25, "2.weight": 1.0}).masks(records, scores, sparsity)
+    assert zeros(masks) == 2000 * sparsity
+    found = shares(masks)
+    assert found["0.weight"] <= 0.25 and (found["1.weight"] == 0) == (sparsity <= 0.25)
+
+
 def test_what_cannot_be_reached_is_said_with_what_can():
     model = nn.Sequential(nn.Linear(10, 10), nn.Linear(10, 10))
     records, scores = records_and_scores(model)
@@ -157,8 +168,8 @@ def test_what_cannot_be_reached_is_said_with_what_can():
         Allocation(row_floor=1).check(records, 0.95)
     with pytest.raises(ValueError, match=r"0\.6 is not reachable.*the largest is 0\.495,"):
         Allocation(layer_sparsity={"0.": 0.0}).check(records, 0.6)
-    with pytest.raises(ValueError, match=r"0\.2 is not reachable.*the smallest 0\.25 "):
-        Allocation(layer_sparsity={"0.": 0.5}).masks(records, scores, 0.2)
+    with pytest.raises(ValueError, match=r"0\.2 is not reachable.*the smallest is 0\.25 "):
+        Allocation(layer_sparsity={"0.": 0.5}).check(records, 0.2)
     Allocation(row_floor=1).check(records, 0.9)
     Allocation(layer_sparsity={"0.": 0.0}).check(records, 0.495)
 

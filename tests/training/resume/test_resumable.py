@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from tests.processes import PATIENCE, run_python, started_python
 from tscnc_hf.training.resume.checkpoints import damage
@@ -123,3 +123,37 @@ def test_a_new_run_does_not_begin_among_the_checkpoints_of_another(tmp_path):
     trainer(tmp_path).train()
     with pytest.raises(ValueError, match="holds 2 checkpoints, up to checkpoint-4, of an earlier run"):
         trainer(tmp_path).train()
+
+
+@pytest.mark.parametrize(
+    "length",
+    [{"max_steps": 4}, {"max_steps": -1, "num_train_epochs": 2}, {"max_steps": -1, "num_train_epochs": 0.5},
+     {"max_steps": 7, "gradient_accumulation_steps": 2}],
+)  # fmt: skip
+def test_a_run_that_is_over_takes_no_step_more(length, tmp_path):
+    first = trainer(tmp_path, **(length | {"save_steps": 1}))
+    first.train()
+    names = [path.name for path in checkpoints(tmp_path)]
+    for _ in range(2):
+        again = trainer(tmp_path, model=Constant(), **(length | {"save_steps": 1}))
+        again.train(resume_from_checkpoint=True)
+        assert again.state.global_step == first.state.global_step == len(names)
+        assert [path.name for path in checkpoints(tmp_path)] == names
+        assert torch.equal(again.model.value, first.model.value)
+
+
+def test_a_run_that_was_stopped_goes_on_to_its_end_and_no_further(tmp_path):
+    class Stops(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 3
+
+    def run(stops, **options):
+        made = trainer(tmp_path, max_steps=6, save_steps=1)
+        if stops:
+            made.add_callback(Stops())
+        made.train(**options)
+        return made.state.global_step
+
+    assert run(True) == 3
+    assert [run(False, resume_from_checkpoint=True) for _ in range(3)] == [6, 6, 6]
+    assert checkpoints(tmp_path)[-1].name == "checkpoint-6"

@@ -138,7 +138,7 @@ def refuse_parts(model: torch.nn.Module) -> None:
     """
     classes = {cls.__name__ for module in model.modules() for cls in type(module).__mro__}
     adapted = classes & {"PeftModel", "BaseTunerLayer"} or getattr(model, "_hf_peft_config_loaded", False)
-    adapted = adapted or hasattr(model, "peft_config") or getattr(model, "adapters_config", None) is not None
+    adapted = adapted or getattr(model, "peft_config", None) or getattr(model, "adapters_config", None)
     if adapted:
         raise ValueError(
             f"the {type(model).__name__} has adapters (PEFT): base weights and factors would be constrained and "

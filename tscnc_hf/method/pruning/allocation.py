@@ -28,7 +28,8 @@ class Allocation:
             number of weights proportional to the sum of its dimensions (Erdos-Renyi-kernel, Evci et al. 2020);
             "learned" is global, with a factor for each layer that training learns (`layer_rates`).
         layer_sparsity: part of a weight's name -> fraction of zeros of that layer, in [0, 1]; the other layers share
-            what is left of the total as `scope` says.
+            what is left of the total as `scope` says. While the total is less than all of these have, it is shared
+            among them.
         layer_floor: fraction of its weights that every layer keeps at least, in [0, 1).
         row_floor: weights that every row of every matrix keeps at least, so that no output of a layer dies. (Rows as
             in the matrix view.)
@@ -85,7 +86,7 @@ class Allocation:
         sizes = {name: score.numel() for name, score in scores.items()}
         pruned = round(sparsity * sum(sizes.values()))
         barred = {} if self.pattern is None else outside_pattern(records, scores, *self.pattern)
-        needed, free = self._needed(records, scores, barred), self._with_own_sparsity(sizes)
+        needed, free = self._needed(records, scores, barred), self._own(sizes)
         while True:  # ranked without them first: where no matrix is emptied, as it is by far the most often
             masks = self._ranked(records, scores, sizes, pruned, needed, barred, standing or {})
             emptied = {}
@@ -101,7 +102,7 @@ class Allocation:
         """Masks with so many zeros, that keep what is needed."""
         minimum, bars = ({n: int(m[n].sum()) if n in m else 0 for n in sizes} for m in (needed, barred))
         for record in records:
-            if record.name not in self._with_own_sparsity(sizes):
+            if record.name not in self._own(sizes):
                 minimum[record.name] = max(minimum[record.name], _matrices(record))
         whole = pruned >= sum(bars.values())  # else only a part of the groups follows the pattern yet
         maximum = {name: size - bars[name] * whole for name, size in sizes.items()}
@@ -128,6 +129,13 @@ class Allocation:
         generator = torch.Generator().manual_seed(0)
         scores = {record.name: torch.rand(record.weight.shape, generator=generator) for record in records}
         self.masks(records, scores, target)
+        sizes = {name: score.numel() for name, score in scores.items()}
+        own, total = sum(sizes[name] - kept for name, kept in self._own(sizes).items()), sum(sizes.values())
+        if own > round(target * total):  # which `masks` takes for a step on the way
+            raise ValueError(
+                f"a sparsity of {target:.6g} is not reachable with the layers' own sparsities: the smallest is "
+                f"{own / total:.6g} of the prunable weights"
+            )
         if self.pattern is not None:
             n, m = self.pattern
             fixed = 1 - n / m
@@ -155,26 +163,32 @@ class Allocation:
             needed[name] = mask & ~barred[name] if name in barred else mask
         return needed
 
-    def _with_own_sparsity(self, names) -> set[str]:
-        return {name for name in names if any(part in name for part in self.layer_sparsity)}
+    def _own(self, sizes: Mapping[str, int]) -> dict[str, int]:
+        """How many weights the layers keep that have sparsities of their own."""
+        found = {}
+        for part, share in self.layer_sparsity.items():
+            found |= {name: round((1 - share) * size) for name, size in sizes.items() if part in name}
+        return found
 
     def _kept(self, records, sizes, total: int, minimum, maximum, standing) -> list[tuple[list[str], int]]:
         """Groups of layers that are ranked together, and how many weights each group keeps."""
-        fixed: dict[str, int] = {}
-        for part, share in self.layer_sparsity.items():
-            names = [name for name in sizes if part in name]
-            if not names and not any(part in name for name in standing):
+        fixed = self._own(sizes)
+        for part in self.layer_sparsity:
+            if not any(part in name for name in (*sizes, *standing)):
                 raise ValueError(
                     f"layer_sparsity names {part!r}, which no prunable weight has in its name; they look like "
                     f"{', '.join(list(sizes)[:3])}"
                 )
-            fixed |= {name: round((1 - share) * sizes[name]) for name in names}
         for name, count in fixed.items():
             if not minimum[name] <= count <= maximum[name]:
                 raise ValueError(
                     f"layer_sparsity of {name!r} keeps {count} weights; with the floors and the pattern it can keep "
                     f"{minimum[name]} to {maximum[name]}"
                 )
+        pruned, own = sum(sizes.values()) - total, {n: sizes[n] - kept for n, kept in fixed.items() if kept < sizes[n]}
+        if sum(own.values()) > pruned and maximum == sizes:  # on the way to the target: a part of it each
+            zeros = share_out(pruned, own, dict.fromkeys(own, 0), own)
+            fixed |= {name: sizes[name] - count for name, count in zeros.items()}
         rest = [name for name in sizes if name not in fixed]
         left = total - sum(fixed.values())
         lowest, highest = (sum(bound[name] for name in rest) for bound in (minimum, maximum))
