@@ -210,6 +210,10 @@ def test_quantised_weights_and_parts_are_refused(build, make_trainer):
     with pytest.raises(ValueError, match="quantised"):
         make_trainer((model, processor), **OPTIONS)
     model, processor = build("vit")
+    model.classifier.weight = nn.Parameter(torch.ones(10, 1).expand(10, 32))
+    with pytest.raises(ValueError, match=r"classifier.weight is expanded"):
+        make_trainer((model, processor), **OPTIONS)
+    model, processor = build("vit")
     model.register_state_dict_post_hook(lambda module, state, *args: [state.pop("classifier.bias")].clear())
     with pytest.raises(ValueError, match="leaves out classifier.bias"):
         make_trainer((copy.copy(model), processor), **OPTIONS)

@@ -89,9 +89,9 @@ class Adversary:
             terms: from a model to the terms of the loss that the perturbation is to raise.
             average: of a gradient over the processes.
         """
-        weights = {record.name: record.weight for record in weight_matrices(model) if record.weight.requires_grad}
-        if self.args.awp_gamma == 0 or step < self.args.awp_start * max_steps or not weights:
+        if self.args.awp_gamma == 0 or step < self.args.awp_start * max_steps:
             return nullcontext()
+        weights = {record.name: record.weight for record in weight_matrices(model) if record.weight.requires_grad}
 
         def loss(function: Callable) -> Tensor:
             return sum(terms(function).values())

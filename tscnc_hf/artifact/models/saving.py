@@ -111,30 +111,23 @@ def disk_state(
 
 def _separate(state: dict[str, torch.Tensor], tied: Mapping[str, str]) -> dict[str, torch.Tensor] | None:
     """The state with contiguous tensors that share no memory, but for declared ties; None if it is so already."""
-    if any(hasattr(tensor, "full_tensor") for tensor in state.values()):  # sharded: gathered elsewhere
+    tensors = {name: tensor for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
+    if any(hasattr(tensor, "full_tensor") for tensor in tensors.values()):  # sharded: gathered elsewhere
         return None
-    owners = Counter(
-        tensor.untyped_storage().data_ptr() for name, tensor in state.items() if name not in tied and tensor.numel()
-    )
-    shared = {
-        name
-        for name, tensor in state.items()
-        if name not in tied and tensor.numel() and owners[tensor.untyped_storage().data_ptr()] > 1
-    }
-    loose = {name for name, tensor in state.items() if not tensor.is_contiguous()}
-    if not shared | loose:
+    places = {n: t.untyped_storage().data_ptr() for n, t in tensors.items() if n not in tied and t.numel()}
+    owners = Counter(places.values())
+    alone = {name for name, tensor in tensors.items() if tensor.is_contiguous() and owners[places.get(name)] < 2}
+    if len(alone) == len(tensors):
         return None
-    return {
-        name: tensor.detach().clone(memory_format=torch.contiguous_format) if name in shared | loose else tensor
-        for name, tensor in state.items()
-    }
+    copies = {n: t.detach().clone(memory_format=torch.contiguous_format) for n, t in tensors.items() if n not in alone}
+    return {**state, **copies}
 
 
 def refuse_parts(model: torch.nn.Module) -> None:
     """
     Raises:
         ValueError: what `save_pretrained` writes is a part of the model only, an adapter, while constraints and
-            pruning change all of it; or its weights are quantised, so that none of them can be pruned.
+            pruning change all of it; or its weights are quantised or expanded, so that none of them can be pruned.
     """
     classes = {cls.__name__ for module in model.modules() for cls in type(module).__mro__}
     adapted = classes & {"PeftModel", "BaseTunerLayer"} or getattr(model, "_hf_peft_config_loaded", False)
@@ -151,11 +144,21 @@ def refuse_parts(model: torch.nn.Module) -> None:
             f"the {type(model).__name__} is quantised{f' ({odd[0]})' if odd else ''}: its weights cannot be "
             "constrained or pruned. Load it in a floating dtype, or call model.dequantize()"
         )
+    spread = [name for name, weight in model.named_parameters() if _is_expanded(weight)]
+    if spread:
+        raise ValueError(
+            f"{spread[0]} is expanded: several of its numbers are one in memory, so that none can be trained, or "
+            "loaded, alone. Make it whole first: torch.nn.Parameter(weight.detach().clone())"
+        )
     if lost := {name for name, _ in model.named_parameters()} - model.state_dict().keys():
         raise ValueError(
             f"{type(model).__name__}.state_dict() leaves out {', '.join(sorted(lost)[:3])}: what would be saved is a "
             "part of the model"
         )
+
+
+def _is_expanded(weight: torch.Tensor) -> bool:
+    return any(size > 1 and stride == 0 for size, stride in zip(weight.shape, weight.stride(), strict=True))
 
 
 def check_publishable(model: object) -> None:
