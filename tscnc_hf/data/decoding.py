@@ -95,7 +95,8 @@ def decoder_for(images: Iterator[tuple[Any, str]], channels: str) -> tuple[Image
     grey where the first image is stored so, or where the three channels of all of them are equal.
 
     Args:
-        images: some of a data set, each as stored and as messages call it; more than one is read where the first one's channels are equal.
+        images: some of a data set, each as stored and as messages call it; more than one is read where the first one's
+            channels are equal.
     """
     stored, where = next(images)
     image, mode = ImageDecoder().open(stored, where), _mode(stored)

@@ -1,0 +1,127 @@
+"""`tscnc evaluate` sees what the model's own image processor makes of a file: of any split, with labels or without."""
+
+import io
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    ConvNextImageProcessor,
+    MobileViTImageProcessor,
+    ResNetConfig,
+    ResNetForImageClassification,
+)
+
+from tscnc_hf.artifact.models.building import timm_model
+from tscnc_hf.cli.evaluate import EvaluationArguments, evaluate_model
+
+
+NAMES = ["ant", "bee", "cicada"]
+
+
+@pytest.fixture(autouse=True)
+def private_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.disable_progress_bars()
+
+
+def saved(kind, folder):
+    torch.manual_seed(0)
+    if kind == "timm":  # half of the image is read, at another size, bicubic
+        model, processor = timm_model("resnet18", NAMES, (12, 12), model_args={"channels": [8] * 4, "layers": [1] * 4})
+        model.config.pretrained_cfg |= {"crop_pct": 0.5, "interpolation": "bicubic"}
+    else:
+        labels = {"id2label": dict(enumerate(NAMES)), "label2id": {name: i for i, name in enumerate(NAMES)}}
+        config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], **labels)
+        model = ResNetForImageClassification(config)
+        processor = {
+            "convnext": lambda: ConvNextImageProcessor(size={"shortest_edge": 12}, crop_pct=0.5),
+            "mobilevit": lambda: MobileViTImageProcessor(
+                size={"shortest_edge": 24}, crop_size={"height": 12, "width": 10}
+            ),
+        }[kind]()
+    with torch.no_grad():  # so that all three classes are seen
+        for parameter in model.parameters():
+            parameter.normal_(std=0.5)
+        model.eval()
+        logits = [model(**processor(images=one, return_tensors="pt")).logits[0] for one in pictures()]
+        head = model.timm_model.fc if kind == "timm" else model.classifier[-1]
+        head.bias -= torch.stack(logits).mean(0)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return str(folder)
+
+
+def predicted_by_stock(folder, pictures):
+    model = AutoModelForImageClassification.from_pretrained(folder)
+    processor = AutoImageProcessor.from_pretrained(folder)
+    with torch.no_grad():
+        return [int(model(**processor(images=one, return_tensors="pt")).logits.argmax()) for one in pictures]
+
+
+def pictures(n=24):
+    """Smooth images, brighter and darker, whose edges differ from their centres."""
+    generator = np.random.default_rng(0)
+    small = generator.integers(0, 256, (n, 5, 6, 3)) * generator.uniform(0.1, 1, (n, 1, 1, 3))
+    return [Image.fromarray(one.astype(np.uint8)).resize((36, 30), Image.Resampling.BICUBIC) for one in small]
+
+
+def write(folder, images, labels, split="test"):
+    def encoded(image):
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG")
+        return {"bytes": buffer.getvalue(), "path": None}
+
+    rows = datasets.Dataset.from_dict({"image": list(map(encoded, images)), "label": labels})
+    folder.mkdir(exist_ok=True)
+    rows.cast_column("image", datasets.Image()).to_parquet(str(folder / f"{split}-00000-of-00001.parquet"))
+    return str(folder)
+
+
+def run(model, data, output, **more):
+    given = {"attacks": ["clean"], "device": "cpu", "cpu_threads": 1} | more
+    return evaluate_model(EvaluationArguments(model, dataset=data, output_dir=str(output), **given))
+
+
+def clean(results):
+    return results["robustness"]["attacks"][0]["accuracy"]
+
+
+@pytest.mark.parametrize("kind", ["timm", "convnext", "mobilevit"])
+def test_the_clean_accuracy_is_that_of_a_stock_pipeline(kind, tmp_path, capsys):
+    model, images = saved(kind, tmp_path / "model"), pictures()
+    labels = predicted_by_stock(model, images)
+    assert len(set(labels)) > 1
+    data = write(tmp_path / "data", images, [NAMES[label] for label in labels])  # one split, labels that are names
+    assert clean(run(model, data, tmp_path / "own")) == 1.0
+    said = capsys.readouterr().out
+    assert "tested on split 'test'; resized and cropped as by the model's " in said
+    run(model, data, tmp_path / "other", image_size=[12, 14])
+    said = capsys.readouterr().out
+    assert "resized here, not by the model's image processor" in said and "12x14" in said
+
+
+def test_splits_and_rows_without_a_label(tmp_path, capsys):
+    model, images = saved("convnext", tmp_path / "model"), pictures(8)
+    data = write(tmp_path / "data", images, [0, 1, -1, 2, -1, 0, 1, 1])
+    write(tmp_path / "data", images[:3], [0, 1, 2], split="validation")
+    with pytest.raises(SystemExit, match="'test' holds negative labels .2 of 8.*drop_unlabelled"):
+        run(model, data, tmp_path / "a")
+    assert run(model, data, tmp_path / "b", drop_unlabelled=True)["robustness"]["n"] == 6
+    assert "2 rows of 'test' without a label left out" in capsys.readouterr().out
+    assert run(model, data, tmp_path / "c", test_split="validation")["robustness"]["n"] == 3
+    with pytest.raises(SystemExit, match="test_split='dev': data set 'data' has "):
+        run(model, data, tmp_path / "d", test_split="dev")
+
+
+def test_a_processor_of_another_size_than_the_model_takes(tmp_path, build):
+    model, _ = build("vit")
+    model.save_pretrained(tmp_path / "model")
+    ConvNextImageProcessor(size={"shortest_edge": 12}).save_pretrained(tmp_path / "model")
+    with pytest.raises(SystemExit, match="images of 12x12 pixels do not go through the model: .*--image_size"):
+        run(str(tmp_path / "model"), "digits", tmp_path / "out", n=4)
+    run(str(tmp_path / "model"), "digits", tmp_path / "out", n=4, image_size=8)
