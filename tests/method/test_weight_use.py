@@ -185,6 +185,16 @@ def test_what_to_do_is_said():
     assert "could not be tried" in computed_weights(Fails(4, 3))["weight"]
 
 
+def test_what_cannot_be_copied_is_not_tried_and_another_forward_is_tried_anew():
+    layer = FusedActivation(4, 3)
+    layer.generator = (number for number in range(3))
+    assert "could not be tried" in computed_weights(layer)["weight"]
+    layer = FusedActivation(4, 3)
+    assert not computed_weights(layer)
+    layer.forward = types.MethodType(lambda self, x: F.linear(x, self.weight.tanh()), layer)
+    assert computed_weights(layer)
+
+
 def test_after_removal_the_weight_counts_again():
     layer = pruned_by_torch()
     assert computed_weights(layer)

@@ -31,7 +31,7 @@ FOLDED_BY = {
     "weight_orig": "torch.nn.utils.remove_spectral_norm(layer)",
 }
 
-_TRIED: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+_TRIED: WeakKeyDictionary[nn.Module, tuple[int, str]] = WeakKeyDictionary()  # under which forward, and what was found
 
 
 def why_computed(layer: nn.Module) -> str:
@@ -46,19 +46,20 @@ def why_computed(layer: nn.Module) -> str:
         return "computed from other parameters" + (f"; {how} makes a plain weight of it" if how else "")
     if type(layer).__module__.startswith("torch.nn.modules.") and "forward" not in vars(layer):
         return ""
-    if layer not in _TRIED:
+    forward = id(vars(layer).get("forward"))
+    if layer not in _TRIED or _TRIED[layer][0] != forward:
         if any(hasattr(parameter, "full_tensor") for parameter in layer.parameters()):
             return ""  # sharded by FSDP2, which does not let it be copied: it was tried before, by whoever trains it
-        _TRIED[layer] = _try(layer)
-    return _TRIED[layer]
+        _TRIED[layer] = forward, _try(layer)
+    return _TRIED[layer][1]
 
 
 @torch.no_grad()
 def _try(layer: nn.Module) -> str:
     kind = type(layer).__name__
-    # a forward that was put in place of the layer's own belongs to the layer, not to a copy
-    tried = layer if "forward" in vars(layer) else copy.deepcopy(layer).eval()
     try:
+        # a forward that was put in place of the layer's own belongs to the layer, not to a copy
+        tried = layer if "forward" in vars(layer) else copy.deepcopy(layer).eval()
         with _Watch(tried.weight) as watch:
             tried.forward(_input(tried))
     except Exception as error:  # of code that is not ours
