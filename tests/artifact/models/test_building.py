@@ -168,3 +168,14 @@ def test_timm_models_of_another_image_size_are_told_the_size(size):
     assert again(pixel_values=torch.zeros(1, 3, *size)).logits.shape == (1, 2)
     resnet, _ = timm_model("resnet18", ["a", "b"], size, model_args={"channels": [8] * 4, "layers": [1] * 4})
     assert "img_size" not in resnet.config.model_args
+
+
+def test_pretrained_weights_for_grey_images(monkeypatch):
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained, **given: create(name, **given))  # no network
+    small = {"channels": [8] * 4, "layers": [1] * 4}
+    model, processor = timm_model("resnet18", NAMES, (16, 16), channels=1, model_args=small, pretrained=True)
+    assert len(model.config.pretrained_cfg["mean"]) == len(model.config.pretrained_cfg["std"]) == 1
+    image = Image.fromarray(np.full((16, 16), 128, dtype=np.uint8))
+    assert processor(image)["pixel_values"].shape == (1, 1, 16, 16)
+    assert logits_fn(model, processor)(torch.rand(2, 1, 16, 16)).shape == (2, 3)

@@ -117,6 +117,9 @@ def timm_model(
     if pretrained:
         known = {key: value for key, value in source.pretrained_cfg.items() if value is not None}
         preprocessing = {key: known[key] for key in (*preprocessing, "license") if key in known}
+        for key in {"mean", "std"} & preprocessing.keys():  # of three channels, whose weights timm has added up
+            if len(values := preprocessing[key]) != channels:
+                preprocessing[key] = [sum(values) / len(values)] * channels
     config = TimmWrapperConfig(
         architecture=name,
         model_args=model_args,
