@@ -1,7 +1,5 @@
 """`set_epoch` reaches a data set wherever it lies."""
 
-import gc
-
 import pytest
 import torch
 from torch.utils.data import ChainDataset, ConcatDataset, DataLoader, Dataset, IterableDataset, StackDataset, Subset
@@ -117,8 +115,7 @@ def test_workers_that_stay_are_told(digits):
     epochs = [torch.stack([batch["pixel_values"] for batch in loader])]
     set_epoch(loader, 1)
     epochs.append(torch.stack([batch["pixel_values"] for batch in loader]))
-    del loader
-    gc.collect()  # and its worker ends
+    loader._iterator._shutdown_workers()
     assert not torch.equal(*epochs)
     expected = torch.stack([data[place]["pixel_values"] for place in range(4)])
     assert torch.equal(epochs[1].squeeze(1), expected)
