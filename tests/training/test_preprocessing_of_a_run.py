@@ -82,6 +82,9 @@ def test_what_is_attacked_is_what_others_will_see(build_one, make_config, tmp_pa
         config_only = logits_fn(load_model(tmp_path)[0])(pixels)  # what the run wrote into config.json
     theirs = of_stock(tmp_path, items)
     assert theirs.std() > 1e-4
+    labelled = [item | {"labels": int(label)} for item, label in zip(items, theirs.argmax(-1), strict=True)]
+    report = evaluate_robustness(tmp_path, labelled, "clean", masking=False, progress=False)
+    assert report["clean"].accuracy == 1
     for ours in (of_trainer, loaded, config_only):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * float(theirs.abs().max()))
 

@@ -93,7 +93,8 @@ def fitted(model: nn.Module, processor: object | None, shape: tuple[int, int, in
     """
     (_, height, width), name = shape, type(image_processor(processor)).__name__
     if isinstance(model, TimmWrapperForImageClassification) and model.config.pretrained_cfg:
-        return _of_timm(model.config, preprocessing(model, processor), shape, name)
+        made, changed = _of_timm(model.config, preprocessing(model, processor), shape, name)
+        return (None if processor is None else made), changed
     one = image_processor(processor)
     if not acts(one) or leaves_alone(one, normalised := preprocessing(model, one), shape):
         return processor, ""

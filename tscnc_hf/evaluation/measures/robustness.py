@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from tscnc_hf import __version__
 from tscnc_hf.artifact.files.identity import RunIdentity, code_identity, weights_digest
+from tscnc_hf.artifact.models.loading import load_model
 from tscnc_hf.artifact.models.preprocessing import preprocessing
 from tscnc_hf.data.batches import check_items, collate
 from tscnc_hf.evaluation.attacks import KNOWN_ATTACKS, Attack, check_attacks, make_attack
@@ -37,7 +38,7 @@ CHECKED = 64  # images, for hidden gradients
 
 
 def evaluate_robustness(
-    model: nn.Module,
+    model: nn.Module | str | os.PathLike,
     dataset: Iterable,
     attacks: Sequence[str] | str = ("clean", "fgsm", "pgd-20", "apgd"),
     *,
@@ -59,7 +60,8 @@ def evaluate_robustness(
     Clean accuracy, accuracy under attack, and checks for gradients that mislead attacks.
 
     Args:
-        model (`nn.Module`): a classifier of normalised images; left as it was (modes, statistics, gradients).
+        model (`nn.Module`, or its folder or Hub id): a classifier of normalised images; left as it was (modes,
+            statistics, gradients). By name it comes with its image processor.
         dataset: gives {"pixel_values": (c, h, w) in [0, 1], "labels": int} items.
         attacks (`Sequence[str]` or `str`): one or several, see `make_attack`. The default is what a plain install can
             run; for figures to publish add "autoattack".
@@ -76,7 +78,7 @@ def evaluate_robustness(
         state_folder (*optional*): what each attack (each part of "autoattack") found on a batch is kept there, and so
             are the masking checks; an evaluation that was cut off goes on.
         masking (`bool`): run the gradient-masking checks (`tscnc_hf.evaluation.measures.masking`) on up to 64 images.
-        dense_model (`nn.Module`, *optional*): the model before pruning, whose adversarial images must not be stronger.
+        dense_model (*optional*): the model before pruning, likewise, whose adversarial images must not be stronger.
         dense_processing_class (*optional*): its image processor; defaults to `processing_class`.
         distributed (`bool`): share the batches among the processes of `accelerate launch`; all of them must call this
             and all get the whole report.
@@ -87,6 +89,8 @@ def evaluate_robustness(
             another evaluation.
         ImportError: an attack needs a package that is not installed.
     """
+    model, processing_class = _by_name(model, processing_class)
+    dense_model, dense_processing_class = _by_name(dense_model, dense_processing_class)
     work = Robustness(
         model,
         dataset,
@@ -106,6 +110,14 @@ def evaluate_robustness(
     if masking:
         report = replace(report, masking=work.checks(dense_model, dense_processing_class))
     return report
+
+
+def _by_name(model: nn.Module | str | os.PathLike | None, processing_class: object | None) -> tuple:
+    """A model and its image processor; one that was given wins over that of a name."""
+    if not isinstance(model, (str, os.PathLike)):
+        return model, processing_class
+    model, own = load_model(model)
+    return model, own if processing_class is None else processing_class
 
 
 class Robustness:
