@@ -20,6 +20,7 @@ SIZES = {"single": (1, 16), "ddp_cpu": (2, 8), "ddp": (2, 8)}
 
 VIT = """
 dataset: digits
+channels: rgb
 train_limit: 96
 test_limit: 40
 augmentation: crop

@@ -23,6 +23,7 @@ ROOT = Path(__file__).parents[2]
 
 VIT = """
 dataset: digits
+channels: rgb
 train_limit: 96
 test_limit: 40
 augmentation: crop
