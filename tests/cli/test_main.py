@@ -242,6 +242,20 @@ def test_pack_and_unpack_give_the_same_bits_back(capsys, kind, folders, tmp_path
     assert sum(p.numel() for p in loaded.parameters()) == as_json(capsys, "inspect", folder)["parameters"]
 
 
+def test_pack_and_inspect_say_what_zeros_with_a_sign_were_worth(capsys, tiny_vit, tmp_path):
+    model, processor = tiny_vit
+    for layer in [module for module in model.vit.modules() if isinstance(module, torch.nn.Linear)]:
+        layer.weight.data.mul_(torch.rand_like(layer.weight) < 0.05)
+    minus = sum(int(((weight == 0) & weight.signbit()).sum()) for weight in model.parameters())
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    assert as_json(capsys, "inspect", tmp_path)["minus_zeros"] == minus > 1000
+    done = as_json(capsys, "pack", tmp_path)
+    assert done["minus_zeros"] == minus and done["sparse_bytes"] < 0.5 * done["dense_bytes"]
+    said = run(capsys, "pack", tmp_path)[1]
+    assert f"% of it); {minus:,} weights were -0.0 and are 0.0" in said
+
+
 def test_pack_in_place_and_with_rounded_values(capsys, folders, tmp_path):
     folder = folders("transformers")
     (folder / "results.json").write_text("{}")
