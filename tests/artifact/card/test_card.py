@@ -260,3 +260,41 @@ def test_the_metadata_passes_the_checks_of_the_hub(tmp_path, hub):
         again = ModelCardData(model_name=name, eval_results=results)
         assert yaml.safe_load(again.to_yaml())["model-index"] == data["model-index"]
     assert len(hub.requests("validate-yaml")) == 2
+
+
+# ---- uneven classes ----
+
+
+def classes_dict(count: int, collapsed: bool = False) -> dict:
+    """Of `count` classes with 10 images each; class i is right for 9 - i % 9 of them, and taken for the next one."""
+    per_class = {str(i): {"n": 10, "clean": 10, "pgd-20": 9 - i % 9} for i in range(count)}
+    confusion = {str(i): {str(i): 9 - i % 9, str((i + 1) % count): 1 + i % 9} for i in range(count)}
+    found = robustness_dict() | {"per_class": per_class, "confusion": confusion, "worst_case": None}
+    for place, one in enumerate(found["attacks"]):
+        one |= {"balanced_accuracy": 0.5 - place / 4, "worst_class": {"label": 8, "accuracy": 0.1, "n": 10}}
+    return found
+
+
+def test_uneven_classes_are_shown_with_what_they_are_taken_for(tmp_path):
+    names = [f"kind|{i}" for i in range(9)]
+    text = write(
+        tmp_path, robustness=classes_dict(9), class_names=names, config=CONFIG | {"class_weights": "balanced"}
+    ).read_text(encoding="utf-8")
+    assert row(text, "Balanced accuracy, clean") == ["50.0 %"]
+    assert row(text, "Balanced accuracy under attack") == ["25.0 %"]
+    assert "| Worst class under attack | 10.0 % (kind\\|8, 10 images) |" in text
+    assert "| kind\\|8 | 10 | 100.0 % | 10.0 % | kind\\|0 (9) |" in text
+    assert "| kind\\|1 |  | 8 | 2 |  |  |  |  |  |  |" in text and "Each class counted alike" in text
+
+
+def test_of_many_classes_those_that_fare_worst_are_shown(tmp_path):
+    text = write(tmp_path, robustness=classes_dict(1000)).read_text(encoding="utf-8")
+    assert text.count("| 100.0 % | 10.0 % |") == 20 and "980 more are in `results.json`" in text
+    assert "| true class |" not in text and "Each class counted alike" not in text
+
+
+@pytest.mark.parametrize("found", [{"class": 1, "share": 1.0, "largest_class": 0.71}, {"constant": True}])
+def test_a_collapsed_network_is_called_so_in_the_first_line(found, tmp_path):
+    text = write(tmp_path, collapsed=found | {"emptied": ["stem.weight"]}).read_text(encoding="utf-8")
+    first = text.split("# someone/vit-digits\n")[1].strip().splitlines()[0]
+    assert first.startswith("**The network has collapsed: it ") and "zero throughout: stem.weight.**" in first
