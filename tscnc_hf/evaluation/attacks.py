@@ -117,15 +117,19 @@ def check_attacks(
     if not names:
         raise ValueError(f"no attack was named; known are {KNOWN_ATTACKS}")
     for name in [names] if isinstance(names, str) else names:
-        attack = make_attack(name, epsilon, norm)
-        if classes < attack.classes:
-            rest = "; pgd-20, apgd and square do with two" if classes > 1 else ": with one class no answer is wrong"
-            raise ValueError(f"attack {name!r} needs at least {attack.classes} classes, there are {classes}{rest}")
-        if image_size is not None and image_size[0] < attack.height:
-            raise ValueError(
-                f"attack {name!r} in {norm} needs images of at least {attack.height} pixels in height (its squares "
-                f"are a fifth of that), these have {image_size[0]}; pgd-20 and apgd do with fewer"
-            )
+        check_fit(make_attack(name, epsilon, norm), classes, image_size)
+
+
+def check_fit(attack: Attack, classes: int, image_size: tuple[int, int] | None = None) -> None:
+    """ValueError where the attack needs more classes, or larger images (h, w)."""
+    if classes < attack.classes:
+        rest = "; pgd-20, apgd and square do with two" if classes > 1 else ": with one class no answer is wrong"
+        raise ValueError(f"attack {attack.name!r} needs at least {attack.classes} classes, there are {classes}{rest}")
+    if image_size is not None and image_size[0] < attack.height:
+        raise ValueError(
+            f"attack {attack.name!r} in l2 needs images of at least {attack.height} pixels in height (its squares are "
+            f"a fifth of that), these have {image_size[0]}; pgd-20 and apgd do with fewer"
+        )
 
 
 def pgd_step_size(epsilon: float, steps: int) -> float:

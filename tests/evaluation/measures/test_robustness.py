@@ -12,6 +12,7 @@ from tscnc_hf.data.image_datasets import ImageTensorDataset
 from tscnc_hf.evaluation.attacks import make_attack, pgd_step_size
 from tscnc_hf.evaluation.measures.robustness import evaluate_robustness
 from tscnc_hf.evaluation.measures.robustness_report import wilson_interval
+from tscnc_hf.evaluation.subset import drawn
 
 
 class Pixels:
@@ -248,12 +249,14 @@ def test_the_seed_draws_other_starts():
     assert not torch.equal(runs[0][1], runs[2][1])
 
 
-def test_n_takes_the_first_images():
+def test_n_draws_images_with_the_seed():
     data = digits_like()
     flipped = ImageTensorDataset(data.images, data.labels.clone(), data.class_names)
     flipped.labels[40:] = (flipped.labels[40:] + 1) % 10
-    report = evaluate(batched(), flipped, n=50, attacks=("clean",))
-    assert report.n == report["clean"].n == 50 and report["clean"].correct == 40
+    for seed in (0, 1):
+        report = evaluate(batched(), flipped, n=50, attacks=("clean",), seed=seed)
+        assert report.n == report["clean"].n == 50
+        assert report["clean"].correct == sum(place < 40 for place in drawn(90, 50, seed)) < 40
 
 
 # ---- errors and reports ----

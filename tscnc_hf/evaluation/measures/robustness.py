@@ -22,7 +22,7 @@ from tscnc_hf.artifact.files.identity import RunIdentity, code_identity, weights
 from tscnc_hf.artifact.models.loading import load_model
 from tscnc_hf.artifact.models.preprocessing import preprocessing
 from tscnc_hf.data.batches import check_items, collate
-from tscnc_hf.evaluation.attacks import KNOWN_ATTACKS, Attack, check_attacks, make_attack
+from tscnc_hf.evaluation.attacks import KNOWN_ATTACKS, Attack, check_fit, make_attack
 from tscnc_hf.evaluation.duration import estimate, estimate_text, timed
 from tscnc_hf.evaluation.measures.classes import collapse, confusion
 from tscnc_hf.evaluation.measures.masking import masking_report
@@ -161,13 +161,6 @@ class Robustness:
         model.to(self.device)
         self.processing_class, self.normalised = processing_class, preprocessing(model, processing_class)
         self.forward = pixel_logits(model, *self.normalised)
-        if self.attacks != [Attack("clean")]:
-            some = collate([dataset[self.places[0]]])["pixel_values"].to(self.device)
-            with attack_mode(model), torch.no_grad():
-                logits = self.forward(some)
-            if logits.ndim == 2:  # else `check_logits` says what is wrong
-                options = {"epsilon": self.epsilon, "norm": norm, "image_size": tuple(some.shape[-2:])}
-                check_attacks([attack.name for attack in self.attacks], logits.shape[1], **options)
         if state_folder is not None and mixed:
             state_folder = Path(state_folder) / self.identity.digest()
         identity = None if state_folder is None else self.identity
@@ -306,6 +299,8 @@ def _attack_batch(
     with torch.no_grad():
         logits = in_parts(lambda part: forward(x[part]), len(x))
     check_logits(logits, y)
+    for attack in attacks:
+        check_fit(attack, logits.shape[1], tuple(x.shape[-2:]))
     # kept ones are what attacks were run on; another kernel may decide a tie otherwise
     found = {"labels": y.tolist(), "clean": logits.argmax(-1).tolist(), **found}
     if found["labels"] != y.tolist():

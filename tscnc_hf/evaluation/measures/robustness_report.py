@@ -119,16 +119,11 @@ class RobustnessReport:
         )
 
     def to_markdown(self) -> str:
-        lines = ["| attack | accuracy | 95 % interval | correct | balanced | worst class |"]
-        lines += ["| --- | ---: | ---: | ---: | ---: | ---: |"]
+        lines = ["| attack | accuracy | 95 % interval | correct |", "| --- | ---: | ---: | ---: |"]
         rows = [*self.attacks, *([self.worst_case] if self.worst_case else [])]
-        for a in rows:
-            balanced = "" if a.balanced_accuracy is None else f"{a.balanced_accuracy:.1%}"
-            worst = "" if a.worst_class is None else _worst(a.worst_class)
-            lines.append(
-                f"| {a.name} | {a.accuracy:.1%} | {a.low:.1%} to {a.high:.1%} | {a.correct} of {a.n} | {balanced} | "
-                f"{worst} |"
-            )
+        lines += [
+            f"| {a.name} | {a.accuracy:.1%} | {a.low:.1%} to {a.high:.1%} | {a.correct} of {a.n} |" for a in rows
+        ]
         if self.collapsed:
             lines = [f"**Collapsed:** {collapse_text(self.collapsed)}.", "", *lines]
         if self.masking is not None and self.masking["suspicious"]:
@@ -158,8 +153,7 @@ class RobustnessReport:
             cells = [f"{row[name] / row['n']:.1%}" for name in names]
             shown = class_names[label] if class_names else label
             lines.append(f"| {shown} | {row['n']} | " + " | ".join(cells) + " |")
+        if all(attack.balanced_accuracy is not None for attack in self.attacks):
+            cells = [f"{attack.balanced_accuracy:.1%}" for attack in self.attacks]
+            lines.append(f"| balanced: mean of the classes | {self.n} | " + " | ".join(cells) + " |")
         return "\n".join(lines)
-
-
-def _worst(found: Mapping) -> str:
-    return f"{found['accuracy']:.1%} (class {found['label']}, {found['n']} images)"
