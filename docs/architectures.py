@@ -36,6 +36,18 @@ CLASSES = ["cat", "dog", "bird"]
 COLUMNS = ("train", "load", "packed", "units", "slim", "evaluate")
 SPARSITY = 0.5
 
+PREFACE = """\
+<!-- Written by `python docs/architectures.py`; rows are in architectures.jsonl. -->
+
+# Architectures
+
+{} architectures of timm and transformers, small and with random weights, on random images: three steps with all terms
+(TRADES, TSC, CNC, adversarial weight perturbation, weight average, half of the weights pruned); the folder loaded by the
+stock library (timm's by both), and packed by `load_sparse`, to the same logits; an evaluation under attack; three steps that
+prune whole units, and `slim` and `load_slim` to the same logits. A "no" is refused before the first step, with the reason
+below the table.
+"""
+
 VIT = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 STAGES = {"depths": (1, 1, 1, 1), "dims": (8, 16, 24, 32)}
 RESNET = {"channels": (16, 16, 32, 32), "layers": (1, 1, 1, 1)}
@@ -181,7 +193,7 @@ def trained(name: str, folder: Path, **options: Any) -> TSCNCTrainer | str:
         config = TSCNCConfig(str(folder), **usual | options)
         trainer = TSCNCTrainer(model, config, train_dataset=images(12, side), processing_class=processor)
     except ValueError as error:
-        return str(error)
+        return str(error).replace(type(model).__name__, "the model")
     trainer.pop_callback(PrinterCallback)
     trainer.train()
     return trainer
@@ -276,14 +288,7 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
     """docs/architectures.md."""
     found = [(name, rows[name]) for name in names() if name in rows]
     lines = [
-        "<!-- Written by `python docs/architectures.py`; rows are in architectures.jsonl. -->\n",
-        "# Architectures\n",
-        f"{len(found)} architectures of timm and transformers, small and with random weights, on random images: three "
-        "steps with all\nterms (TRADES, TSC, CNC, adversarial weight perturbation, weight average, half of the "
-        "weights pruned); the folder loaded by\nthe stock library, and packed by `load_sparse`, to the same logits; "
-        "an evaluation under attack; three steps that prune whole\nunits, and `slim` and `load_slim` to the same "
-        "logits. "
-        'A "no" is refused before the first step, with the reason below the\ntable.\n',
+        PREFACE.format(len(found)),
         "| architecture | of | weights pruned | train | load | `load_sparse` | evaluate | prune units | `slim` |",
         "| --- | --- | ---: | --- | --- | --- | --- | --- | --- |",
     ]
