@@ -41,11 +41,11 @@ PREFACE = """\
 
 # Architectures
 
-{} architectures of timm and transformers, small and with random weights, on random images: three steps with all terms
-(TRADES, TSC, CNC, adversarial weight perturbation, weight average, half of the weights pruned); the folder loaded by the
-stock library (timm's by both), and packed by `load_sparse`, to the same logits; an evaluation under attack; three steps that
-prune whole units, and `slim` and `load_slim` to the same logits. A "no" is refused before the first step, with the reason
-below the table.
+{} architectures of timm and transformers, small and with random weights, on random images: three steps with all
+terms (TRADES, TSC, CNC, adversarial weight perturbation, weight average, half of the weights pruned); the folder
+loaded by the stock library (timm's by both), and packed by `load_sparse`, to the same logits; an evaluation under
+attack; three steps that prune whole units, and `slim` and `load_slim` to the same logits. A "no" is refused before
+the first step, with the reason below the table.
 """
 
 VIT = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
