@@ -202,7 +202,7 @@ def test_hidden_gradients_that_nobody_could_look_for(folders, tmp_path, digits):
     with torch.no_grad():
         model.classifier.weight.zero_()
         (place,) = drawn(len(digits.test), 1, 0)
-        model.classifier.bias.copy_(5 * torch.eye(10)[(digits.test.labels[place] + 1) % 10])
+        model.classifier.bias.copy_(5 * torch.eye(10)[(digits.test.labels[place] - 1) % 10])
     model.save_pretrained(wrong)
     evaluate_model(options(wrong, tmp_path / "none", attacks=["clean", "pgd-1"], n=1))
     page = (tmp_path / "none" / "robustness.md").read_text()

@@ -17,6 +17,7 @@ from tscnc_hf.evaluation.measures import robustness
 from tscnc_hf.evaluation.measures.examples import adversarial_examples
 from tscnc_hf.evaluation.measures.lipschitz import evaluate_lipschitz
 from tscnc_hf.evaluation.measures.robustness import evaluate_robustness
+from tscnc_hf.evaluation.subset import drawn
 from tscnc_hf.method.adversarial.pixels import attack_mode
 
 
@@ -208,7 +209,7 @@ def test_the_worst_case_and_the_classes_add_up(evaluate, digits):
     worst = report.worst_case
     assert worst.correct <= min(a.correct for a in report.attacks) and worst.n == 100
     assert worst.parameters == {"attacks": list(ATTACKS[1:])} and report["worst case"] is worst
-    labels = digits.test.labels[:100].tolist()
+    labels = digits.test.labels[drawn(len(digits.test), 100, report.threat_model["seed"])].tolist()
     assert {label: row["n"] for label, row in report.per_class.items()} == {c: labels.count(c) for c in range(10)}
     for attack in report.attacks:
         assert sum(row[attack.name] for row in report.per_class.values()) == attack.correct

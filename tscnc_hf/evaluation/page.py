@@ -50,7 +50,10 @@ def _page(results: Mapping, class_names: Sequence[str] | None) -> str:
     if "curve" in results:
         figures = "![Accuracy over the radius](figures/security_curve.png)\n\n"
         parts.append(f"## Over the radius\n\n{figures}![Examples](figures/adversarial_examples.png)")
-    parts += [f"## By class\n\n{report.per_class_markdown(class_names)}"]
+    rows = [*report.attacks, *([report.worst_case] if report.worst_case else [])]
+    shown = [f"{row.name} {row.balanced_accuracy:.1%}" for row in rows if row.balanced_accuracy is not None]
+    balanced = f"Balanced accuracy, the mean of the classes': {', '.join(shown)}.\n\n" if shown else ""
+    parts += [f"## By class\n\n{balanced}{report.per_class_markdown(class_names)}"]
     attacks = [attack for attack in report.attacks if attack.parameters]
     settings = "\n".join(f"* {attack_label(a.name)}: {settings_text(a.parameters)}" for a in attacks)
     parts += [f"## Settings\n\n{settings}", ", ".join(f"{name} {value}" for name, value in report.versions.items())]

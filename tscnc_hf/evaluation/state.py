@@ -166,12 +166,13 @@ class EvaluationState:
 
 
 def _named(differences: Sequence[Difference]) -> str:
-    """What differs, by names that say something: no digests, and not that another number of images is other images."""
+    """What differs, by names that say something: no digests, and not that another number or seed draws other images."""
     data = [difference for difference in differences if difference.part == "data"]
     counts = [difference for difference in data if difference.name == "n"]
     options = [difference for difference in differences if difference.part == "options"] + counts
+    drawn_anew = counts or any(difference.name == "seed" for difference in options)
     names = list(dict.fromkeys(difference.name.split(".")[0] for difference in options))
-    names += ["data"] if data and not counts else []
+    names += ["data"] if data and not drawn_anew else []
     names += ["model"] if any(difference.part == "weights" for difference in differences) else []
     if not options:
         return ", ".join(names)

@@ -153,7 +153,4 @@ class RobustnessReport:
             cells = [f"{row[name] / row['n']:.1%}" for name in names]
             shown = class_names[label] if class_names else label
             lines.append(f"| {shown} | {row['n']} | " + " | ".join(cells) + " |")
-        if all(attack.balanced_accuracy is not None for attack in self.attacks):
-            cells = [f"{attack.balanced_accuracy:.1%}" for attack in self.attacks]
-            lines.append(f"| balanced: mean of the classes | {self.n} | " + " | ".join(cells) + " |")
         return "\n".join(lines)
