@@ -166,7 +166,7 @@ class EvaluationState:
 
 
 def _named(differences: Sequence[Difference]) -> str:
-    """What differs, by names that say something: no digests, and not that another number or seed draws other images."""
+    """What differs, by names that say something: no digests, and not that another n or seed draws other images."""
     data = [difference for difference in differences if difference.part == "data"]
     counts = [difference for difference in data if difference.name == "n"]
     options = [difference for difference in differences if difference.part == "options"] + counts
