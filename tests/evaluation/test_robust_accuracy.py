@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.processes import run_python
 
@@ -46,20 +47,16 @@ def test_it_agrees_with_the_evaluation(robust_network, digits, as_they_are):
     from tscnc_hf import evaluate_robustness
     from tscnc_hf.evaluation.measures.examples import adversarial_examples
 
-    report = evaluate_robustness(
-        robust_network, digits.test, ("clean", "pgd-20"), epsilon=0.15, n=60, processing_class=as_they_are,
-        progress=False, masking=False,
-    )  # fmt: skip
-    labels = digits.test.labels[:60]
-    x = digits.test.__getitems__(range(60))["pixel_values"].float()
-    clean = robust_network(x).argmax(-1)
-    found = adversarial_examples(
-        robust_network, digits.test, epsilon=0.15, count=report["clean"].correct, processing_class=as_they_are
-    )
-    attacked = clean.clone()
-    attacked[clean == labels] = found.predictions
+    data, options = digits.test.subset(range(60)), {"epsilon": 0.15, "processing_class": as_they_are}
+    report = evaluate_robustness(robust_network, data, ("clean", "pgd-20"), progress=False, masking=False, **options)
+    found = adversarial_examples(robust_network, data, count=report["clean"].correct, **options)
+    batch = data.__getitems__(range(60))
+    clean, labels = robust_network(batch["pixel_values"].float()).argmax(-1), batch["labels"]
+    wrong = clean != labels  # and nobody attacks them
     result = robust_accuracy.RobustAccuracy().compute(
-        predictions=clean, adversarial_predictions=attacked, references=labels
+        predictions=torch.cat([found.labels, clean[wrong]]),
+        adversarial_predictions=torch.cat([found.predictions, clean[wrong]]),
+        references=torch.cat([found.labels, labels[wrong]]),
     )
     assert result["accuracy"] == report["clean"].accuracy
     assert result["robust_accuracy"] == pytest.approx(report["pgd-20"].accuracy)

@@ -83,7 +83,8 @@ def adversarial_examples(
     device = next(model.parameters()).device
     check_items(dataset)
     forward = pixel_logits(model, *preprocessing(model, processing_class))
-    batch = collate([dataset[place] for place in drawn(len(dataset), n, seed)])
+    places = drawn(len(dataset), n, seed)
+    batch, places = collate([dataset[place] for place in places]), torch.tensor(places)
     x, y = batch["pixel_values"].to(device), batch["labels"].to(device)
     with attack_mode(model):
         with torch.no_grad():
@@ -91,9 +92,8 @@ def adversarial_examples(
         right = (guesses == y).nonzero().flatten()[:count]
         if len(right) == 0:
             return None
-        x_adv = InParts()(
-            lambda part: run(forward, x[right[part]], y[right[part]], right[part].cpu(), seed), len(right)
-        )
+        places = places[right.cpu()]  # noise is an image's own: the examples are those that the accuracy is of
+        x_adv = InParts()(lambda part: run(forward, x[right[part]], y[right[part]], places[part], seed), len(right))
         with torch.no_grad():
             predictions = InParts()(lambda part: forward(x_adv[part]), len(x_adv)).argmax(-1)
     return AdversarialExamples(x[right].cpu(), x_adv.cpu(), y[right].cpu(), predictions.cpu(), attack, norm, epsilon)
