@@ -22,15 +22,16 @@ from tscnc_hf.training.config import TSCNCConfig
 from tscnc_hf.training.trainer import TSCNCTrainer
 
 
+ATTACKED = {"attack_steps": 2, "epsilon_warmup": 0.5}
 CASES = {
     "natural": {"objective": "natural", "adversary": "none"},
-    "pgd-at": {"objective": "pgd-at", "adversary": "pgd"},
-    "trades": {"objective": "trades", "adversary": "kl-pgd"},
-    "gates": {"objective": "trades", "adversary": "kl-pgd", "tsc_on": "gates", "tsc_weight": 1e-2},
-    "l2": {"objective": "mart", "adversary": "pgd", "norm": "l2", "epsilon": 0.5},
+    "pgd-at": {"objective": "pgd-at", "adversary": "pgd", **ATTACKED},
+    "trades": {"objective": "trades", "adversary": "kl-pgd", **ATTACKED},
+    "gates": {"objective": "trades", "adversary": "kl-pgd", **ATTACKED, "tsc_on": "gates", "tsc_weight": 1e-2},
+    "l2": {"objective": "mart", "adversary": "pgd", **ATTACKED, "norm": "l2", "epsilon": 0.5},
 }
 # each micro-batch finds weights of its own that are worst for it, so accumulation is another method there
-CASES["awp"] = {"objective": "trades", "adversary": "kl-pgd", "awp_gamma": 0.01}
+CASES["awp"] = {"objective": "trades", "adversary": "kl-pgd", **ATTACKED, "awp_gamma": 0.01}
 EVERY_TERM = {
     "max_steps": 20,
     "optim": "sgd",  # adaptive optimizers blow rounding errors up where the true gradient is zero, as of key biases
@@ -38,8 +39,6 @@ EVERY_TERM = {
     "weight_decay": 0.01,
     "max_grad_norm": 2.0,
     "epsilon": 0.1,
-    "attack_steps": 2,
-    "epsilon_warmup": 0.5,
     "tsc_weight": 1e-5,
     "cnc_weight": 1e-2,
     "target_sparsity": 0.8,
@@ -157,8 +156,9 @@ def assert_same_evaluation(one: dict, other: dict) -> None:
     )
     assert len(clean) == len(adversarial) == 37
     assert clean.max() < 1e-5
+    attacked = (one["tensors"]["logits.adversarial"] != one["tensors"]["logits.clean"]).any(1)  # the others are wrong
     # a rounding error may turn the sign of a pixel's gradient: 5e-5 in that image; other noise: up to 1e-3, in all
-    assert (adversarial < 1e-5).sum() >= 33 and adversarial.max() < 1e-3
+    assert attacked.sum() >= 3 and (adversarial[attacked] > 1e-5).sum() <= 1 and adversarial.max() < 1e-3
 
 
 @pytest.mark.parametrize("case", CASES)

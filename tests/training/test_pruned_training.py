@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageClassification
 
+from tests.trainers import never_collapsed
 from tscnc_hf import slim
 from tscnc_hf.data.image_datasets import ImageTensorDataset
 from tscnc_hf.method.criteria import register_criterion
@@ -112,7 +113,8 @@ def test_the_same_with_accumulation(build, make_trainer):
 def test_under_autocast_with_a_best_model_and_an_average(way, build, make_trainer):
     options = SCHEDULE | WAYS[way] | {"bf16": True, "ema_decay": 0.9, "pruning_end": 0.5}
     options |= {"eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True}
-    trainer = make_trainer(build("resnet-stride-8"), metric_for_best_model="robust_accuracy", **options)
+    options |= {"metric_for_best_model": "robust_accuracy", "compute_metrics": never_collapsed}
+    trainer = make_trainer(build("resnet-stride-8"), **options)
     trainer.train()
     assert trainer.state.best_global_step >= 8
     assert zeros(trainer) == trainer.compressor.pruner.target_count(0.9)

@@ -202,14 +202,6 @@ class TSCNCTrainer(ResumableTrainer):
         self._images = sum(len(batch["labels"]) for batch in batches)  # of this process in the step to come
         return batches, items
 
-    def _get_dataloader(self, *args, **kwargs):
-        collator = self.data_collator
-        try:
-            self.data_collator = CheckedLabels(collator, self._outputs)
-            return super()._get_dataloader(*args, **kwargs)
-        finally:
-            self.data_collator = collator
-
     def _clip_grad_norm(self, model):
         self.compressor.before_clipping(self.state.global_step, self.state.max_steps)
         return super()._clip_grad_norm(model)
@@ -289,7 +281,12 @@ class TSCNCTrainer(ResumableTrainer):
     ):
         if description == "Evaluation" and not has_length(dataset):  # which may have no end
             dataset = FirstItems(dataset, self.args.eval_stream_images)
-        return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
+        given = self.data_collator
+        try:
+            self.data_collator = CheckedLabels(given, self._outputs)
+            return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
+        finally:
+            self.data_collator = given
 
     def evaluation_loop(self, *args, **kwargs):
         self._eval_batches = 0
