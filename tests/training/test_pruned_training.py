@@ -60,6 +60,26 @@ def test_exact_and_resumed_exactly_from_the_middle_of_the_schedule(way, build, m
         assert [name for name in expected if not torch.equal(expected[name], again[name])] == []
 
 
+@pytest.mark.parametrize(
+    "way",
+    [{}, WAYS["learned"], {"pruning_criterion": "movement", "pruning_start": 0.5625, "pruning_interval": 1}],
+    ids=["magnitude", "learned", "not begun"],
+)
+def test_a_run_cut_shorter_than_its_schedule_ends_it_at_once(way, build, make_trainer, tmp_path):
+    """Cut off at step 9 of 16, before masks are final at 12 (or chosen at all); of 11 steps they are at 8."""
+    options = SCHEDULE | {"save_strategy": "steps", "save_steps": 9, "output_dir": str(tmp_path)} | way
+    make_trainer(build("vit"), **options).train()
+    with pytest.raises(ValueError, match="not final after 9, and training would end with 9: set max_steps to 10"):
+        make_trainer(build("vit"), max_steps=9, **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-9"))
+    trainer = make_trainer(build("vit"), max_steps=11, logging_steps=1, **options)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-9"))
+    pruner = trainer.compressor.pruner
+    assert zeros(trainer) == pruner.pruned_count == pruner.target_count(0.9)
+    reached = {log["step"]: log["sparsity"] for log in trainer.state.log_history if "sparsity" in log}
+    assert reached[10] == pruner.pruned_count / pruner.prunable_count
+    assert trainer.masks_frozen() and not pruner.active
+
+
 @pytest.mark.parametrize("options", [{}, {"pruning_latent": True}, {"pruning_criterion": "learned"}])
 def test_one_shot_prunes_all_of_it_at_the_start(options, build, make_trainer):
     trainer = make_trainer(build("vit"), pruning_schedule="one-shot", logging_steps=1, **SCHEDULE, **options)

@@ -88,17 +88,27 @@ class Compressor:
         self.scales = weight_scales(weight_matrices(self.model, args.pruning_exclude))
         self.average: WeightAverage | None = None  # while training with ema_decay
         self._fresh, self._frozen_later = True, False
+        self._overdue = False  # whether the schedule ended before the step that a resumed run begins with
 
     # ---- around an optimizer step ----
 
-    def begin(self, step: int, max_steps: int) -> None:
+    def begin(self, step: int, max_steps: int, planned: int | None = None) -> None:
         """
-        Training begins, or goes on after `step` steps. At step 0 nothing is left of a training before.
+        Training begins, or goes on after `step` steps. At step 0 nothing is left of a training before. Where the run
+        was `planned` to have more steps, so that its schedule was not over and now is, the next step ends it.
 
         Raises:
-            ScheduleError: it is too short for a gradual schedule.
+            ScheduleError: it is too short for a gradual schedule, or to end one.
         """
         self._schedule(max_steps)
+        before = max_steps if planned is None else planned
+        self._overdue = False
+        self._overdue = step > 0 and self.masks_frozen(step, max_steps) and not self.masks_frozen(step, before)
+        if self._overdue and step >= max_steps:
+            raise ScheduleError(
+                f"the run was to have {before} steps, its masks are not final after {step}, and training would end "
+                f"with {max_steps}: set max_steps to {step + 1} or more (or raise num_train_epochs)"
+            )
         if step == 0 and not self._fresh:
             self.restart()
         if step == 0 and self._given_up and self.args.process_index == 0:
@@ -117,7 +127,7 @@ class Compressor:
         args, pruner, self._fresh = self.args, self.pruner, False
         if args.target_sparsity > 0:
             start, end = self._schedule(max_steps)
-            if start <= step < end and not pruner.active:
+            if (start <= step < end or self._overdue) and not pruner.active:
                 pruner.begin(_inner(optimizer))
             if step == start < end and not pruner.criterion.gathers:  # what gradients would say is not there yet
                 pruner.update(self._sparsity(step, start, end))
@@ -170,12 +180,14 @@ class Compressor:
         pruner.after_step()
         if args.target_sparsity > 0:
             start, end = self._schedule(max_steps)
-            if step == end or (start < step < end and (step - start) % args.pruning_interval == 0):
+            last = step == end or self._overdue
+            if last or (start < step < end and (step - start) % args.pruning_interval == 0):
                 pruner.update(self._sparsity(step, start, end))
                 self._say_what_was_frozen_since()
-            if step == end:
+            if last:
                 pruner.apply_()
                 pruner.finish(_inner(optimizer))
+                self._overdue = False
         pruner.apply_()
         clamp_gates_(self.model)
         if self.average is not None:
@@ -218,7 +230,7 @@ class Compressor:
         args = self.args
         if args.keep_masks and args.target_sparsity == 0:
             return True
-        return args.target_sparsity > 0 and step >= round(args.pruning_end * max_steps)
+        return args.target_sparsity > 0 and step >= round(args.pruning_end * max_steps) and not self._overdue
 
     def group_gates(self, optimizer: torch.optim.Optimizer) -> None:
         """Give gates a parameter group of their own: another learning rate, no weight decay."""

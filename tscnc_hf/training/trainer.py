@@ -540,7 +540,7 @@ class StepCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.trainer.clear_terms()
-        self.trainer.compressor.begin(state.global_step, state.max_steps)
+        self.trainer.compressor.begin(state.global_step, state.max_steps, self.trainer._steps_planned)
 
     def on_train_end(self, args, state, control, **kwargs):
         self.trainer.check_terms()  # the steps since the last log
