@@ -1,8 +1,17 @@
 """A model's classes beside those of a data set: what is silent, what is a warning, what is refused."""
 
-import pytest
+from types import SimpleNamespace
 
-from tscnc_hf.data.class_names import compare_class_names
+import datasets
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import ConcatDataset, Subset
+
+from tscnc_hf.artifact.models.building import vit_from_config
+from tscnc_hf.data.class_names import SameClasses, compare_class_names
+from tscnc_hf.data.image_datasets import ImageTensorDataset
+from tscnc_hf.training.trainer import TSCNCTrainer
 
 
 CIFAR = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
@@ -32,3 +41,77 @@ def test_another_number_of_classes():
 def test_the_same_names_in_another_order_or_case():
     with pytest.raises(ValueError, match="in another order"):
         compare_class_names(["Dog", "Cat"], ["cat", "dog"])
+
+
+# ---- the model's and those of each data set of a trainer ----
+
+ANIMALS = ["cat", "dog", "hen"]
+
+
+def ours(names, count=3):
+    images = torch.zeros(count, 3, 8, 8, dtype=torch.uint8)
+    return ImageTensorDataset(images, torch.arange(count) % 3, names)
+
+
+def column(names, kind="labels"):
+    features = datasets.Features({kind: datasets.ClassLabel(names=names), "pixel_values": datasets.Value("int32")})
+    return datasets.Dataset.from_dict({kind: [0, 1, 2], "pixel_values": [0, 0, 0]}, features=features)
+
+
+class WithClasses(list):
+    def __init__(self, names):
+        item = {"pixel_values": torch.full((3, 8, 8), 0.5)}
+        super().__init__(item | {"labels": label} for label in range(3))
+        self.classes = names
+
+
+def named(names):
+    return SimpleNamespace(config=SimpleNamespace(id2label=dict(enumerate(names))))
+
+
+SAYS = [
+    ours, column, lambda names: column(names, "label"), WithClasses, lambda names: Subset(ours(names), [0, 1]),
+    lambda names: ConcatDataset([WithClasses(ANIMALS), Subset(WithClasses(names), [2])]),
+    lambda names: {"one": ours(ANIMALS), "other": column(names)}, lambda names: column(names).to_iterable_dataset(),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("says", SAYS)
+def test_a_data_set_under_other_names_than_the_models(says):
+    for fit in (["Cat", "DOG", "hen"], ["0", "1", "2"], ["cat", "dog"]):
+        SameClasses(named(ANIMALS)).check(says(fit) if len(fit) == 3 or says in (ours, WithClasses) else None, "x")
+    cases = {("hen", "dog", "cat"): "hen, dog, cat. Reorder", ("cat", "dog", "cow"): "Label 2 is 'cow' in test_data"}
+    cases |= {("cat", "dog", "hen", "cow"): "Label 3 is 'cow' in test_dataset, and none, with 3 classes in the model"}
+    for names, said in cases.items():
+        with pytest.raises(ValueError, match=said):
+            SameClasses(named(ANIMALS)).check(says(list(names)), "test_dataset")
+
+
+@pytest.mark.parametrize("model", [named([f"LABEL_{place}" for place in range(3)]), nn.Linear(1, 3)])
+def test_data_sets_of_a_model_without_names_are_compared(model):
+    classes = SameClasses(model)
+    classes.check(column(ANIMALS), "train_dataset")
+    classes.check(ours(ANIMALS), "eval_dataset")
+    with pytest.raises(ValueError, match="test_dataset: .* Label 0 is 'hen' in test_dataset, and 'cat' in train_data"):
+        classes.check(column(ANIMALS[::-1]), "test_dataset")
+
+
+def test_classes_that_are_no_names():
+    for other in ([("tench", "Tinca tinca"), ("shark",)], 3, [0, 2, 1], []):
+        SameClasses(named(ANIMALS)).check(WithClasses(other), "train_dataset")
+
+
+def test_a_trainer_refuses_the_classes_of_others(make_config):
+    def network():
+        sizes = {"patch_size": 4, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+        model, processor = vit_from_config(["hen", "dog", "cat"], (8, 8), 3, **sizes)
+        return {"model": model, "processing_class": processor}
+
+    args, right, wrong = make_config(target_sparsity=0.0), ours(["hen", "dog", "cat"]), WithClasses(ANIMALS)
+    for given in ({"train_dataset": wrong}, {"eval_dataset": wrong}, {"eval_dataset": {"a": right, "b": wrong}}):
+        with pytest.raises(ValueError, match=f"{next(iter(given))}: .*in another order"):
+            TSCNCTrainer(args=args, **network(), **given)
+    trainer = TSCNCTrainer(args=args, train_dataset=right, **network())
+    for use in (trainer.test, trainer.evaluate, trainer.predict):
+        with pytest.raises(ValueError, match="in another order"):
+            use(wrong)

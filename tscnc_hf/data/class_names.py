@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
+from torch.utils.data import ConcatDataset
+
+from tscnc_hf.data.batches import LABEL_KEYS
 from tscnc_hf.data.columns import normal_name
 
 
@@ -50,6 +54,63 @@ def refuse_another_order(of_model: Sequence[str], of_data: Sequence[str]) -> Non
             f"the model's classes are {', '.join(of_model)}; the data set has them in another order: "
             f"{', '.join(of_data)}. Reorder the labels of the data set"
         )
+
+
+class SameClasses:
+    """
+    Whether labels mean the same in a model and in all of its data sets. Where the model has no names, the first data
+    set that has some says them.
+
+    Args:
+        model: whose `config.id2label` has the names, if anything has.
+    """
+
+    def __init__(self, model: Any):
+        names = getattr(getattr(model, "config", None), "id2label", None) or {}
+        names = [str(name) for _, name in sorted(names.items(), key=lambda item: int(item[0]))]
+        self.owner, self.names = ("the model", names) if names and not has_no_names(names) else (None, [])
+        self._numbered = names
+
+    def check(self, dataset: Any, role: str) -> None:
+        """ValueError where a label has another name in the data set; classes that come last may be missing there."""
+        if isinstance(dataset, dict | ConcatDataset):
+            for part in dataset.values() if isinstance(dataset, dict) else dataset.datasets:
+                self.check(part, role)
+            return
+        names = class_names_of(dataset)
+        if not names:
+            return
+        try:
+            refuse_another_order(self._numbered, names)
+        except ValueError as error:
+            raise ValueError(f"{role}: {error}, or build the model with its names (model.config.id2label)") from None
+        if has_no_names(names):
+            return
+        if self.owner is None:
+            self.owner, self.names = role, names
+        ours, theirs = _plain(self.names), _plain(names)
+        if ours[: len(theirs)] == theirs:
+            return
+        wrong = next((i for i, (one, other) in enumerate(zip(ours, theirs, strict=False)) if one != other), len(ours))
+        here = repr(self.names[wrong]) if wrong < len(ours) else f"none, with {len(ours)} classes"
+        raise ValueError(
+            f"{role}: its classes are not those of {self.owner}. Label {wrong} is {names[wrong]!r} in {role}, and "
+            f"{here} in {self.owner}: labels are compared by number, and what is published would have wrong names. "
+            "Reorder the labels of the data set, or build the model with its names in their order "
+            "(model.config.id2label)"
+        )
+
+
+def class_names_of(dataset: Any) -> list[str] | None:
+    """The names that a data set says its labels have: a column of labels in `datasets`, `.class_names`, `.classes`."""
+    features = getattr(dataset, "features", None)
+    found = [features[key] for key in LABEL_KEYS if isinstance(features, dict) and key in features]
+    kinds = [getattr(feature, "names", None) for feature in found[:1]]
+    for names in (*kinds, getattr(dataset, "class_names", None), getattr(dataset, "classes", None)):
+        if isinstance(names, (list, tuple)) and names and all(isinstance(name, str) for name in names):
+            return list(names)
+    inner = getattr(dataset, "dataset", None)  # of a `Subset`
+    return None if inner is None or inner is dataset else class_names_of(inner)
 
 
 def has_no_names(class_names: Sequence[str]) -> bool:

@@ -20,6 +20,7 @@ from tscnc_hf.artifact.files.state import STATE_FILE, save_state
 from tscnc_hf.artifact.models.preprocessing import preprocessing
 from tscnc_hf.artifact.models.saving import check_publishable, disk_state, refuse_parts
 from tscnc_hf.data.batches import collate, collate_unlabelled
+from tscnc_hf.data.class_names import SameClasses
 from tscnc_hf.data.streams import FirstItems, has_length, is_stream
 from tscnc_hf.evaluation.run import as_published, evaluate
 from tscnc_hf.method.adversarial.objectives import objective_terms
@@ -68,7 +69,7 @@ class TSCNCTrainer(ResumableTrainer):
     Everything else is as in `transformers.Trainer`.
 
     Raises:
-        ValueError: wrong data, a model with nothing to prune, or an option this trainer does not support.
+        ValueError: wrong data, data sets whose class names are not the model's, a model with nothing to prune, or an option this trainer does not support.
     """
 
     loss_is_scaled_for_ga = False  # our terms are means over the micro-batch: the Trainer divides by the accumulation
@@ -109,6 +110,9 @@ class TSCNCTrainer(ResumableTrainer):
         normalised = preprocessing(model, processing_class)
         data_collator = data_collator or collate
         check_datasets(model, train_dataset, eval_dataset, data_collator)
+        self._classes = SameClasses(model)
+        self._classes.check(train_dataset, "train_dataset")
+        self._classes.check(eval_dataset, "eval_dataset")
         self.class_weights = balanced_weights(model, train_dataset) if args.class_weights == "balanced" else None
         if isinstance(model, PreTrainedModel):
             check_publishable(model)
@@ -279,6 +283,8 @@ class TSCNCTrainer(ResumableTrainer):
     def _get_dataloader(
         self, dataset, description, batch_size, sampler_fn=None, is_training=False, dataloader_key=None
     ):
+        role = {"Training": "train_dataset", "Evaluation": "eval_dataset"}.get(description, "test_dataset")
+        self._classes.check(dataset, role)
         if description == "Evaluation" and not has_length(dataset):  # which may have no end
             dataset = FirstItems(dataset, self.args.eval_stream_images)
         given = self.data_collator
@@ -362,6 +368,7 @@ class TSCNCTrainer(ResumableTrainer):
             `dict`: what `results.json` holds (docs/results_json.md).
         """
         args, publisher, gates = self.args, self.publisher, gate_report(self.model)
+        self._classes.check(dataset, "test_dataset")
         if is_stream(dataset):
             if n is None:
                 raise ValueError("a stream is tested on its first n images: give n")
