@@ -1,0 +1,1 @@
+"""Networks made to run fast on a CPU from the zeros in their weights."""

@@ -1,0 +1,121 @@
+"""Which kernel a layer gets: each is tried on an input of the layer's own shape, and the fastest is taken."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from tscnc_hf.inference.following import Call
+from tscnc_hf.inference.layers import SparseConvImages, SparseConvPixels, SparseLinear, conv_padding
+from tscnc_hf.inference.operators import machine
+from tscnc_hf.inference.timing import fastest
+
+
+FEWEST_ZEROS = 0.5  # below, no sparse kernel was ever faster, but for
+FEW_CHANNELS = 4  # a first layer among others that keep images innermost, whatever its zeros
+SECONDS = 0.03  # for all kernels of a layer
+TILES = ((1, 1), (2, 2), (2, 4), (2, 7), (4, 4))  # as in `with_tile` of kernels.h
+CACHES = (None, 1 << 16, 1 << 15)  # bytes that a block of a tile may take: all, half of a usual L2, L1
+
+
+@dataclass
+class Choice:
+    """
+    Attributes:
+        call: the layer.
+        zeros: share of its weights.
+        dense_ms: least time of the layer as it is.
+        kernels: the fastest sparse layer of each kind, and its least time; empty where none was tried.
+    """
+
+    call: Call
+    zeros: float
+    dense_ms: float
+    kernels: dict[str, tuple[nn.Module, float]]
+
+
+@torch.no_grad()
+def choose(call: Call) -> Choice:
+    """Time the layer and all kernels that can take its place."""
+    layer = call.module
+    zeros = 1 - int(layer.weight.count_nonzero()) / layer.weight.numel()
+    x = _like(call)
+    calls, made = {"dense": lambda: layer(x)}, {}
+    if (zeros >= FEWEST_ZEROS or call.shape[1] <= FEW_CHANNELS) and can_be_sparse(call):
+        for index, candidate in enumerate(_candidates(call)):
+            # images lie innermost where the layer before has left them so
+            given = _innermost(x) if candidate.kind == SparseConvImages.kind else x
+            made[f"{index}"] = candidate
+            calls[f"{index}"] = lambda candidate=candidate, given=given: candidate(given)
+    _, times = fastest(calls, SECONDS)
+    kernels: dict[str, tuple[nn.Module, float]] = {}
+    for name, candidate in made.items():
+        if candidate.kind not in kernels or times[name] < kernels[candidate.kind][1]:
+            kernels[candidate.kind] = candidate, times[name]
+    return Choice(call, zeros, times["dense"], kernels)
+
+
+def can_be_sparse(call: Call) -> bool:
+    """Whether there are kernels for what the layer computes."""
+    layer = call.module
+    if type(layer) is nn.Linear:
+        return math.prod(call.shape) > 0
+    return layer.groups == 1 and conv_padding(layer) is not None and len(call.shape) == 4
+
+
+def _candidates(call: Call) -> Iterator[nn.Module]:
+    layer, lanes = call.module, machine()[0]
+    if type(layer) is nn.Linear:
+        tokens = -(-math.prod(call.shape[:-1]) // lanes)  # vectors of them
+        for vectors in (1, 2, 3, 4, 6, 8) if tokens < 32 else (2, 4):
+            if vectors <= tokens:
+                yield SparseLinear(layer, vectors)
+        return
+    images, _, height, width = call.shape
+    yield SparseConvPixels(layer, (height, width))
+    if images >= lanes // 2:
+        tile = _tile(layer, height, width)
+        sizes = [(t - 1) * s + (k - 1) * d + 1 for t, s, k, d in zip(tile, layer.stride, layer.kernel_size, layer.dilation, strict=True)]
+        channel = sizes[0] * sizes[1] * lanes * 4
+        blocks = {min(layer.in_channels, max(8, cache // channel) if cache else layer.in_channels) for cache in CACHES}
+        for block in sorted(blocks):
+            yield SparseConvImages(layer, tile, block)
+
+
+def _tile(layer: nn.Conv2d, height: int, width: int) -> tuple[int, int]:
+    """The largest tile among those that waste least of an output."""
+    padding = conv_padding(layer)
+    out = [
+        (side + 2 * p - (k - 1) * d - 1) // s + 1
+        for side, k, s, p, d in zip((height, width), layer.kernel_size, layer.stride, padding, layer.dilation, strict=True)
+    ]
+    most = machine()[1]
+
+    def computed(tile: tuple[int, int]) -> int:
+        return math.prod(-(-side // t) * t for side, t in zip(out, tile, strict=True))
+
+    fitting = [tile for tile in TILES if math.prod(tile) <= most]
+    # a tile of half the size pays more for each weight: as much as a fifth of its pixels
+    return min(fitting, key=lambda tile: computed(tile) * (1 + 3 / math.prod(tile)))
+
+
+def _like(call: Call) -> Tensor:
+    return torch.randn(call.shape).as_strided(call.shape, call.stride) if _dense(call) else torch.randn(call.shape)
+
+
+def _dense(call: Call) -> bool:
+    """Whether the strides are those of some order of the dimensions, without gaps."""
+    size = 1
+    for stride, side in sorted(zip(call.stride, call.shape, strict=True)):
+        if side != 1 and stride != size:
+            return False
+        size *= side
+    return True
+
+
+def _innermost(x: Tensor) -> Tensor:
+    return x.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)

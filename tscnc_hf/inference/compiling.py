@@ -1,0 +1,220 @@
+"""A copy of a model that skips the zeros in its weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from tscnc_hf.inference.choosing import Choice, choose
+from tscnc_hf.inference.following import Call, activation_of, calls_of, chain_after
+from tscnc_hf.inference.layers import SparseConvImages, SparseLinear, SparseMLP, WeightIsRead
+from tscnc_hf.inference.operators import machine
+from tscnc_hf.inference.report import CompileReport, LayerRow
+from tscnc_hf.inference.timing import interleaved
+from tscnc_hf.method.adversarial.folding import folded_copy
+from tscnc_hf.method.adversarial.pixels import logits_of
+
+
+TOLERANCE = 1e-4  # of the range of the logits
+SECONDS = 0.5  # for each comparison of whole models
+MARGIN = 0.98  # of the time before: what gains less is left as it was
+
+Inputs = Tensor | Mapping[str, Tensor]
+
+
+def sparse_compile(model: nn.Module, example: Inputs) -> nn.Module:
+    """
+    A copy of a classifier, for the CPU and inference only, that computes the same and is faster the more of its weights
+    are zero. Linear layers and ungrouped convolutions are replaced where a sparse kernel is faster, as measured on the
+    example with as many threads as torch has now; batch norms are folded. Where nothing is gained the copy is as the
+    model was. Batches of other sizes, and images of other sizes that the model takes, work, too.
+
+    Args:
+        model: float32, on the CPU, in evaluation mode. Stays as it is.
+        example: images (n, c, h, w), float32, or a mapping of the model's arguments, such as a processor returns: of
+            the batch size and the image size that it is to be fast for.
+
+    Returns:
+        The copy. Its attribute `report` (`CompileReport`) says what became of each layer; `print(fast.report.to_markdown())`.
+
+    Raises:
+        ValueError: the model is in training mode, is not on the CPU or not in float32, or the example is not.
+        NoKernels: the kernels cannot be compiled: there is no compiler, or no folder to keep them in.
+        RuntimeError: the copy would not compute the same, which is a bug.
+    """
+    _check(model, example)
+    machine()
+    with torch.no_grad():
+        plain = copy.deepcopy(model).requires_grad_(False)
+        base = _folded(plain, example)
+        expected = _logits(plain, example)
+        calls = calls_of(base, (nn.Linear, nn.Conv2d), lambda: _run(base, example))
+        layers = [call for call in calls.values() if type(call.module) in (nn.Linear, nn.Conv2d)]
+        choices = {call.name: choose(call) for call in layers}
+        models = {"before": plain}
+        for name, plan in _plans(choices).items():
+            made = _built(base, plan, calls, expected, example)
+            if made is not None:
+                models[name] = made
+        times = interleaved({name: _call(net, example) for name, net in models.items()}, SECONDS * len(models))
+        least = {name: timing.least for name, timing in times.items()}
+        best = min(least, key=least.__getitem__)
+        said = ""
+        if len(models) == 1 or least[best] > MARGIN * least["before"]:
+            best = "before"
+            zeros = sum(c.zeros * c.call.module.weight.numel() for c in choices.values())
+            share = zeros / max(1, sum(c.call.module.weight.numel() for c in choices.values()))
+            said = f"Left as it was: with {share:.0%} zeros nothing is gained here."
+        fast = models[best]
+        chosen = {} if best == "before" else _plans(choices)[best]
+        rows = [_row(choice, chosen.get(name)) for name, choice in choices.items()]
+        difference = _difference(_logits(fast, example), expected)
+    shape = tuple(_tensors(example)[0].shape)
+    fast.report = CompileReport(rows, least["before"], least[best], difference, torch.get_num_threads(), shape, said)
+    return fast
+
+
+def _check(model: nn.Module, example: Inputs) -> None:
+    if any(module.training for module in model.modules()):
+        raise ValueError("the model is in training mode: a compiled model is for inference, call model.eval() first")
+    for what, tensors in (
+        ("the model", [*model.parameters(), *model.buffers()]),
+        ("the example", _tensors(example)),
+    ):
+        for tensor in tensors:
+            if tensor.device.type != "cpu":
+                raise ValueError(f"{what} is on {tensor.device}: the kernels are for CPUs; move it with .to('cpu')")
+            if tensor.is_floating_point() and tensor.dtype != torch.float32:
+                raise ValueError(f"{what} is {tensor.dtype}: the kernels compute in float32; convert it with .float()")
+
+
+def _tensors(example: Inputs) -> list[Tensor]:
+    found = [example] if isinstance(example, Tensor) else [t for t in example.values() if isinstance(t, Tensor)]
+    if not found or any(t.numel() == 0 for t in found):
+        raise ValueError("example: give images (n, c, h, w) with at least one image, or a mapping that holds them")
+    return found
+
+
+def _run(model: nn.Module, example: Inputs) -> object:
+    return model(example) if isinstance(example, Tensor) else model(**example)
+
+
+def _call(model: nn.Module, example: Inputs) -> Callable[[], object]:
+    return lambda: _run(model, example)
+
+
+def _logits(model: nn.Module, example: Inputs) -> Tensor:
+    return logits_of(_run(model, example))
+
+
+def _difference(logits: Tensor, expected: Tensor) -> float:
+    scale = (expected.max() - expected.min()).clamp(min=1e-12)
+    return float((logits - expected).abs().max() / scale)
+
+
+def _folded(model: nn.Module, example: Inputs) -> nn.Module:
+    """With batch norms folded into convolutions, where that is the same function."""
+    images = _tensors(example)[0]
+    folded = folded_copy(model, images) if images.ndim == 4 else None
+    return model if folded is None else folded.model
+
+
+def _plans(choices: dict[str, Choice]) -> dict[str, dict[str, nn.Module]]:
+    """Sparse layers by name. Whether images lie innermost concerns what is between layers, so both are tried."""
+
+    def pick(kinds: Callable[[str], bool], dense: Callable[[Choice], float]) -> dict[str, nn.Module]:
+        picked = {}
+        for name, choice in choices.items():
+            kernels = {kind: kernel for kind, kernel in choice.kernels.items() if kinds(kind)}
+            if kernels:
+                layer, took = min(kernels.values(), key=lambda kernel: kernel[1])
+                if took < dense(choice):
+                    picked[name] = layer
+        return picked
+
+    images = SparseConvImages.kind
+    plans = {
+        "pixels": pick(lambda kind: kind != images, lambda choice: choice.dense_ms),
+        "fastest": pick(lambda kind: True, lambda choice: choice.dense_ms),
+        # every convolution that can: no change of layout in between
+        "images": pick(
+            lambda kind: kind in (images, SparseLinear.kind),
+            lambda choice: choice.dense_ms * (2 if images in choice.kernels else 1),
+        ),
+    }
+    different: dict[str, dict[str, nn.Module]] = {}
+    for name, plan in plans.items():
+        if plan and plan not in different.values():
+            different[name] = plan
+    return different
+
+
+def _built(
+    base: nn.Module, plan: dict[str, nn.Module], calls: dict[str, Call], expected: Tensor, example: Inputs
+) -> nn.Module | None:
+    """A copy with the plan's layers in it, tried; None if no layer is left to replace. Layers whose weights are read stay."""
+    plan = dict(plan)
+    while plan:
+        made = copy.copy(base)
+        made = copy.deepcopy(base)
+        placed = {name: copy.copy(layer) for name, layer in plan.items()}
+        for name, layer in placed.items():
+            _replace(made, name, layer)
+        _fuse(made, placed, calls)
+        try:
+            difference = _difference(_logits(made, example), expected)
+        except WeightIsRead as error:
+            plan = {name: layer for name, layer in plan.items() if placed[name] is not error.args[1]}
+            continue
+        if not difference <= TOLERANCE:
+            raise RuntimeError(
+                f"the compiled model's logits differ by {difference:.1e} of their range, more than {TOLERANCE}: please "
+                "report this with the model's architecture"
+            )
+        return made
+    return None
+
+
+def _fuse(model: nn.Module, placed: dict[str, nn.Module], calls: dict[str, Call]) -> None:
+    """Activations into the layers before them, and two linear layers with an activation between into one module."""
+    for name, layer in placed.items():
+        if calls[name].calls != 1:
+            continue
+        passed: list[str] = []
+        for after in chain_after(name, calls):
+            if after.name in placed:
+                second = placed[after.name]
+                both = isinstance(layer, SparseLinear) and isinstance(second, SparseLinear)
+                if both and layer.vectors == second.vectors and after.calls == 1:
+                    _replace(model, name, SparseMLP(layer, second))
+                    _replace(model, after.name, nn.Identity())
+                break
+            function = activation_of(after.module) if type(after.module) not in (nn.Linear, nn.Conv2d) else None
+            if function is None or (function != "none" and layer.activation != "none"):
+                break
+            if function != "none":
+                layer.activation = function
+            _replace(model, after.name, nn.Identity())
+            passed.append(after.name)
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def _row(choice: Choice, chosen: nn.Module | None) -> LayerRow:
+    times = [took for _, took in choice.kernels.values()]
+    kinds = {kind: took for kind, (_, took) in choice.kernels.items()}
+    sparse = min(times, default=float("nan")) if chosen is None else kinds[chosen.kind]
+    return LayerRow(
+        choice.call.name,
+        tuple(choice.call.module.weight.shape),
+        choice.zeros,
+        choice.dense_ms,
+        sparse,
+        "dense" if chosen is None else chosen.kind,
+    )

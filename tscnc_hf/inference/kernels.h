@@ -1,0 +1,697 @@
+// Products of sparse weights with dense activations in float32. Nothing of torch here: the fuzz test compiles this alone.
+//
+// A weight that is not zero is an entry: where its input lies in a tile of activations, and its value. A tile lies in
+// scratch memory that stays in cache; for one output (a row) a few vectors are summed up in registers while all entries
+// of the row are walked: one broadcast of the value, then one multiply-add a vector with an operand in memory.
+// Rows are ordered by length within groups, so that the end of a row is seldom mispredicted.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <type_traits>
+
+namespace tscnc {
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16, REGISTERS = 16;  // of 32: more sums than 16 gain nothing
+#elif defined(__AVX2__)
+constexpr int LANES = 8, REGISTERS = 12;  // of 16
+#else
+constexpr int LANES = 4, REGISTERS = 16;  // NEON has 32
+#endif
+constexpr int BYTES = LANES * 4;
+constexpr int LINEAR_VECTORS = 8;
+
+typedef float vec __attribute__((vector_size(BYTES)));
+typedef float vec_at __attribute__((vector_size(BYTES), aligned(4)));
+typedef int32_t ivec __attribute__((vector_size(BYTES)));
+
+struct Entry {
+  int32_t offset;  // bytes into the tile
+  float value;
+};
+struct Row {
+  int32_t output, begin, end;  // entries [begin, end)
+};
+// Input channels in blocks whose part of a tile is walked at a time; rows lie block after block.
+struct Matrix {
+  const Entry* entries;
+  const Row* rows;
+  int64_t blocks, block_channels, inputs, outputs;
+  const float* bias;  // of `outputs`, or null
+};
+
+enum Activation : int64_t { NONE, RELU, GELU, SILU };
+
+inline vec load(const float* p) { return *reinterpret_cast<const vec_at*>(p); }
+inline void store(float* p, vec v) { *reinterpret_cast<vec_at*>(p) = v; }
+inline vec broadcast(float x) { return x - vec{}; }
+
+inline vec load_some(const float* p, int64_t count) {
+  if (count >= LANES) return load(p);
+  alignas(BYTES) float lanes[LANES] = {};
+  std::memcpy(lanes, p, count * sizeof(float));
+  return load(lanes);
+}
+inline void store_some(float* p, vec v, int64_t count) {
+  if (count >= LANES) return store(p, v);
+  alignas(BYTES) float lanes[LANES];
+  store(lanes, v);
+  std::memcpy(p, lanes, count * sizeof(float));
+}
+
+inline vec maximum(vec a, vec b) { return a > b ? a : b; }
+inline vec minimum(vec a, vec b) { return a < b ? a : b; }
+
+// Relative error 2e-7 where the result is a normal number; below -87 the smallest of them.
+inline vec exponential(vec x) {
+  x = minimum(maximum(x, broadcast(-87.0f)), broadcast(88.0f));
+  vec n = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the sum's last bits are the rounded integer
+  ivec bits = (ivec)n;
+  n -= 12582912.0f;
+  vec r = x - n * 0.693359375f;
+  r -= n * -2.12194440e-4f;
+  vec p = broadcast(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  ivec exponent = (bits - 0x4B400000 + 127) << 23;
+  return p * (vec)exponent;
+}
+
+// Absolute error 2e-7 (Abramowitz and Stegun 7.1.26).
+inline vec gelu(vec x) {
+  vec z = x * 0.70710678f;
+  vec a = maximum(z, -z);
+  vec t = 1.0f / (1.0f + 0.3275911f * a);
+  vec p = broadcast(1.061405429f);
+  p = p * t - 1.453152027f;
+  p = p * t + 1.421413741f;
+  p = p * t - 0.284496736f;
+  p = p * t + 0.254829592f;
+  vec tail = p * t * exponential(-a * a);  // 1 - erf(|z|)
+  vec half = 0.5f * x;
+  return half + (x > 0.0f ? half : -half) * (1.0f - tail);
+}
+
+inline vec activate(vec v, int64_t activation) {
+  switch (activation) {
+    case RELU: return v < 0.0f ? vec{} : v;  // not a number stays what it is
+    case GELU: return gelu(v);
+    case SILU: return v / (1.0f + exponential(-v));
+    default: return v;
+  }
+}
+
+inline __attribute__((noinline)) vec activate_rare(vec v, int64_t activation) { return activate(v, activation); }
+
+// One branch for all of them: asked for each vector it would cost as much as a short row.
+template <int NY, int NX>
+inline __attribute__((always_inline)) void activate_all(vec (&sums)[NY][NX], int64_t activation) {
+  if (activation == NONE) return;
+  if (activation == RELU) {
+#pragma GCC unroll 16
+    for (int y = 0; y < NY; ++y)
+#pragma GCC unroll 16
+      for (int x = 0; x < NX; ++x) sums[y][x] = activate(sums[y][x], RELU);
+  } else {
+#pragma GCC unroll 16
+    for (int y = 0; y < NY; ++y)
+#pragma GCC unroll 16
+      for (int x = 0; x < NX; ++x) sums[y][x] = activate_rare(sums[y][x], activation);
+  }
+}
+
+// Memory of one thread that grows and is kept.
+class Scratch {
+ public:
+  float* get(int64_t floats) {
+    if (floats > size_) {
+      memory_.reset(static_cast<float*>(std::aligned_alloc(64, (floats * 4 + 63) / 64 * 64)));
+      size_ = memory_ ? floats : 0;
+      if (!memory_) throw std::bad_alloc();
+    }
+    return memory_.get();
+  }
+
+ private:
+  struct Free {
+    void operator()(float* p) const { std::free(p); }
+  };
+  std::unique_ptr<float, Free> memory_;
+  int64_t size_ = 0;
+};
+
+// sums[y][x] += value * the vector at tile + offset + y * pitch + x * step, over entries.
+template <int NY, int NX>
+inline __attribute__((always_inline)) void accumulate(const char* tile, int64_t pitch, int64_t step, const Entry* e,
+                                                      const Entry* end, vec (&sums)[NY][NX]) {
+  // few sums would wait for each other: several chains, added up in the end
+  constexpr int CHAINS = NY * NX == 1 ? 4 : NY * NX <= 4 ? 2 : 1;
+  vec chains[CHAINS][NY][NX];
+#pragma GCC unroll 4
+  for (int k = 0; k < CHAINS; ++k)
+#pragma GCC unroll 16
+    for (int y = 0; y < NY; ++y)
+#pragma GCC unroll 16
+      for (int x = 0; x < NX; ++x) chains[k][y][x] = k ? vec{} : sums[y][x];
+  auto one = [&](int k, const Entry& entry) __attribute__((always_inline)) {
+    const char* p = tile + entry.offset;
+    const vec value = broadcast(entry.value);
+#pragma GCC unroll 16
+    for (int y = 0; y < NY; ++y)
+#pragma GCC unroll 16
+      for (int x = 0; x < NX; ++x)
+        chains[k][y][x] += value * *reinterpret_cast<const vec_at*>(p + y * pitch + x * step);
+  };
+  if constexpr (CHAINS > 1)
+    for (; end - e >= CHAINS; e += CHAINS)
+#pragma GCC unroll 4
+      for (int k = 0; k < CHAINS; ++k) one(k, e[k]);
+  for (; e < end; ++e) one(0, *e);
+#pragma GCC unroll 16
+  for (int y = 0; y < NY; ++y)
+#pragma GCC unroll 16
+    for (int x = 0; x < NX; ++x) {
+      sums[y][x] = chains[0][y][x];
+#pragma GCC unroll 4
+      for (int k = 1; k < CHAINS; ++k) sums[y][x] += chains[k][y][x];
+    }
+}
+
+// All rows [first, last) of each block: fill(block) brings its channels into the tile, expect(block) is called once a
+// row, finish(output, sums) takes the finished sums. `partial` holds those of an output every `partial_pitch` floats while there are blocks to come.
+inline void nothing(int64_t) {}
+
+template <int NY, int NX, class Fill, class Expect, class Finish>
+inline __attribute__((always_inline)) void walk(const Matrix& m, int64_t first, int64_t last, const char* tile, int64_t pitch, int64_t step,
+                 float* partial, int64_t partial_pitch, Fill fill, Expect expect, Finish finish) {
+  for (int64_t block = 0; block < m.blocks; ++block) {
+    fill(block);
+    const Row* rows = m.rows + block * m.outputs;
+    for (int64_t i = first; i < last; ++i) {
+      const Row row = rows[i];
+      expect(block);
+      float* kept = partial + row.output * partial_pitch;
+      vec sums[NY][NX];
+      const vec start = broadcast(m.bias ? m.bias[row.output] : 0.0f);
+#pragma GCC unroll 16
+      for (int y = 0; y < NY; ++y)
+#pragma GCC unroll 16
+        for (int x = 0; x < NX; ++x) sums[y][x] = block ? load(kept + (y * NX + x) * LANES) : start;
+      accumulate<NY, NX>(tile, pitch, step, m.entries + row.begin, m.entries + row.end, sums);
+      if (block + 1 == m.blocks) {
+        finish(row.output, sums);
+      } else {
+#pragma GCC unroll 16
+        for (int y = 0; y < NY; ++y)
+#pragma GCC unroll 16
+          for (int x = 0; x < NX; ++x) store(kept + (y * NX + x) * LANES, sums[y][x]);
+      }
+    }
+  }
+}
+
+// ---- transposes ----
+
+template <int... I>
+struct Indices {};
+template <int N, int... I>
+struct Count : Count<N - 1, N - 1, I...> {};
+template <int... I>
+struct Count<0, I...> {
+  typedef Indices<I...> type;
+};
+template <int... I>
+inline vec interleave_low(vec a, vec b, Indices<I...>) {
+  return __builtin_shufflevector(a, b, (I / 2 + (I % 2) * LANES)...);
+}
+template <int... I>
+inline vec interleave_high(vec a, vec b, Indices<I...>) {
+  return __builtin_shufflevector(a, b, (I / 2 + LANES / 2 + (I % 2) * LANES)...);
+}
+
+// A square of LANES x LANES in registers: log2(LANES) perfect shuffles.
+inline __attribute__((always_inline)) void transpose_square(vec (&r)[LANES]) {
+  typename Count<LANES>::type indices;
+#pragma GCC unroll 4
+  for (int width = 1; width < LANES; width *= 2) {
+    vec next[LANES];
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES / 2; ++i) {
+      next[2 * i] = interleave_low(r[i], r[i + LANES / 2], indices);
+      next[2 * i + 1] = interleave_high(r[i], r[i + LANES / 2], indices);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; ++i) r[i] = next[i];
+  }
+}
+
+// to[j * to_pitch + i] = from[i * from_pitch + j], i < height, j < width. Lanes of `to` up to the next multiple of LANES
+// are written as zeros if `pad`, which they must have room for; else not at all. `change(i0, j, v)` sees each vector.
+template <class Change>
+inline void transpose(const float* from, int64_t from_pitch, int64_t height, int64_t width, float* to,
+                      int64_t to_pitch, bool pad, Change change) {
+  for (int64_t i = 0; i < height; i += LANES)
+    for (int64_t j = 0; j < width; j += LANES) {
+      const int64_t down = std::min<int64_t>(LANES, height - i), across = std::min<int64_t>(LANES, width - j);
+      const float* source = from + i * from_pitch + j;
+      float* target = to + j * to_pitch + i;
+      vec square[LANES];
+      if (down == LANES && across == LANES) {
+#pragma GCC unroll 16
+        for (int k = 0; k < LANES; ++k) square[k] = load(source + k * from_pitch);
+      } else {
+        for (int k = 0; k < LANES; ++k)
+          square[k] = k < down ? load_some(source + k * from_pitch, across) : vec{};
+      }
+      transpose_square(square);
+      if (down == LANES && across == LANES) {
+#pragma GCC unroll 16
+        for (int k = 0; k < LANES; ++k) store(target + k * to_pitch, change(i, j + k, square[k]));
+      } else {
+        for (int k = 0; k < across; ++k)
+          store_some(target + k * to_pitch, change(i, j + k, square[k]), pad ? LANES : down);
+      }
+    }
+}
+inline vec unchanged(int64_t, int64_t, vec v) { return v; }
+
+// ---- linear: tokens as vectors ----
+
+// Tokens, each with its features side by side; `pitch` floats from one to the next.
+struct Tokens {
+  const float* at;
+  int64_t pitch;
+};
+struct TokensOut {
+  float* at;
+  int64_t pitch;
+  const float* residual;  // pitch as of `at`, or null
+  int64_t activation;
+};
+
+// `sums` gets (outputs [first, last), V vectors of tokens) of the product with a tile (inputs, V vectors); `pitch` floats
+// from one output to the next. An output's place holds its partial sum until its last block.
+template <int V>
+inline void linear_rows(const Matrix& m, const float* tile, int64_t first, int64_t last, float* sums, int64_t pitch,
+                        int64_t activation) {
+  walk<1, V>(m, first, last, reinterpret_cast<const char*>(tile), 0, BYTES, sums, pitch, nothing, nothing,
+             [=](int64_t output, vec (&v)[1][V]) {
+               activate_all(v, activation);
+#pragma GCC unroll 16
+               for (int x = 0; x < V; ++x) store(sums + output * pitch + x * LANES, v[0][x]);
+             });
+}
+
+template <class Function>
+inline void with_vectors(int64_t vectors, Function f) {
+  switch (vectors) {
+    case 1: return f(std::integral_constant<int, 1>());
+    case 2: return f(std::integral_constant<int, 2>());
+    case 3: return f(std::integral_constant<int, 3>());
+    case 4: return f(std::integral_constant<int, 4>());
+    case 5: return f(std::integral_constant<int, 5>());
+    case 6: return f(std::integral_constant<int, 6>());
+    case 7: return f(std::integral_constant<int, 7>());
+    default: return f(std::integral_constant<int, LINEAR_VECTORS>());
+  }
+}
+
+// How tokens are cut into tiles of at most `most` vectors, all of about one size.
+struct Tiling {
+  int64_t count, each, tiles;
+  Tiling(int64_t count, int64_t most) : count(count) {
+    const int64_t vectors = (count + LANES - 1) / LANES;
+    tiles = (vectors + most - 1) / most;
+    each = (vectors + tiles - 1) / tiles;
+    tiles = (vectors + each - 1) / each;
+  }
+  int64_t begin(int64_t tile) const { return tile * each * LANES; }
+  int64_t size(int64_t tile) const { return std::min(each * LANES, count - begin(tile)); }
+  int64_t vectors(int64_t tile) const { return (size(tile) + LANES - 1) / LANES; }
+};
+
+// Part `part` of `parts` of the rows, in whole groups.
+inline int64_t part_of(int64_t rows, int64_t group, int64_t part, int64_t parts) {
+  const int64_t groups = (rows + group - 1) / group;
+  return std::min(rows, groups * part / parts * group);
+}
+
+inline void write_tokens(const float* sums, int64_t pitch, int64_t first, int64_t last, int64_t begin, int64_t count,
+                         const TokensOut& out) {
+  float* to = out.at + begin * out.pitch + first;
+  const float* residual = out.residual ? out.residual + begin * out.pitch + first : nullptr;
+  const int64_t width = last - first;
+  transpose(sums + first * pitch, pitch, width, count, to, out.pitch, false, [&](int64_t i, int64_t j, vec v) {
+    if (residual) v += load_some(residual + j * out.pitch + i, width - i);
+    return activate(v, out.activation);
+  });
+}
+
+// An input's vectors lie `most` vectors apart in a tile, whatever the number of tokens: entries know that distance.
+template <class Parallel>
+void linear(const Matrix& m, int64_t group, Tokens in, int64_t count, TokensOut out, int64_t most, int64_t threads,
+            Parallel parallel) {
+  const Tiling tiling(count, most);
+  const int64_t groups = (m.outputs + group - 1) / group, pitch = most * LANES;
+  const int64_t wanted = tiling.tiles >= 4 * threads ? 1 : (4 * threads + tiling.tiles - 1) / tiling.tiles;
+  const int64_t parts = threads == 1 ? 1 : std::min(groups, wanted);
+  parallel(tiling.tiles * parts, [&](int64_t from, int64_t to) {
+    thread_local Scratch tile_memory, sums_memory;
+    float* tile = tile_memory.get(m.inputs * pitch);
+    float* sums = sums_memory.get(m.outputs * pitch);
+    int64_t there = -1;
+    for (int64_t task = from; task < to; ++task) {
+      const int64_t t = task / parts, part = task % parts;
+      const int64_t first = part_of(m.outputs, group, part, parts), last = part_of(m.outputs, group, part + 1, parts);
+      if (t != there)
+        transpose(in.at + tiling.begin(t) * in.pitch, in.pitch, tiling.size(t), m.inputs, tile, pitch, true, unchanged);
+      there = t;
+      with_vectors(tiling.vectors(t), [&](auto vectors) {
+        linear_rows<decltype(vectors)::value>(m, tile, first, last, sums, pitch, NONE);
+      });
+      write_tokens(sums, pitch, first, last, tiling.begin(t), tiling.size(t), out);
+    }
+  });
+}
+
+// Two layers with an activation between them; what lies between stays in cache. `between` is the first one's.
+template <class Parallel>
+void mlp(const Matrix& one, int64_t between, const Matrix& two, Tokens in, int64_t count, TokensOut out, int64_t most,
+         Parallel parallel) {
+  const Tiling tiling(count, most);
+  const int64_t pitch = most * LANES;
+  parallel(tiling.tiles, [&](int64_t from, int64_t to) {
+    thread_local Scratch tile_memory, hidden_memory, sums_memory;
+    float* tile = tile_memory.get(one.inputs * pitch);
+    float* hidden = hidden_memory.get(one.outputs * pitch);
+    float* sums = sums_memory.get(two.outputs * pitch);
+    for (int64_t t = from; t < to; ++t) {
+      transpose(in.at + tiling.begin(t) * in.pitch, in.pitch, tiling.size(t), one.inputs, tile, pitch, true, unchanged);
+      with_vectors(tiling.vectors(t), [&](auto vectors) {
+        constexpr int V = decltype(vectors)::value;
+        linear_rows<V>(one, tile, 0, one.outputs, hidden, pitch, between);
+        linear_rows<V>(two, hidden, 0, two.outputs, sums, pitch, NONE);
+      });
+      write_tokens(sums, pitch, 0, two.outputs, tiling.begin(t), tiling.size(t), out);
+    }
+  });
+}
+
+// ---- convolution ----
+
+struct Shape {
+  int64_t images, channels, height, width;           // of the input
+  int64_t kernel_height, kernel_width;               // of the weights
+  int64_t stride_y, stride_x, padding_y, padding_x, dilation_y, dilation_x;
+  int64_t out_height, out_width;
+};
+// Strides in floats, of images (n), channels (c), rows (y) and columns (x).
+struct Strides {
+  int64_t n, c, y, x;
+};
+
+// -- pixels as vectors: output pixels of one image, row after row, in vectors. Each channel's plane is copied once for
+// each column of the kernel, shifted by it and cut to the width of the output, and into its phases of rows where the
+// stride is more than 1, so that a weight is one offset and nothing but the last vector is wasted.
+
+struct Planes {
+  int64_t phases, rows, plane, channel;  // floats of one plane, and of all planes of a channel
+  explicit Planes(const Shape& s) {
+    phases = std::min(s.stride_y, s.kernel_height == 1 ? int64_t(1) : s.stride_y);
+    rows = s.out_height + (s.kernel_height - 1) * s.dilation_y / s.stride_y;
+    plane = rows * s.out_width;
+    channel = s.kernel_width * phases * plane;
+  }
+  int64_t offset(const Shape& s, int64_t channel_index, int64_t ky, int64_t kx) const {
+    const int64_t down = ky * s.dilation_y;
+    return channel_index * channel + (kx * phases + down % s.stride_y) * plane + down / s.stride_y * s.out_width;
+  }
+  // Floats of one image's planes, with what a last vector may read beyond them.
+  int64_t size(const Shape& s) const { return s.channels * channel + (REGISTERS + 1) * LANES; }
+};
+
+inline void fill_planes(const Shape& s, const Planes& planes, const float* image, const Strides& in, int64_t c,
+                        float* to) {
+  float* target = to + c * planes.channel;
+  for (int64_t kx = 0; kx < s.kernel_width; ++kx) {
+    const int64_t shift = kx * s.dilation_x - s.padding_x;  // input column of output column 0
+    const int64_t low = shift >= 0 ? 0 : std::min(s.out_width, (-shift + s.stride_x - 1) / s.stride_x);
+    const int64_t high =
+        shift >= s.width ? low : std::max(low, std::min(s.out_width, (s.width - 1 - shift) / s.stride_x + 1));
+    for (int64_t phase = 0; phase < planes.phases; ++phase)
+      for (int64_t row = 0; row < planes.rows; ++row, target += s.out_width) {
+        const int64_t y = row * s.stride_y + phase - s.padding_y;
+        if (y < 0 || y >= s.height) {
+          std::fill(target, target + s.out_width, 0.0f);
+          continue;
+        }
+        const float* source = image + c * in.c + y * in.y + shift * in.x;
+        const int64_t step = s.stride_x * in.x;
+        std::fill(target, target + low, 0.0f);
+        if (step == 1)
+          std::copy(source + low, source + high, target + low);
+        else
+          for (int64_t x = low; x < high; ++x) target[x] = source[x * step];
+        std::fill(target + high, target + s.out_width, 0.0f);
+      }
+  }
+}
+
+template <class Function>
+inline void with_sums(int64_t vectors, Function f) {
+  switch (vectors) {
+    case 1: return f(std::integral_constant<int, 1>());
+    case 2: return f(std::integral_constant<int, 2>());
+    case 3: return f(std::integral_constant<int, 3>());
+    case 4: return f(std::integral_constant<int, 4>());
+    case 5: return f(std::integral_constant<int, 5>());
+    case 6: return f(std::integral_constant<int, 6>());
+    case 7: return f(std::integral_constant<int, 7>());
+    case 8: return f(std::integral_constant<int, 8>());
+    case 9: return f(std::integral_constant<int, 9>());
+    case 10: return f(std::integral_constant<int, 10>());
+    case 11: return f(std::integral_constant<int, 11>());
+    case 12: return f(std::integral_constant<int, 12>());
+    default: break;
+  }
+  if constexpr (REGISTERS >= 16) switch (vectors) {
+      case 13: return f(std::integral_constant<int, 13>());
+      case 14: return f(std::integral_constant<int, 14>());
+      case 15: return f(std::integral_constant<int, 15>());
+      case 16: return f(std::integral_constant<int, 16>());
+    }
+}
+
+// `out` and `residual` (or null) are contiguous (images, outputs, out_height, out_width). `shared` holds the planes of
+// `Planes::size` floats: of one image, or of one for each thread where images are shared out.
+template <class Parallel>
+void conv_pixels(const Matrix& m, int64_t group, const Shape& s, const float* in, const Strides& strides, float* out,
+                 const float* residual, int64_t activation, int64_t threads, Parallel parallel) {
+  const Planes planes(s);
+  const int64_t pixels = s.out_height * s.out_width, groups = (m.outputs + group - 1) / group;
+  const Tiling tiling(pixels, REGISTERS);
+  auto rows = [&](const float* filled, int64_t image, int64_t tile, int64_t first, int64_t last) {
+    with_sums(tiling.vectors(tile), [&](auto vectors) {
+      constexpr int V = decltype(vectors)::value;
+      thread_local Scratch partial_memory;
+      float* partial = m.blocks > 1 ? partial_memory.get(m.outputs * V * LANES) : nullptr;
+      const int64_t begin = tiling.begin(tile), size = tiling.size(tile);
+      const char* start = reinterpret_cast<const char*>(filled + begin);
+      walk<1, V>(m, first, last, start, 0, BYTES, partial, V * LANES, nothing, nothing, [&](int64_t output, vec (&v)[1][V]) {
+        const int64_t at = (image * m.outputs + output) * pixels + begin;
+        if (residual) {
+#pragma GCC unroll 16
+          for (int x = 0; x < V; ++x)
+            v[0][x] += x + 1 < V ? load(residual + at + x * LANES)
+                                 : load_some(residual + at + x * LANES, size - x * LANES);
+        }
+        activate_all(v, activation);
+#pragma GCC unroll 16
+        for (int x = 0; x < V - 1; ++x) store(out + at + x * LANES, v[0][x]);
+        store_some(out + at + (V - 1) * LANES, v[0][V - 1], size - (V - 1) * LANES);
+      });
+    });
+  };
+  const int64_t size = planes.size(s);
+  if (s.images >= 2 * threads) {
+    parallel(s.images, [&](int64_t from, int64_t to) {
+      thread_local Scratch planes_memory;
+      float* filled = planes_memory.get(size);
+      for (int64_t image = from; image < to; ++image) {
+        for (int64_t c = 0; c < s.channels; ++c) fill_planes(s, planes, in + image * strides.n, strides, c, filled);
+        std::fill(filled + s.channels * planes.channel, filled + size, 0.0f);
+        for (int64_t tile = 0; tile < tiling.tiles; ++tile) rows(filled, image, tile, 0, m.outputs);
+      }
+    });
+    return;
+  }
+  thread_local Scratch shared_memory;
+  float* filled = shared_memory.get(size);
+  const int64_t parts = threads == 1 ? 1 : std::min(groups, (4 * threads + tiling.tiles - 1) / tiling.tiles);
+  for (int64_t image = 0; image < s.images; ++image) {
+    parallel(s.channels, [&](int64_t from, int64_t to) {
+      for (int64_t c = from; c < to; ++c) fill_planes(s, planes, in + image * strides.n, strides, c, filled);
+    });
+    std::fill(filled + s.channels * planes.channel, filled + size, 0.0f);
+    parallel(tiling.tiles * parts, [&](int64_t from, int64_t to) {
+      for (int64_t task = from; task < to; ++task) {
+        const int64_t tile = task / parts, part = task % parts;
+        rows(filled, image, tile, part_of(m.outputs, group, part, parts), part_of(m.outputs, group, part + 1, parts));
+      }
+    });
+  }
+}
+
+// -- images as vectors: a tile is what NY x NX output pixels of LANES images need of a block of channels. Images lie
+// innermost in memory, at stride 1: of the input, the output and the residual.
+
+struct Window {
+  int64_t height, width;  // of the input that a tile of output needs
+  Window(const Shape& s, int64_t ny, int64_t nx) {
+    height = (ny - 1) * s.stride_y + (s.kernel_height - 1) * s.dilation_y + 1;
+    width = (nx - 1) * s.stride_x + (s.kernel_width - 1) * s.dilation_x + 1;
+  }
+  int64_t floats() const { return height * width * LANES; }
+  int64_t offset(const Shape& s, int64_t channel_in_block, int64_t ky, int64_t kx) const {
+    return channel_in_block * floats() + (ky * s.dilation_y * width + kx * s.dilation_x) * LANES;
+  }
+};
+
+// `in` is the channel's plane at the first of `count` images; the window's corner is at (y0, x0), which may be outside.
+inline void fill_window(const Shape& s, const Window& window, const float* in, const Strides& strides, int64_t y0,
+                        int64_t x0, int64_t count, float* to) {
+  const int64_t low = std::clamp<int64_t>(-x0, 0, window.width);
+  const int64_t high = std::clamp<int64_t>(s.width - x0, low, window.width);
+  for (int64_t y = y0; y < y0 + window.height; ++y, to += window.width * LANES) {
+    if (y < 0 || y >= s.height) {
+      for (int64_t x = 0; x < window.width; ++x) store(to + x * LANES, vec{});
+      continue;
+    }
+    const float* from = in + y * strides.y + x0 * strides.x;
+    for (int64_t x = 0; x < low; ++x) store(to + x * LANES, vec{});
+    if (count == LANES)
+      for (int64_t x = low; x < high; ++x) store(to + x * LANES, load(from + x * strides.x));
+    else
+      for (int64_t x = low; x < high; ++x) store(to + x * LANES, load_some(from + x * strides.x, count));
+    for (int64_t x = high; x < window.width; ++x) store(to + x * LANES, vec{});
+  }
+}
+
+// Asks for what fill_window will read, so that it comes while sums are made.
+inline void expect_window(const Shape& s, const Window& window, const float* in, const Strides& strides, int64_t y0,
+                          int64_t x0) {
+  const int64_t low = std::max<int64_t>(0, x0), high = std::min(s.width, x0 + window.width);
+  for (int64_t y = std::max<int64_t>(0, y0); y < std::min(s.height, y0 + window.height); ++y)
+    for (int64_t x = low; x < high; ++x) __builtin_prefetch(in + y * strides.y + x * strides.x, 0, 2);
+}
+
+template <int NY, int NX, class Parallel>
+void conv_images(const Matrix& matrix, int64_t group, const Shape& shape, const float* in, const Strides& by,
+                 float* out, const float* residual, int64_t activation, int64_t threads, Parallel parallel) {
+  const Window window(shape, NY, NX);
+  const int64_t down = (shape.out_height + NY - 1) / NY, across = (shape.out_width + NX - 1) / NX;
+  const int64_t batches = (shape.images + LANES - 1) / LANES, tiles = down * across * batches;
+  const int64_t groups = (matrix.outputs + group - 1) / group;
+  const int64_t parts =
+      threads == 1 || tiles >= 4 * threads ? 1 : std::min(groups, (4 * threads + tiles - 1) / tiles);
+  const int64_t pitch = shape.stride_y * window.width * BYTES, step = shape.stride_x * BYTES;
+  parallel(tiles * parts, [&](int64_t from, int64_t to) {
+    const Matrix m = matrix;  // copies, which a store to memory can not change: they stay in registers
+    const Shape s = shape;
+    const Strides strides = by;
+    thread_local Scratch tile_memory, partial_memory;
+    float* tile = tile_memory.get(m.block_channels * window.floats());
+    float* partial = m.blocks > 1 ? partial_memory.get(m.outputs * NY * NX * LANES) : nullptr;
+    struct Place {
+      int64_t part, oy, ox, n;
+    };
+    auto place_of = [&](int64_t task) {
+      const int64_t place = task / parts / batches;
+      return Place{task % parts, place / across * NY, place % across * NX, task / parts % batches * LANES};
+    };
+    auto corner = [&](const Place& p, int64_t c) { return in + c * strides.c + p.n; };
+    auto top = [&](const Place& p) { return p.oy * s.stride_y - s.padding_y; };
+    auto left = [&](const Place& p) { return p.ox * s.stride_x - s.padding_x; };
+    for (int64_t task = from; task < to; ++task) {
+      const Place p = place_of(task), next = place_of(std::min(task + 1, to - 1));
+      const int64_t count = std::min<int64_t>(LANES, s.images - p.n);
+      const int64_t high = std::min<int64_t>(NY, s.out_height - p.oy);
+      const int64_t wide = std::min<int64_t>(NX, s.out_width - p.ox);
+      const int64_t first = part_of(m.outputs, group, p.part, parts);
+      const int64_t last = part_of(m.outputs, group, p.part + 1, parts);
+      const bool whole = count == LANES && high == NY && wide == NX;
+      auto fill = [&](int64_t block) {
+        const int64_t c0 = block * m.block_channels, c1 = std::min(s.channels, c0 + m.block_channels);
+        for (int64_t c = c0; c < c1; ++c)
+          fill_window(s, window, corner(p, c), strides, top(p), left(p), count, tile + (c - c0) * window.floats());
+      };
+      // the next tile's channels, spread over this one's rows
+      int64_t expected = 0, done = 0;
+      const int64_t all = (last - first) * m.blocks;
+      auto expect = [&](int64_t block) {
+        const int64_t c0 = (block + 1 < m.blocks ? block + 1 : 0) * m.block_channels;
+        const int64_t c1 = std::min(s.channels, c0 + m.block_channels);
+        const Place& q = block + 1 < m.blocks ? p : next;
+        for (++done; expected * all < done * s.channels; ++expected)
+          if (const int64_t c = c0 + expected % m.block_channels; c < c1)
+            expect_window(s, window, corner(q, c), strides, top(q), left(q));
+      };
+      auto finish = [&](int64_t output, vec (&v)[NY][NX]) {
+        const int64_t at = ((output * s.out_height + p.oy) * s.out_width + p.ox) * s.images + p.n;
+        if (whole) {
+          if (residual) {
+#pragma GCC unroll 16
+            for (int y = 0; y < NY; ++y)
+#pragma GCC unroll 16
+              for (int x = 0; x < NX; ++x) v[y][x] += load(residual + at + (y * s.out_width + x) * s.images);
+          }
+          activate_all(v, activation);
+#pragma GCC unroll 16
+          for (int y = 0; y < NY; ++y)
+#pragma GCC unroll 16
+            for (int x = 0; x < NX; ++x) store(out + at + (y * s.out_width + x) * s.images, v[y][x]);
+        } else {
+          vec copy[NY * NX];  // `v` itself stays in registers where tiles are whole
+#pragma GCC unroll 16
+          for (int i = 0; i < NY * NX; ++i) copy[i] = v[i / NX][i % NX];
+          for (int64_t y = 0; y < high; ++y)
+            for (int64_t x = 0; x < wide; ++x) {
+              const int64_t i = at + (y * s.out_width + x) * s.images;
+              vec sum = copy[y * NX + x];
+              if (residual) sum += load_some(residual + i, count);
+              store_some(out + i, activate(sum, activation), count);
+            }
+        }
+      };
+      walk<NY, NX>(m, first, last, reinterpret_cast<const char*>(tile), pitch, step, partial, NY * NX * LANES, fill, expect, finish);
+    }
+  });
+}
+
+// The tiles that conv_images is built for: f(NY, NX); false where there is no such.
+template <class Function>
+inline bool with_tile(int64_t ny, int64_t nx, Function f) {
+  switch (ny * 16 + nx) {
+    case 0x11: f(std::integral_constant<int, 1>(), std::integral_constant<int, 1>()); return true;
+    case 0x22: f(std::integral_constant<int, 2>(), std::integral_constant<int, 2>()); return true;
+    case 0x24: f(std::integral_constant<int, 2>(), std::integral_constant<int, 4>()); return true;
+    default: break;
+  }
+  if constexpr (REGISTERS >= 16) switch (ny * 16 + nx) {
+      case 0x27: f(std::integral_constant<int, 2>(), std::integral_constant<int, 7>()); return true;
+      case 0x44: f(std::integral_constant<int, 4>(), std::integral_constant<int, 4>()); return true;
+    }
+  return false;
+}
+
+}  // namespace tscnc

@@ -1,0 +1,220 @@
+"""Layers whose zeros cost nothing, in place of `nn.Linear` and `nn.Conv2d`. Inference only."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from tscnc_hf.inference.operators import ACTIVATIONS, machine
+from tscnc_hf.inference.packing import GROUP, pack
+
+
+class WeightIsRead(RuntimeError):
+    """A model reads the weight of a layer that it should only call; the second argument is the layer."""
+
+
+class SparseLayer(nn.Module):
+    """
+    What sparse layers have in common: packed weights as buffers, and no gradients.
+
+    Attributes:
+        zeros (`float`): share of the weights that are zero.
+        activation (`str`): applied to the output; one of `ACTIVATIONS`.
+    """
+
+    kind: str  # for reports
+
+    def __init__(self, source: nn.Module):
+        super().__init__()
+        machine()
+        self.zeros = 1 - int(source.weight.count_nonzero()) / source.weight.numel()
+        self.activation = "none"
+        bias = None if source.bias is None else source.bias.detach().clone().contiguous()
+        self.register_buffer("bias", bias)
+        self.eval()
+
+    def _pack(self, weight: Tensor, block_channels: int, offsets) -> None:
+        entries, rows = pack(weight.detach(), block_channels, offsets)
+        self.register_buffer("entries", entries)
+        self.register_buffer("rows", rows)
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        machine()  # a copy that another process reads needs the kernels, too
+
+    @property
+    def weight(self) -> Tensor:
+        raise WeightIsRead(f"a {type(self).__name__} has no dense weight; take it from the uncompiled model", self)
+
+    def _check(self, x: Tensor) -> None:
+        if self.training:
+            raise RuntimeError(
+                f"{type(self).__name__} is for inference, and this model is in training mode: call .eval(), or train "
+                "the model that it was compiled from"
+            )
+        if x.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(
+                f"{type(self).__name__} has no gradients, and its input needs one: use torch.no_grad(), or attack and "
+                "train the model that it was compiled from"
+            )
+
+
+class SparseLinear(SparseLayer):
+    """
+    Sums of a few vectors of tokens for one output at a time.
+
+    Args:
+        source: float32 layer; its weights are copied.
+        vectors: of tokens that are summed up at a time, 1 to 8.
+        block_features: input features that are walked at a time; by default all.
+    """
+
+    kind = "tokens"
+
+    def __init__(self, source: nn.Linear, vectors: int = 2, block_features: int | None = None):
+        super().__init__(source)
+        self.in_features, self.out_features = source.in_features, source.out_features
+        self.vectors, self.block_features = vectors, min(block_features or self.in_features, self.in_features)
+        step = vectors * machine()[0] * 4
+        self._pack(source.weight[:, :, None], self.block_features, lambda channel, tap: channel * step)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """(..., in_features) to (..., out_features); `residual` is added before the activation."""
+        self._check(x)
+        return torch.ops.tscnc.linear(
+            x, self.entries, self.rows, self.bias, residual, self.in_features, self.block_features, GROUP, self.vectors,
+            ACTIVATIONS[self.activation],
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, zeros={self.zeros:.1%}, activation={self.activation}"
+
+
+class SparseMLP(nn.Module):
+    """Two layers with an activation between, as one: what lies between never leaves the cache."""
+
+    kind = "tokens, both layers at once"
+
+    def __init__(self, first: SparseLinear, second: SparseLinear):
+        super().__init__()
+        self.first, self.second = first, second
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., first.in_features) to (..., second.out_features)."""
+        one, two = self.first, self.second
+        one._check(x)
+        return torch.ops.tscnc.mlp(
+            x, one.entries, one.rows, one.bias, two.entries, two.rows, two.bias, None, one.in_features,
+            one.block_features, two.block_features, one.vectors, ACTIVATIONS[one.activation],
+        )  # fmt: skip
+
+
+class SparseConv(SparseLayer):
+    """
+    An ungrouped convolution with zeros outside the image.
+
+    Args:
+        source: float32 layer, padding_mode "zeros"; its weights are copied.
+    """
+
+    def __init__(self, source: nn.Conv2d):
+        super().__init__(source)
+        self.in_channels, self.out_channels = source.in_channels, source.out_channels
+        self.kernel_size, self.stride = source.kernel_size, source.stride
+        self.dilation, self.padding = source.dilation, conv_padding(source)
+
+    def _geometry(self) -> tuple:
+        return self.in_channels, self.kernel_size, self.stride, self.padding, self.dilation
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
+            f"zeros={self.zeros:.1%}, activation={self.activation}"
+        )
+
+
+def conv_padding(source: nn.Conv2d) -> tuple[int, int] | None:
+    """Rows and columns of zeros on each side; None where the two sides differ, or are no zeros."""
+    if source.padding_mode != "zeros":
+        return None
+    if source.padding == "valid":
+        return (0, 0)
+    if source.padding == "same":
+        total = [d * (k - 1) for k, d in zip(source.kernel_size, source.dilation, strict=True)]
+        return None if any(t % 2 for t in total) else (total[0] // 2, total[1] // 2)
+    return tuple(source.padding)
+
+
+class SparseConvPixels(SparseConv):
+    """
+    Pixels of one image side by side in vectors: for few images.
+
+    Args:
+        size: (height, width) of the images that offsets are kept for; for others they are computed in each call.
+        block_channels: input channels that are walked at a time; by default all.
+    """
+
+    kind = "pixels"
+
+    def __init__(self, source: nn.Conv2d, size: tuple[int, int], block_channels: int | None = None):
+        super().__init__(source)
+        self.block_channels = min(block_channels or self.in_channels, self.in_channels)
+        blocks = -(-self.in_channels // self.block_channels)
+        self.block_channels = -(-self.in_channels // blocks)  # blocks of about one size, as the kernel takes them
+        self.size, self.taps = tuple(size), self.kernel_size[0] * self.kernel_size[1]
+        self._pack(source.weight.flatten(2), self.block_channels, lambda channel, tap: channel * self.taps + tap)
+        self.register_buffer("placed", self._placed(*self.size))
+
+    def _placed(self, height: int, width: int) -> Tensor:
+        """Entries with the offsets of images of this size, as `Planes` in kernels.h lays them out."""
+        (kh, kw), (sy, sx), (py, px), (dy, dx) = self.kernel_size, self.stride, self.padding, self.dilation
+        out_height = (height + 2 * py - (kh - 1) * dy - 1) // sy + 1
+        out_width = (width + 2 * px - (kw - 1) * dx - 1) // sx + 1
+        phases = 1 if kh == 1 else sy
+        plane = (out_height + (kh - 1) * dy // sy) * out_width
+        index = self.entries[:, 0]
+        channel, tap = index // self.taps, index % self.taps
+        down, kx = tap // kw * dy, tap % kw
+        offset = channel * (kw * phases * plane) + (kx * phases + down % sy) * plane + down // sy * out_width
+        return torch.stack([offset * 4, self.entries[:, 1]], dim=1)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """(n, in_channels, h, w) to contiguous (n, out_channels, h', w'); `residual` is added before the activation."""
+        self._check(x)
+        entries = self.placed if tuple(x.shape[2:]) == self.size else self._placed(x.shape[2], x.shape[3])
+        return torch.ops.tscnc.conv_pixels(
+            x, entries, self.rows, self.bias, residual, *self._geometry(), GROUP, ACTIVATIONS[self.activation]
+        )
+
+
+class SparseConvImages(SparseConv):
+    """
+    Images side by side in vectors, and innermost in memory, in what comes out as well: for many images.
+
+    Args:
+        tile: (height, width) in pixels of the output, of a size that the kernels are built for.
+        block_channels: input channels that are walked at a time; by default all.
+    """
+
+    kind = "images"
+
+    def __init__(self, source: nn.Conv2d, tile: tuple[int, int], block_channels: int | None = None):
+        super().__init__(source)
+        self.tile, self.block_channels = tuple(tile), min(block_channels or self.in_channels, self.in_channels)
+        (kh, kw), (sy, sx), (dy, dx) = self.kernel_size, self.stride, self.dilation
+        height, width = (tile[0] - 1) * sy + (kh - 1) * dy + 1, (tile[1] - 1) * sx + (kw - 1) * dx + 1
+        step = machine()[0] * 4
+
+        def offsets(channel: Tensor, tap: Tensor) -> Tensor:  # as `Window` in kernels.h lays them out
+            return (channel % self.block_channels * (height * width) + tap // kw * (dy * width) + tap % kw * dx) * step
+
+        self._pack(source.weight.flatten(2), self.block_channels, offsets)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """(n, in_channels, h, w) to (n, out_channels, h', w'), n innermost; `residual` is added before the activation."""
+        self._check(x)
+        return torch.ops.tscnc.conv_images(
+            x, self.entries, self.rows, self.bias, residual, *self._geometry(), self.tile, self.block_channels, GROUP,
+            ACTIVATIONS[self.activation],
+        )  # fmt: skip

@@ -1,0 +1,56 @@
+"""The operators `torch.ops.tscnc`, and their shapes for torch.compile and torch.export."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from tscnc_hf.inference.building import load_kernels
+
+
+ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "silu": 3}
+
+
+@cache
+def machine() -> tuple[int, int, int]:
+    """Floats in a vector, sums that a kernel keeps at a time, and vectors of tokens at most; the kernels are loaded."""
+    load_kernels()
+    for name, fake in (
+        ("linear", _linear),
+        ("mlp", _mlp),
+        ("conv_pixels", _conv_pixels),
+        ("conv_images", _conv_images),
+    ):
+        torch.library.register_fake(f"tscnc::{name}", fake)
+    return tuple(torch.ops.tscnc.machine())
+
+
+def _linear(x: Tensor, entries: Tensor, rows: Tensor, *rest) -> Tensor:
+    return x.new_empty((*x.shape[:-1], rows.shape[1]))
+
+
+def _mlp(x: Tensor, entries: Tensor, rows: Tensor, bias, entries2: Tensor, rows2: Tensor, *rest) -> Tensor:
+    return x.new_empty((*x.shape[:-1], rows2.shape[1]))
+
+
+def _sizes(x: Tensor, rows: Tensor, kernel, stride, padding, dilation) -> tuple:
+    sides = [
+        (side + 2 * p - (k - 1) * d - 1) // s + 1
+        for side, k, s, p, d in zip(x.shape[2:], kernel, stride, padding, dilation, strict=True)
+    ]
+    return x.shape[0], rows.shape[1], *sides
+
+
+def _conv_pixels(
+    x: Tensor, entries: Tensor, rows: Tensor, bias, residual, channels, kernel, stride, padding, dilation, *rest
+) -> Tensor:
+    return x.new_empty(_sizes(x, rows, kernel, stride, padding, dilation))
+
+
+def _conv_images(
+    x: Tensor, entries: Tensor, rows: Tensor, bias, residual, channels, kernel, stride, padding, dilation, *rest
+) -> Tensor:
+    n, c, h, w = _sizes(x, rows, kernel, stride, padding, dilation)
+    return x.new_empty_strided((n, c, h, w), (1, h * w * n, w * n, n))

@@ -1,0 +1,255 @@
+// The operators `tscnc::*`: arguments checked, threads of torch. Python's lock is not held here: the dispatcher's
+// binding releases it.
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_strided.h>
+#include <torch/library.h>
+
+#include <optional>
+#include <vector>
+
+#include "kernels.h"
+
+namespace {
+
+using at::Tensor;
+using std::optional;
+using namespace tscnc;
+
+template <class F>
+void parallel(int64_t tasks, F f) {
+  at::parallel_for(0, tasks, 1, f);
+}
+
+void check_activations(const char* name, const Tensor& x) {
+  TORCH_CHECK(x.device().is_cpu(), name, " is on ", x.device(), "; sparse layers run on the CPU");
+  TORCH_CHECK(x.scalar_type() == at::kFloat, name, " is ", x.scalar_type(), "; sparse layers take float32");
+  TORCH_CHECK(x.numel() > 0, name, " of shape ", x.sizes(), " is empty");
+}
+
+void check_activation(int64_t activation) {
+  TORCH_CHECK(activation >= NONE && activation <= SILU, "activation ", activation, " is none of 0 to 3");
+}
+
+// `reach`: bytes of a tile from an entry's offset that are read; `size`: bytes of a whole tile.
+Matrix checked(const Tensor& entries, const Tensor& rows, const optional<Tensor>& bias, int64_t inputs,
+               int64_t block_channels, int64_t reach, int64_t size) {
+  TORCH_CHECK(entries.device().is_cpu() && entries.scalar_type() == at::kInt && entries.dim() == 2 &&
+                  entries.size(1) == 2 && entries.is_contiguous(),
+              "entries: a contiguous int32 (n, 2) on the CPU is needed");
+  TORCH_CHECK(rows.device().is_cpu() && rows.scalar_type() == at::kInt && rows.dim() == 3 && rows.size(2) == 3 &&
+                  rows.is_contiguous() && rows.size(0) > 0 && rows.size(1) > 0,
+              "rows: a contiguous int32 (blocks, outputs, 3) on the CPU is needed");
+  const int64_t blocks = rows.size(0), outputs = rows.size(1), count = entries.size(0);
+  TORCH_CHECK(block_channels > 0 && (blocks - 1) * block_channels < inputs && blocks * block_channels >= inputs,
+              blocks, " blocks of ", block_channels, " channels are not those of ", inputs);
+  if (bias)
+    TORCH_CHECK(bias->device().is_cpu() && bias->scalar_type() == at::kFloat && bias->is_contiguous() &&
+                    bias->dim() == 1 && bias->size(0) == outputs,
+                "bias: a contiguous float32 (", outputs, ") on the CPU is needed, this is ", bias->sizes());
+  const auto* entry = reinterpret_cast<const Entry*>(entries.const_data_ptr<int32_t>());
+  const auto* row = reinterpret_cast<const Row*>(rows.const_data_ptr<int32_t>());
+  TORCH_CHECK(size >= reach && size <= INT32_MAX, "a tile of ", size, " bytes is too large or too small");
+  const uint32_t limit = static_cast<uint32_t>(size - reach);
+  uint32_t furthest = 0;  // a negative offset is a large one here
+  for (int64_t i = 0; i < count; ++i) furthest = std::max(furthest, static_cast<uint32_t>(entry[i].offset));
+  TORCH_CHECK(count == 0 || furthest <= limit, "an offset lies outside the tile of ", size, " bytes");
+  std::vector<bool> seen(outputs);
+  for (int64_t block = 0; block < blocks; ++block, row += outputs) {
+    seen.assign(outputs, false);
+    for (int64_t i = 0; i < outputs; ++i) {
+      TORCH_CHECK(row[i].output >= 0 && row[i].output < outputs && !seen[row[i].output],
+                  "rows do not name each of ", outputs, " outputs once");
+      TORCH_CHECK(row[i].begin >= 0 && row[i].begin <= row[i].end && row[i].end <= count,
+                  "a row's entries are not among the ", count);
+      seen[row[i].output] = true;
+    }
+  }
+  return {entry, reinterpret_cast<const Row*>(rows.const_data_ptr<int32_t>()), blocks, block_channels, inputs, outputs,
+          bias ? bias->const_data_ptr<float>() : nullptr};
+}
+
+void check_group(int64_t group) { TORCH_CHECK(group > 0, "group ", group, " is not positive"); }
+
+Matrix checked_linear(const Tensor& entries, const Tensor& rows, const optional<Tensor>& bias, int64_t inputs,
+                      int64_t block_channels, int64_t vectors) {
+  TORCH_CHECK(vectors >= 1 && vectors <= LINEAR_VECTORS, "vectors ", vectors, " is none of 1 to ", LINEAR_VECTORS);
+  TORCH_CHECK(inputs > 0 && inputs <= INT32_MAX / (vectors * BYTES), inputs, " inputs are too many or too few");
+  return checked(entries, rows, bias, inputs, block_channels, vectors * BYTES, inputs * vectors * BYTES);
+}
+
+struct Flat {
+  Tensor x, y;
+  optional<Tensor> residual;
+  int64_t tokens;
+};
+
+Flat flat(const Tensor& x, int64_t inputs, int64_t outputs, const optional<Tensor>& residual) {
+  check_activations("x", x);
+  TORCH_CHECK(x.dim() >= 1 && x.size(-1) == inputs, "x of shape ", x.sizes(), " has not ", inputs, " features");
+  auto sizes = x.sizes().vec();
+  sizes.back() = outputs;
+  if (residual) {
+    check_activations("residual", *residual);
+    TORCH_CHECK(residual->sizes() == at::IntArrayRef(sizes), "residual is ", residual->sizes(), ", the output ",
+                at::IntArrayRef(sizes));
+  }
+  return {x.contiguous(), at::empty(sizes, x.options().memory_format(at::MemoryFormat::Contiguous)),
+          residual ? optional<Tensor>(residual->contiguous()) : std::nullopt, x.numel() / inputs};
+}
+
+const float* data(const optional<Tensor>& t) { return t ? t->const_data_ptr<float>() : nullptr; }
+
+Tensor sparse_linear(const Tensor& x, const Tensor& entries, const Tensor& rows, const optional<Tensor>& bias,
+                     const optional<Tensor>& residual, int64_t inputs, int64_t block_channels, int64_t group,
+                     int64_t vectors, int64_t activation) {
+  check_activation(activation);
+  check_group(group);
+  const Matrix m = checked_linear(entries, rows, bias, inputs, block_channels, vectors);
+  const Flat f = flat(x, inputs, m.outputs, residual);
+  linear(m, group, {f.x.const_data_ptr<float>(), inputs}, f.tokens,
+         {f.y.data_ptr<float>(), m.outputs, data(f.residual), activation}, vectors, at::get_num_threads(),
+         [](int64_t n, auto g) { parallel(n, g); });
+  return f.y;
+}
+
+Tensor sparse_mlp(const Tensor& x, const Tensor& entries, const Tensor& rows, const optional<Tensor>& bias,
+                  const Tensor& entries2, const Tensor& rows2, const optional<Tensor>& bias2,
+                  const optional<Tensor>& residual, int64_t inputs, int64_t block_channels, int64_t block_channels2,
+                  int64_t vectors, int64_t activation) {
+  check_activation(activation);
+  const Matrix one = checked_linear(entries, rows, bias, inputs, block_channels, vectors);
+  const Matrix two = checked_linear(entries2, rows2, bias2, one.outputs, block_channels2, vectors);
+  const Flat f = flat(x, inputs, two.outputs, residual);
+  mlp(one, activation, two, {f.x.const_data_ptr<float>(), inputs}, f.tokens,
+      {f.y.data_ptr<float>(), two.outputs, data(f.residual), NONE}, vectors,
+      [](int64_t n, auto g) { parallel(n, g); });
+  return f.y;
+}
+
+Shape shape_of(const Tensor& x, int64_t channels, at::IntArrayRef kernel, at::IntArrayRef stride,
+               at::IntArrayRef padding, at::IntArrayRef dilation) {
+  check_activations("x", x);
+  TORCH_CHECK(x.dim() == 4 && x.size(1) == channels, "x of shape ", x.sizes(), " is no batch of images with ", channels,
+              " channels");
+  for (const auto& [name, pair, least] : {std::tuple("kernel", kernel, 1), std::tuple("stride", stride, 1),
+                                          std::tuple("padding", padding, 0), std::tuple("dilation", dilation, 1)})
+    TORCH_CHECK(pair.size() == 2 && std::min(pair[0], pair[1]) >= least && std::max(pair[0], pair[1]) <= 4096, name,
+                " ", pair, " is not two numbers from ", least, " to 4096");
+  Shape s{x.size(0),  x.size(1),  x.size(2),   x.size(3),   kernel[0],   kernel[1], stride[0],
+          stride[1],  padding[0], padding[1],  dilation[0], dilation[1], 0,         0};
+  const int64_t down = s.height + 2 * s.padding_y - (s.kernel_height - 1) * s.dilation_y - 1;
+  const int64_t across = s.width + 2 * s.padding_x - (s.kernel_width - 1) * s.dilation_x - 1;
+  TORCH_CHECK(down >= 0 && across >= 0, "images of ", s.height, " x ", s.width, " are smaller than the kernel");
+  s.out_height = down / s.stride_y + 1;
+  s.out_width = across / s.stride_x + 1;
+  return s;
+}
+
+void check_residual(const optional<Tensor>& residual, const Shape& s, int64_t outputs) {
+  if (!residual) return;
+  check_activations("residual", *residual);
+  const int64_t sizes[] = {s.images, outputs, s.out_height, s.out_width};
+  TORCH_CHECK(residual->sizes() == at::IntArrayRef(sizes), "residual is ", residual->sizes(), ", the output ",
+              at::IntArrayRef(sizes));
+}
+
+Tensor sparse_conv_pixels(const Tensor& x, const Tensor& entries, const Tensor& rows, const optional<Tensor>& bias,
+                          const optional<Tensor>& residual, int64_t channels, at::IntArrayRef kernel,
+                          at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t group,
+                          int64_t activation) {
+  check_activation(activation);
+  check_group(group);
+  const Shape s = shape_of(x, channels, kernel, stride, padding, dilation);
+  const Planes planes(s);
+  const int64_t reach = (s.out_height * s.out_width + LANES - 1) / LANES * BYTES;
+  TORCH_CHECK(rows.dim() == 3 && rows.size(0) > 0, "rows: (blocks, outputs, 3) is needed");
+  const Matrix m = checked(entries, rows, bias, channels, (channels + rows.size(0) - 1) / rows.size(0), reach,
+                           planes.size(s) * 4);
+  check_residual(residual, s, m.outputs);
+  const optional<Tensor> other = residual ? optional<Tensor>(residual->contiguous()) : std::nullopt;
+  const Tensor y = at::empty({s.images, m.outputs, s.out_height, s.out_width}, x.options());
+  conv_pixels(m, group, s, x.const_data_ptr<float>(), {x.stride(0), x.stride(1), x.stride(2), x.stride(3)},
+              y.data_ptr<float>(), data(other), activation, at::get_num_threads(),
+              [](int64_t n, auto g) { parallel(n, g); });
+  return y;
+}
+
+// (n, c, h, w) as it is called, with images innermost in memory.
+Tensor empty_innermost(int64_t n, int64_t c, int64_t h, int64_t w, const Tensor& like) {
+  return at::empty_strided({n, c, h, w}, {1, h * w * n, w * n, n}, like.options());
+}
+
+Tensor innermost(const Tensor& x) {
+  const int64_t n = x.size(0), c = x.size(1), h = x.size(2), w = x.size(3);
+  if (x.stride(0) == 1 && x.stride(1) == h * w * n && x.stride(2) == w * n && x.stride(3) == n) return x;
+  const Tensor y = empty_innermost(n, c, h, w, x);
+  const Tensor from = x.contiguous();
+  const float* source = from.const_data_ptr<float>();
+  float* target = y.data_ptr<float>();
+  const int64_t all = c * h * w, chunk = 16 * LANES;
+  parallel((all + chunk - 1) / chunk, [&](int64_t first, int64_t last) {
+    const int64_t begin = first * chunk, end = std::min(all, last * chunk);
+    transpose(source + begin, all, n, end - begin, target + begin * n, n, false, unchanged);
+  });
+  return y;
+}
+
+Tensor sparse_conv_images(const Tensor& x, const Tensor& entries, const Tensor& rows, const optional<Tensor>& bias,
+                          const optional<Tensor>& residual, int64_t channels, at::IntArrayRef kernel,
+                          at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
+                          at::IntArrayRef tile, int64_t block_channels, int64_t group, int64_t activation) {
+  check_activation(activation);
+  check_group(group);
+  TORCH_CHECK(tile.size() == 2, "tile: two numbers are needed");
+  const Shape s = shape_of(x, channels, kernel, stride, padding, dilation);
+  Tensor y;
+  const bool known = with_tile(tile[0], tile[1], [&](auto height, auto width) {
+    constexpr int NY = decltype(height)::value, NX = decltype(width)::value;
+    const Window window(s, NY, NX);
+    TORCH_CHECK(block_channels > 0 && block_channels <= INT32_MAX / (window.floats() * 4), "blocks of ",
+                block_channels, " channels make tiles that are too large");
+    const int64_t reach = ((NY - 1) * s.stride_y * window.width + (NX - 1) * s.stride_x + 1) * BYTES;
+    const Matrix m =
+        checked(entries, rows, bias, channels, block_channels, reach, block_channels * window.floats() * 4);
+    check_residual(residual, s, m.outputs);
+    const Tensor in = innermost(x);
+    const optional<Tensor> other = residual ? optional<Tensor>(innermost(*residual)) : std::nullopt;
+    y = empty_innermost(s.images, m.outputs, s.out_height, s.out_width, x);
+    conv_images<NY, NX>(m, group, s, in.const_data_ptr<float>(),
+                        {1, s.height * s.width * s.images, s.width * s.images, s.images}, y.data_ptr<float>(),
+                        data(other), activation, at::get_num_threads(), [](int64_t n, auto g) { parallel(n, g); });
+  });
+  TORCH_CHECK(known, "tile ", tile, " is none that the kernels are built for");
+  return y;
+}
+
+// {lanes of a vector, sums at a time, vectors of tokens at most}
+std::vector<int64_t> sparse_machine() { return {LANES, REGISTERS, LINEAR_VECTORS}; }
+
+}  // namespace
+
+TORCH_LIBRARY(tscnc, m) {
+  m.def(
+      "linear(Tensor x, Tensor entries, Tensor rows, Tensor? bias, Tensor? residual, int inputs, int block_channels, "
+      "int group, int vectors, int activation) -> Tensor");
+  m.def(
+      "mlp(Tensor x, Tensor entries, Tensor rows, Tensor? bias, Tensor entries2, Tensor rows2, Tensor? bias2, "
+      "Tensor? residual, int inputs, int block_channels, int block_channels2, int vectors, int activation) -> Tensor");
+  m.def(
+      "conv_pixels(Tensor x, Tensor entries, Tensor rows, Tensor? bias, Tensor? residual, int channels, int[] kernel, "
+      "int[] stride, int[] padding, int[] dilation, int group, int activation) -> Tensor");
+  m.def(
+      "conv_images(Tensor x, Tensor entries, Tensor rows, Tensor? bias, Tensor? residual, int channels, int[] kernel, "
+      "int[] stride, int[] padding, int[] dilation, int[] tile, int block_channels, int group, int activation) -> "
+      "Tensor");
+  m.def("machine() -> int[]", sparse_machine);
+}
+
+TORCH_LIBRARY_IMPL(tscnc, CPU, m) {
+  m.impl("linear", sparse_linear);
+  m.impl("mlp", sparse_mlp);
+  m.impl("conv_pixels", sparse_conv_pixels);
+  m.impl("conv_images", sparse_conv_images);
+}

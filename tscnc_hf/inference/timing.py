@@ -1,0 +1,71 @@
+"""How long calls take: in turns, so that a machine that is busy for a while is busy for all of them."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+
+@dataclass
+class Timing:
+    """Milliseconds of single calls, in the order in which they were made."""
+
+    calls: list[float]
+
+    @property
+    def least(self) -> float:
+        return min(self.calls)
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.calls)
+
+    @property
+    def spread(self) -> tuple[float, float]:
+        """First and third quartile."""
+        if len(self.calls) < 2:
+            return self.calls[0], self.calls[0]
+        low, _, high = statistics.quantiles(self.calls, n=4, method="inclusive")
+        return low, high
+
+
+def interleaved(
+    calls: Mapping[str, Callable[[], object]],
+    seconds: float,
+    least: int = 3,
+    most: int = 200,
+    after: Callable[[int], None] = lambda turn: None,
+) -> dict[str, Timing]:
+    """
+    One call of each in turn, after one of each that does not count, until `seconds` have passed.
+
+    Args:
+        least, most: numbers of turns.
+        after: called with the number of each turn that is done.
+    """
+    for call in calls.values():
+        call()
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    end = time.perf_counter() + seconds
+    for turn in range(most):
+        if turn >= least and time.perf_counter() > end:
+            break
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            taken[name].append((time.perf_counter() - start) * 1e3)
+        after(turn)
+    return {name: Timing(times) for name, times in taken.items()}
+
+
+def fastest(calls: Mapping[str, Callable[[], object]], seconds: float) -> tuple[str, dict[str, float]]:
+    """The name of the fastest, and least milliseconds of all."""
+    times = {name: timing.least for name, timing in interleaved(calls, seconds).items()}
+    return min(times, key=times.__getitem__), times
+
+
+def ratios(numerator: Sequence[float], denominator: Sequence[float]) -> Timing:
+    """Of calls that were made in turn: how many times as long one takes as the other."""
+    return Timing([a / b for a, b in zip(numerator, denominator, strict=True)])
