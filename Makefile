@@ -15,7 +15,7 @@ PYTEST := -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 # Nothing that pushes to a Hub, nothing of several processes.
 FAST := tests/method tests/data tests/artifact --ignore tests/artifact/repository --ignore-glob '*shard*'
 
-.PHONY: demo docs test test-launched test-fast test-oldest test-faults test-peers lint bench bench-constraints bench-slimming \
+.PHONY: demo docs test test-launched test-fast test-oldest test-faults test-peers test-sanitizers lint bench bench-constraints bench-slimming \
 	bench-adversary bench-packing bench-pruning bench-training bench-inputs clean
 
 demo: $(STAMP)
@@ -38,6 +38,11 @@ test-oldest: $(OLDEST)/.installed
 
 test-faults: $(STAMP)
 	$(BIN)/python -m pytest -m faults
+
+# Kernels under AddressSanitizer and UndefinedBehaviorSanitizer, 1,000 calls with arguments drawn at random.
+test-sanitizers: $(STAMP)
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+		$(BIN)/python -m tests.inference.fuzz 1000
 
 test-peers: $(STAMP) $(PEERS)/.installed
 	PYTHONPATH=$(PEERS) $(BIN)/python -m pytest tests/peers

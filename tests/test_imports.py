@@ -10,7 +10,7 @@ from tests.processes import run_command
 
 
 PACKAGE = Path(__file__).parents[1] / "tscnc_hf"
-ROOMS = ["method", "data", "artifact", "evaluation", "training", "cli"]  # the ground floor first
+ROOMS = ["method", "data", "artifact", "evaluation", "inference", "training", "cli"]  # the ground floor first
 NOT_FOR_METHOD = {"transformers", "datasets", "huggingface_hub", "accelerate", "timm"}
 
 

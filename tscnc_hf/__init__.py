@@ -17,6 +17,7 @@ _PUBLIC = {
     "slim": "tscnc_hf.artifact.models.slim",
     "load_slim": "tscnc_hf.artifact.models.loading",
     "flops_report": "tscnc_hf.method.reports.flops",
+    "sparse_compile": "tscnc_hf.inference.compiling",
 }
 __all__ = ["__version__", *_PUBLIC]
 
