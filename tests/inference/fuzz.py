@@ -46,7 +46,8 @@ def drawn_conv(draw: random.Random):
 
     kernel, stride, dilation, padding = pair(1, 5), pair(1, 4), pair(1, 3), pair(0, 4)
     size = [
-        max(1, (k - 1) * d + 1 - 2 * p + draw.randint(0, 14)) for k, d, p in zip(kernel, dilation, padding, strict=True)
+        max(1, (k - 1) * d + 1 - 2 * p + draw.randint(0, 14))
+        for k, d, p in zip(kernel, dilation, padding, strict=True)
     ]
     channels, outputs = draw.randint(1, 20), draw.randint(1, 100)
     layer = nn.Conv2d(channels, outputs, kernel, stride, padding, dilation, bias=draw.random() < 0.7)
@@ -95,7 +96,8 @@ def fuzz(rounds: int, seed: int = 0) -> None:
         damaged, sparse, dense, x = draw.choice([drawn_linear, drawn_conv])(draw)
         torch.set_num_threads(draw.choice([1, 2, 3]))
         with torch.no_grad():
-            expected = dense(x)
+            with torch.backends.mkldnn.flags(enabled=False):  # oneDNN crashes where all of a row is padding
+                expected = dense(x)
             assert torch.allclose(sparse(x), expected, rtol=1e-4, atol=2e-5), f"seed {seed}, round {number}: {sparse}"
             damage(damaged, draw)
             try:

@@ -132,7 +132,9 @@ def test_shapes_for_compilers():
         arguments = (x, getattr(kernel, "placed", kernel.entries), kernel.rows, kernel.bias, None, *kernel._geometry())
         more = ((2, 2), kernel.block_channels) if isinstance(kernel, SparseConvImages) else ()
         operator = torch.ops.tscnc.conv_images if more else torch.ops.tscnc.conv_pixels
-        torch.library.opcheck(operator.default, (*arguments, *more, 64, 0), test_utils=("test_schema", "test_faketensor"))
+        torch.library.opcheck(
+            operator.default, (*arguments, *more, 64, 0), test_utils=("test_schema", "test_faketensor")
+        )
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,9 @@ from filelock import FileLock
 SOURCES = ("ops.cpp", "kernels.h")
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-Wno-psabi")
 CACHE = "TSCNC_KERNELS"  # environment variable: the folder that libraries are kept in
-HOW_TO_INSTALL = "install one (Debian and Ubuntu: `apt install g++`; macOS: `xcode-select --install`) or name it in CXX"
+HOW_TO_INSTALL = (
+    "install one (Debian and Ubuntu: `apt install g++`; macOS: `xcode-select --install`) or name it in CXX"
+)
 
 
 class NoKernels(RuntimeError):
@@ -104,6 +106,8 @@ def _build(path: Path) -> None:
         log = path.with_suffix(".log")
         log.write_text(str(error), encoding="utf-8")
         first = next((line for line in str(error).splitlines() if "error" in line.lower()), "no reason given")
-        raise NoKernels(f"{compiler} cannot compile the kernels ({first.strip()[:200]}); all it said: {log}") from error
+        raise NoKernels(
+            f"{compiler} cannot compile the kernels ({first.strip()[:200]}); all it said: {log}"
+        ) from error
     finally:
         os.environ["PATH"] = before

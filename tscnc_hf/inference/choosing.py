@@ -79,7 +79,10 @@ def _candidates(call: Call) -> Iterator[nn.Module]:
     yield SparseConvPixels(layer, (height, width))
     if images >= lanes // 2:
         tile = _tile(layer, height, width)
-        sizes = [(t - 1) * s + (k - 1) * d + 1 for t, s, k, d in zip(tile, layer.stride, layer.kernel_size, layer.dilation, strict=True)]
+        sizes = [
+            (t - 1) * s + (k - 1) * d + 1
+            for t, s, k, d in zip(tile, layer.stride, layer.kernel_size, layer.dilation, strict=True)
+        ]
         channel = sizes[0] * sizes[1] * lanes * 4
         blocks = {min(layer.in_channels, max(8, cache // channel) if cache else layer.in_channels) for cache in CACHES}
         for block in sorted(blocks):
@@ -91,7 +94,9 @@ def _tile(layer: nn.Conv2d, height: int, width: int) -> tuple[int, int]:
     padding = conv_padding(layer)
     out = [
         (side + 2 * p - (k - 1) * d - 1) // s + 1
-        for side, k, s, p, d in zip((height, width), layer.kernel_size, layer.stride, padding, layer.dilation, strict=True)
+        for side, k, s, p, d in zip(
+            (height, width), layer.kernel_size, layer.stride, padding, layer.dilation, strict=True
+        )
     ]
     most = machine()[1]
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from tscnc_hf.inference.choosing import Choice, choose
-from tscnc_hf.inference.following import Call, activation_of, calls_of, chain_after
-from tscnc_hf.inference.layers import SparseConvImages, SparseLinear, SparseMLP, WeightIsRead
+from tscnc_hf.inference.following import Call, activation_of, calls_of, chain_after, is_plain
+from tscnc_hf.inference.layers import Absorbed, SparseConvImages, SparseLinear, SparseMLP, WeightIsRead
 from tscnc_hf.inference.operators import machine
 from tscnc_hf.inference.report import CompileReport, LayerRow
 from tscnc_hf.inference.timing import interleaved
@@ -27,7 +27,7 @@ Inputs = Tensor | Mapping[str, Tensor]
 
 def sparse_compile(model: nn.Module, example: Inputs) -> nn.Module:
     """
-    A copy of a classifier, for the CPU and inference only, that computes the same and is faster the more of its weights
+    A copy of a classifier, for the CPU and inference only, that computes the same, and faster the more of its weights
     are zero. Linear layers and ungrouped convolutions are replaced where a sparse kernel is faster, as measured on the
     example with as many threads as torch has now; batch norms are folded. Where nothing is gained the copy is as the
     model was. Batches of other sizes, and images of other sizes that the model takes, work, too.
@@ -38,7 +38,7 @@ def sparse_compile(model: nn.Module, example: Inputs) -> nn.Module:
             the batch size and the image size that it is to be fast for.
 
     Returns:
-        The copy. Its attribute `report` (`CompileReport`) says what became of each layer; `print(fast.report.to_markdown())`.
+        The copy. Its `report` (`CompileReport`) says what became of each layer: `print(fast.report.to_markdown())`.
 
     Raises:
         ValueError: the model is in training mode, is not on the CPU or not in float32, or the example is not.
@@ -155,50 +155,92 @@ def _plans(choices: dict[str, Choice]) -> dict[str, dict[str, nn.Module]]:
 def _built(
     base: nn.Module, plan: dict[str, nn.Module], calls: dict[str, Call], expected: Tensor, example: Inputs
 ) -> nn.Module | None:
-    """A copy with the plan's layers in it, tried; None if no layer is left to replace. Layers whose weights are read stay."""
-    plan = dict(plan)
+    """A copy with the plan's layers in it, tried; but those whose weights are read stay. None if no layer is left."""
+    plan, fusions = dict(plan), None
     while plan:
-        made = copy.copy(base)
         made = copy.deepcopy(base)
         placed = {name: copy.copy(layer) for name, layer in plan.items()}
         for name, layer in placed.items():
             _replace(made, name, layer)
-        _fuse(made, placed, calls)
+        fused = _fuse(made, placed, calls, fusions)
         try:
             difference = _difference(_logits(made, example), expected)
         except WeightIsRead as error:
             plan = {name: layer for name, layer in plan.items() if placed[name] is not error.args[1]}
             continue
-        if not difference <= TOLERANCE:
+        if difference <= TOLERANCE:
+            return made
+        if not fused:
             raise RuntimeError(
-                f"the compiled model's logits differ by {difference:.1e} of their range, more than {TOLERANCE}: please "
-                "report this with the model's architecture"
+                f"the compiled model's logits differ by {difference:.1e} of their range, more than {TOLERANCE}: "
+                "please report this with the model's architecture"
             )
-        return made
+        # an output that goes to two places, one of them unseen: without the fusion that does harm, or any
+        fusions = set() if fusions is not None else _harmless(base, plan, calls, expected, example, fused)
     return None
 
 
-def _fuse(model: nn.Module, placed: dict[str, nn.Module], calls: dict[str, Call]) -> None:
-    """Activations into the layers before them, and two linear layers with an activation between into one module."""
+def _harmless(
+    base: nn.Module,
+    plan: dict[str, nn.Module],
+    calls: dict[str, Call],
+    expected: Tensor,
+    example: Inputs,
+    fused: set[str],
+) -> set[str]:
+    """Those layers whose fusion with what follows alone leaves the logits as they are."""
+    kept = set()
+    for name in fused:
+        made, layer = copy.deepcopy(base), copy.copy(plan[name])
+        placed = {name: layer} | {
+            after.name: copy.copy(plan[after.name]) for after in chain_after(name, calls) if after.name in plan
+        }
+        for place, module in placed.items():
+            _replace(made, place, module)
+        _fuse(made, placed, calls, {name})
+        if _difference(_logits(made, example), expected) <= TOLERANCE:
+            kept.add(name)
+    return kept
+
+
+def _fuse(
+    model: nn.Module, placed: dict[str, nn.Module], calls: dict[str, Call], only: set[str] | None = None
+) -> set[str]:
+    """
+    Activations into the layers before them, and two linear layers with an activation between into one module.
+
+    Args:
+        placed: the sparse layers, by name, which are in the model.
+        only: names of the layers that may be fused with what follows; by default all.
+
+    Returns:
+        Names of the layers that were.
+    """
+    fused, taken = set(), set()
     for name, layer in placed.items():
-        if calls[name].calls != 1:
+        if calls[name].calls != 1 or name in taken or (only is not None and name not in only):
             continue
-        passed: list[str] = []
         for after in chain_after(name, calls):
             if after.name in placed:
                 second = placed[after.name]
-                both = isinstance(layer, SparseLinear) and isinstance(second, SparseLinear)
-                if both and layer.vectors == second.vectors and after.calls == 1:
+                if (
+                    isinstance(layer, SparseLinear)
+                    and isinstance(second, SparseLinear)
+                    and layer.vectors == second.vectors
+                ):
                     _replace(model, name, SparseMLP(layer, second))
-                    _replace(model, after.name, nn.Identity())
+                    _replace(model, after.name, Absorbed(second))
+                    fused.add(name)
+                    taken.add(after.name)
                 break
-            function = activation_of(after.module) if type(after.module) not in (nn.Linear, nn.Conv2d) else None
+            function = activation_of(after.module) if is_plain(after.module) else None
             if function is None or (function != "none" and layer.activation != "none"):
                 break
             if function != "none":
                 layer.activation = function
-            _replace(model, after.name, nn.Identity())
-            passed.append(after.name)
+                _replace(model, after.name, nn.Identity())
+                fused.add(name)
+    return fused
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -15,7 +15,7 @@ class WeightIsRead(RuntimeError):
 
 class SparseLayer(nn.Module):
     """
-    What sparse layers have in common: packed weights as buffers, and no gradients.
+    What sparse layers have in common: packed weights as buffers, a bias, and no gradients.
 
     Attributes:
         zeros (`float`): share of the weights that are zero.
@@ -29,8 +29,9 @@ class SparseLayer(nn.Module):
         machine()
         self.zeros = 1 - int(source.weight.count_nonzero()) / source.weight.numel()
         self.activation = "none"
-        bias = None if source.bias is None else source.bias.detach().clone().contiguous()
-        self.register_buffer("bias", bias)
+        bias = source.weight.new_zeros(len(source.weight)) if source.bias is None else source.bias.detach().clone()
+        # a parameter, which a model is asked for its dtype and device by
+        self.bias = nn.Parameter(bias, requires_grad=False)
         self.eval()
 
     def _pack(self, weight: Tensor, block_channels: int, offsets) -> None:
@@ -82,12 +83,24 @@ class SparseLinear(SparseLayer):
         """(..., in_features) to (..., out_features); `residual` is added before the activation."""
         self._check(x)
         return torch.ops.tscnc.linear(
-            x, self.entries, self.rows, self.bias, residual, self.in_features, self.block_features, GROUP, self.vectors,
-            ACTIVATIONS[self.activation],
+            x, self.entries, self.rows, self.bias, residual, self.in_features, self.block_features, GROUP,
+            self.vectors, ACTIVATIONS[self.activation],
         )  # fmt: skip
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, zeros={self.zeros:.1%}, activation={self.activation}"
+
+
+class Absorbed(nn.Identity):
+    """In the place of the second of two layers that are computed as one."""
+
+    def __init__(self, layer: SparseLayer):
+        super().__init__()
+        self.layer = (layer,)  # not a part of this module
+
+    @property
+    def weight(self) -> Tensor:
+        return self.layer[0].weight
 
 
 class SparseMLP(nn.Module):
@@ -99,6 +112,10 @@ class SparseMLP(nn.Module):
         super().__init__()
         self.first, self.second = first, second
         self.eval()
+
+    @property
+    def weight(self) -> Tensor:
+        return self.first.weight
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., first.in_features) to (..., second.out_features)."""
@@ -180,7 +197,7 @@ class SparseConvPixels(SparseConv):
         return torch.stack([offset * 4, self.entries[:, 1]], dim=1)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """(n, in_channels, h, w) to contiguous (n, out_channels, h', w'); `residual` is added before the activation."""
+        """(n, in_channels, h, w) to contiguous (n, out_channels, h', w'); `residual` is added before activation."""
         self._check(x)
         entries = self.placed if tuple(x.shape[2:]) == self.size else self._placed(x.shape[2], x.shape[3])
         return torch.ops.tscnc.conv_pixels(
@@ -212,7 +229,7 @@ class SparseConvImages(SparseConv):
         self._pack(source.weight.flatten(2), self.block_channels, offsets)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """(n, in_channels, h, w) to (n, out_channels, h', w'), n innermost; `residual` is added before the activation."""
+        """(n, in_channels, h, w) to (n, out_channels, h', w'), n innermost; `residual` is added before."""
         self._check(x)
         return torch.ops.tscnc.conv_images(
             x, self.entries, self.rows, self.bias, residual, *self._geometry(), self.tile, self.block_channels, GROUP,

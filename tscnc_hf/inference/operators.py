@@ -15,7 +15,7 @@ ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "silu": 3}
 
 @cache
 def machine() -> tuple[int, int, int]:
-    """Floats in a vector, sums that a kernel keeps at a time, and vectors of tokens at most; the kernels are loaded."""
+    """Floats in a vector, sums that a kernel keeps at a time, vectors of tokens at most. The kernels are loaded."""
     load_kernels()
     for name, fake in (
         ("linear", _linear),

@@ -20,7 +20,7 @@ def pack(weight: Tensor, block_channels: int, offsets: Callable[[Tensor, Tensor]
         offsets: (channels, taps), int64 (n) each, to what is stored as offset, int64 (n).
 
     Returns:
-        entries, int32 (n, 2): offset, bytes into a tile, and bits of the value, row after row, by channel and tap within a row.
+        entries, int32 (n, 2): offset, bytes into a tile, and bits of the value; row after row, by channel and tap.
         rows, int32 (blocks, outputs, 3): output, first and last entry, the last not included; by length within GROUP.
     """
     outputs, channels, _ = weight.shape

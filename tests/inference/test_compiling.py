@@ -1,0 +1,208 @@
+"""Whole models: the same outputs, faster or as they were; and what a user does with one."""
+
+import copy
+import io
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from tests.small_models import resnet, vit
+from tscnc_hf import sparse_compile
+from tscnc_hf.inference import compiling
+from tscnc_hf.inference.layers import SparseConv, SparseLayer, SparseMLP
+
+
+class Everything(nn.Module):
+    """A convolution whose output goes to two places, a layer called twice, a weight that is read, a residual."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(inplace=True))
+        self.shared, self.act = nn.Conv2d(32, 32, 3, padding=1), nn.ReLU()
+        self.unseen, self.unseen_act = nn.Conv2d(32, 32, 1), nn.SiLU()
+        self.grouped = nn.Conv2d(32, 32, 3, padding=1, groups=32)
+        self.read = nn.Linear(32, 32)
+        self.mlp = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Dropout(0.1), nn.Linear(64, 32))
+        self.head = nn.Linear(32, 10)
+
+    def forward(self, x):
+        x = self.stem(x)
+        both = self.shared(x)
+        x = self.act(both) + self.shared(x.flip(-1))
+        before = self.unseen(x)
+        x = self.unseen_act(before) + 0.5 * before
+        x = self.grouped(x).mean((2, 3))
+        return self.head(x + self.mlp(self.read(x)) + nn.functional.linear(x, self.read.weight))
+
+
+def thinned(model, zeros=0.95):
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.running_mean.normal_()
+                module.running_var.uniform_(0.5, 2)
+                module.weight.uniform_(0.5, 1.5)
+            elif isinstance(module, (nn.Linear, nn.Conv2d)):
+                module.weight[torch.rand_like(module.weight) < zeros] = 0
+    return model.eval()
+
+
+@pytest.fixture
+def always_sparse(monkeypatch):
+    """Whatever the clock says: a sparse layer wherever there can be one."""
+    monkeypatch.setattr(compiling, "MARGIN", float("inf"))
+    monkeypatch.setattr(compiling, "SECONDS", 0.01)
+    monkeypatch.setattr("tscnc_hf.inference.choosing.SECONDS", 0.001)
+    before = compiling.choose
+
+    def choose(call):
+        choice = before(call)
+        choice.dense_ms = float("inf")
+        return choice
+
+    monkeypatch.setattr(compiling, "choose", choose)
+    real = compiling.interleaved
+
+    def slow_before(calls, seconds, **options):
+        times = real(calls, seconds, **options)
+        if "before" in times and len(times) > 1:
+            times["before"].calls = [1e9]
+        return times
+
+    monkeypatch.setattr(compiling, "interleaved", slow_before)
+
+
+def logits(output):
+    return output if isinstance(output, torch.Tensor) else output.logits
+
+
+@torch.no_grad()
+def assert_same(fast, model, x):
+    expected, got = logits(model(x)), logits(fast(x))
+    assert (got - expected).abs().max() <= 1e-4 * (expected.max() - expected.min())
+
+
+MODELS = {
+    "everything": (lambda: thinned(Everything()), 12),
+    "vit": (vit, 8),
+    "resnet": (resnet, 8),
+    "convnext": (lambda: thinned(timm.create_model("convnext_atto", num_classes=10)), 64),
+    "mobilenet": (lambda: thinned(timm.create_model("mobilenetv3_small_050", num_classes=10)), 64),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("batch", [2, 17])
+def test_outputs_are_those_of_the_model(name, batch, always_sparse):
+    make, side = MODELS[name]
+    model = make()
+    before = copy.deepcopy(model.state_dict())
+    fast = sparse_compile(model, torch.randn(batch, 3, side, side))
+    assert fast.report.sparse_layers and any(isinstance(m, (SparseLayer, SparseMLP)) for m in fast.modules())
+    for size in (1, batch, 16):
+        assert_same(fast, model, torch.randn(size, 3, side, side))
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+    if name in ("everything", "resnet"):
+        assert_same(fast, model, torch.randn(batch, 3, side + 3, side + 8))
+
+
+def test_activations_are_part_of_the_layer_before(always_sparse):
+    model = thinned(Everything())
+    fast = sparse_compile(model, torch.randn(16, 3, 12, 12))
+    assert fast.stem[0].activation == "relu" and isinstance(fast.stem[2], nn.Identity)
+    assert isinstance(fast.mlp[0], SparseMLP) and fast.mlp[0].first.activation == "gelu"
+    assert isinstance(fast.read, nn.Linear)  # its weight is read beside
+    assert isinstance(fast.grouped, nn.Conv2d)
+    assert isinstance(fast.shared, SparseConv) and fast.shared.activation == "none"
+    assert isinstance(fast.unseen, SparseConv) and fast.unseen.activation == "none"
+
+
+def test_a_dense_model_comes_back_as_it_was():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 64), nn.ReLU(), nn.Linear(64, 10)).eval()
+    fast = sparse_compile(model, torch.randn(4, 3, 8, 8))
+    assert [type(module) for module in fast.modules()] == [type(module) for module in model.modules()]
+    assert "with 0% zeros nothing is gained" in fast.report.to_markdown()
+    assert fast is not model and fast.report.sparse_layers == 0
+
+
+def test_a_sparse_model_is_faster():
+    model = thinned(nn.Sequential(nn.Flatten(), *(nn.Linear(1024, 1024) for _ in range(4)), nn.Linear(1024, 10)), 0.98)
+    fast = sparse_compile(model, torch.randn(64, 1, 32, 32))
+    assert fast.report.speedup > 1.5 and fast.report.sparse_layers >= 4
+    table = fast.report.to_markdown()
+    assert "| `1` | 1024 x 1024 | 98.0% |" in table and "times as fast" in table
+
+
+@pytest.mark.parametrize("name", ["vit", "resnet"])
+def test_copies_and_pickles(name, always_sparse):
+    make, side = MODELS[name]
+    x = torch.randn(2, 3, side, side)
+    fast = sparse_compile(make(), x)
+    stream = io.BytesIO()
+    torch.save(fast, stream)
+    stream.seek(0)
+    with torch.no_grad():
+        for other in (copy.deepcopy(fast), torch.load(stream, weights_only=False)):
+            assert torch.equal(logits(other(x)), logits(fast(x)))
+            assert other.report.to_markdown() == fast.report.to_markdown()
+
+
+@pytest.mark.parametrize("batch", [2, 16])
+def test_torch_compile_and_export_see_through_it(batch, always_sparse):
+    model = thinned(nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(),
+        nn.Flatten(), nn.Linear(16 * 64, 32), nn.GELU(), nn.Linear(32, 10)))  # fmt: skip
+    x = torch.randn(batch, 3, 8, 8)
+    fast = sparse_compile(model, x)
+    assert fast.report.sparse_layers == 3
+    with torch.no_grad():
+        exported = torch.export.export(fast, (x,)).module()
+        compiled = torch.compile(fast, backend="aot_eager", fullgraph=True)
+        for other in (exported, compiled):
+            assert_same(other, model, x)
+
+
+def test_a_pipeline_takes_it(always_sparse, tiny_vit):
+    import numpy as np
+    from PIL import Image
+    from transformers import pipeline
+
+    model, processor = tiny_vit
+    thinned(model)
+    fast = sparse_compile(model, torch.randn(1, 3, 8, 8))
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (8, 8, 3), dtype=np.uint8))
+    answers = [pipeline("image-classification", model=net, image_processor=processor)(image) for net in (model, fast)]
+    for one, other in zip(*answers, strict=True):
+        assert one["label"] == other["label"] and abs(one["score"] - other["score"]) < 1e-5
+
+
+def test_arguments_by_name(always_sparse):
+    model = vit()
+    x = torch.randn(2, 3, 8, 8)
+    assert_same(sparse_compile(model, {"pixel_values": x}), model, x)
+
+
+@pytest.mark.parametrize(
+    "model, example, message",
+    [
+        (lambda: nn.Linear(4, 4), torch.randn(1, 4), "training mode"),
+        (lambda: nn.Linear(4, 4).eval().half(), torch.randn(1, 4), "float16.*float\\(\\)"),
+        (lambda: nn.Linear(4, 4).eval().bfloat16(), torch.randn(1, 4), "bfloat16.*float\\(\\)"),
+        (lambda: nn.Linear(4, 4).eval(), torch.randn(1, 4).double(), "float64.*float\\(\\)"),
+        (lambda: nn.Linear(4, 4, device="meta").eval(), torch.randn(1, 4), "is on meta"),
+        (lambda: nn.Linear(4, 4).eval(), torch.randn(0, 4), "at least one image"),
+        (lambda: nn.Linear(4, 4).eval(), {}, "at least one image"),
+    ],
+)
+def test_what_cannot_be_compiled_is_refused(model, example, message):
+    with pytest.raises(ValueError, match=message):
+        sparse_compile(model(), example)
+
+
+def test_a_compiled_model_is_for_inference_only(always_sparse):
+    fast = sparse_compile(vit(), torch.randn(2, 3, 8, 8))
+    with pytest.raises(RuntimeError, match="training mode"):
+        fast.train()(torch.randn(2, 3, 8, 8))
+    with pytest.raises(RuntimeError, match="no gradients"):
+        fast.eval()(torch.randn(2, 3, 8, 8, requires_grad=True))
