@@ -80,7 +80,7 @@ def damage(layer: nn.Module, draw: random.Random) -> None:
     elif kind == "sizes":
         layer.rows = layer.rows[:, :, :2]
     elif kind == "bias":
-        layer.bias = torch.zeros(len(layer.rows[0]) + 1)
+        layer.bias = nn.Parameter(torch.zeros(len(layer.rows[0]) + 1), requires_grad=False)
     elif kind == "dtype":
         layer.rows = layer.rows.long()
     else:

@@ -35,6 +35,14 @@ COMMANDS = {
         "write README.md and its figures again from what lies in the folder",
         "tscnc card outputs/my-model --results outputs/my-model-robustness/results.json",
     ),
+    "bench": (
+        "how long a forward pass takes on this CPU: in every runtime that is installed, and with its zeros skipped",
+        "tscnc bench outputs/my-model --batch 1 64 --threads 2",
+    ),
+    "export": (
+        "write an ONNX file, for other runtimes, and check it with onnxruntime",
+        "tscnc export outputs/my-model --output my-model.onnx",
+    ),
     "push": (
         "upload a folder to the Hub in one commit, with its card",
         "tscnc push outputs/my-model you/your-model --private",
@@ -92,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
             epilog=f"example: {example}\n\n{EXIT_CODES}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        if name in ("inspect", "pack", "unpack", "card"):
+        if name in ("inspect", "pack", "unpack", "card", "bench", "export"):
             one.add_argument("model", metavar="FOLDER_OR_HUB_ID", help="of transformers or timm, dense or packed")
             one.add_argument("--revision", help="branch, tag or commit on the Hub")
         if name in ("pack", "unpack", "card"):
@@ -116,6 +124,22 @@ def _parser() -> argparse.ArgumentParser:
     card.add_argument("--base-model", help="Hub id that training started from. Default: as recorded")
     card.add_argument("--license", help="identifier of the licence, e.g. apache-2.0. Default: as recorded")
     card.add_argument("--overwrite", action="store_true", help="also a README.md that this library did not write")
+    for name in ("bench", "export"):
+        made[name].add_argument(
+            "--image-size", type=_positive, metavar="N", help="side in pixels. Default: the model's"
+        )
+    bench = made["bench"]
+    bench.add_argument(
+        "--batch", type=_positive, nargs="+", default=[1, 64], metavar="N", help="images of a call. Default: 1 64"
+    )
+    bench.add_argument(
+        "--threads", type=_positive, metavar="N", help="of every runtime. Default: as many as torch takes"
+    )
+    bench.add_argument("--runtimes", nargs="+", metavar="NAME", help="by default all that are installed")
+    bench.add_argument("--seconds", type=_positive, default=10, metavar="N", help="for each batch size. Default: 10")
+    export = made["export"]
+    export.add_argument("--format", choices=("onnx",), default="onnx", help="of the file. Default: onnx")
+    export.add_argument("--output", metavar="FILE", help="default: model.onnx beside what is read")
     push = made["push"]
     push.add_argument("folder", metavar="FOLDER", help="a model of transformers or timm, dense or packed")
     push.add_argument("repo_id", metavar="REPO_ID", help="owner/name on the Hub; made if it is not there")
@@ -123,6 +147,12 @@ def _parser() -> argparse.ArgumentParser:
     push.add_argument("--revision", help="branch to commit to, made if it is not there. Default: main")
     push.add_argument("--message", default="Upload model", help="of the commit")
     return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 on")
+    return int(text)
 
 
 def _inspect(options: argparse.Namespace) -> dict[str, Any]:
@@ -195,11 +225,31 @@ def _push(options: argparse.Namespace) -> dict[str, Any]:
     return {"url": commit.commit_url, "commit": commit.oid}
 
 
+def _bench(options: argparse.Namespace) -> dict[str, Any]:
+    from tscnc_hf.cli.deployment import bench_model
+
+    return bench_model(options)
+
+
+def _show_latency(options: argparse.Namespace, found: dict[str, Any]) -> None:
+    from tscnc_hf.cli.deployment import latency_rows
+
+    _table(latency_rows(found), header=True)
+
+
+def _export(options: argparse.Namespace) -> dict[str, Any]:
+    from tscnc_hf.cli.deployment import export_model
+
+    return export_model(options)
+
+
 # command -> what does it, with all output on stderr, and what shows its result to people on stdout
 RUN = {
     "inspect": (_inspect, _show_model),
     "pack": (_convert, _show_sizes),
     "unpack": (_convert, _show_sizes),
+    "bench": (_bench, _show_latency),
+    "export": (_export, lambda _, done: print(done["written"])),
     "card": (_card, lambda _, done: print(done["written"])),
     "push": (_push, lambda _, done: print(done["url"])),
 }

@@ -25,7 +25,7 @@ HOW_TO_INSTALL = (
 )
 
 
-class NoKernels(RuntimeError):
+class NoKernels(ImportError):
     """The kernels cannot be compiled here; the message says what to do."""
 
 
@@ -101,8 +101,6 @@ def _build(path: Path) -> None:
             (library,) = Path(folder).glob("*.so")
             os.replace(library, path)  # still loaded here, and the same file
     except (RuntimeError, subprocess.CalledProcessError) as error:
-        if isinstance(error, NoKernels):
-            raise
         log = path.with_suffix(".log")
         log.write_text(str(error), encoding="utf-8")
         first = next((line for line in str(error).splitlines() if "error" in line.lower()), "no reason given")

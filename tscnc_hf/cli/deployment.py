@@ -1,0 +1,74 @@
+"""`tscnc bench` and `tscnc export`: a model by its name, and what it is outside of training."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+
+CHANNELS = {"grey": 1, "rgb": 3}
+
+
+def _opened(options: argparse.Namespace) -> tuple[Any, Any, tuple[int, int, int], Path]:
+    """The model, its image processor, (channels, height, width) of its images, and its folder here."""
+    from transformers import AutoImageProcessor
+
+    from tscnc_hf.artifact.models.config import input_format
+    from tscnc_hf.artifact.repository.opening import open_repository, read_model
+
+    repository = open_repository(options.model, options.revision)
+    model, _ = read_model(repository)
+    if "Classification" not in type(model).__name__:
+        raise ValueError(f"{options.model} is a {type(model).__name__}; an image classifier is needed")
+    try:
+        processor = AutoImageProcessor.from_pretrained(repository.folder)
+    except (OSError, ValueError):  # without one the config has to say
+        processor = None
+    side, colours = input_format(model, processor)
+    side = options.image_size or side
+    if side is None:
+        raise ValueError(f"nothing says what images {options.model} takes: give --image-size")
+    return model.eval().float(), processor, (CHANNELS.get(colours, 3), side, side), repository.folder
+
+
+def bench_model(options: argparse.Namespace) -> dict[str, Any]:
+    """What `LatencyReport.to_dict` gives, and the model's name; progress on stderr."""
+    from tqdm import tqdm
+
+    from tscnc_hf.artifact.card.formatting import without_paths
+    from tscnc_hf.inference.benchmark import measure_latency
+    from tscnc_hf.inference.runtimes import RUNTIMES
+
+    model, _, size, _ = _opened(options)
+    names = tuple(options.runtimes or RUNTIMES)
+    report = measure_latency(model, size, options.batch, options.threads, names, options.seconds, say=tqdm.write)
+    if report.left_out:
+        tqdm.write(f"not installed: {', '.join(report.left_out)}")
+    return {"model": without_paths(options.model)} | report.to_dict()
+
+
+def latency_rows(found: dict[str, Any]) -> list[tuple[str, ...]]:
+    """`bench_model`'s result as rows of a table, the first its header."""
+    table = [("batch", "runtime", "median, ms", "quartiles, ms", "times sparse_compile")]
+    for row in found["rows"]:
+        ours = "" if row["times_ours"] is None else f"{row['times_ours']:.2f}"
+        quartiles = f"{row['low_ms']:.2f} to {row['high_ms']:.2f}"
+        table.append((str(row["batch"]), row["runtime"], f"{row['median_ms']:.2f}", quartiles, ours))
+    return table
+
+
+def export_model(options: argparse.Namespace) -> dict[str, Any]:
+    """{"written": the file} and what `export_onnx` gives."""
+    import torch
+
+    from tscnc_hf.inference.exporting import export_onnx
+    from tscnc_hf.method.adversarial.pixels import normalisation
+
+    if options.output is None and not Path(options.model).is_dir():
+        raise ValueError(f"{options.model} is on the Hub: say where the file goes with --output FILE")
+    model, processor, size, folder = _opened(options)
+    mean, std = normalisation(model, processor)
+    preprocessing = {"scale": "pixels in [0, 1]", "mean": mean, "std": std, "height": size[1], "width": size[2]}
+    path = Path(options.output or folder / "model.onnx")
+    return {"written": str(path)} | export_onnx(model, torch.randn(2, *size), path, preprocessing)
