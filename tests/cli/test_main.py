@@ -123,7 +123,7 @@ def test_version(capsys):
     assert run(capsys, "--version")[:2] == (0, f"tscnc-hf {cli.__version__}\n")
 
 
-@pytest.mark.parametrize("command", ["inspect", "pack", "unpack", "card", "push", "evaluate"])
+@pytest.mark.parametrize("command", ["inspect", "pack", "unpack", "card", "bench", "push", "evaluate"])
 def test_what_can_not_be_done_is_exit_code_1_with_a_reason_in_one_line(capsys, command, folders, tmp_path):
     def go(model, *more):
         first = ["--model", model] if command == "evaluate" else [model, "a/b"] if command == "push" else [model]

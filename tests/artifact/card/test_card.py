@@ -85,7 +85,7 @@ def test_sections_come_in_order_and_say_what_the_attacker_may_do(tmp_path):
     for words in ("0.1 (25.5/255)", "L-infinity", "white-box", "Not covered", "another norm", "corruptions", "patches",
                   "upper bound", "not a certificate", "steps 20", "201 of 360"):  # fmt: skip
         assert words in threat
-    assert "No speed-up on dense hardware" in text and "2503.20454" in text and "1710.01878" in text
+    assert "No speed-up by itself" in text and "2503.20454" in text and "1710.01878" in text
     assert "zhang2019theoretically" in text and "beta 6.0" in text
 
 
@@ -168,10 +168,11 @@ def test_hub_ids():
 
 def test_load_snippets_are_python_and_need_transformers_alone(tmp_path):
     text = write(tmp_path, model_name='odd "name"').read_text(encoding="utf-8")
-    stock, packed = (ast.parse(code) for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL))
+    stock, packed, fast = (ast.parse(code) for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL))
     assert len(stock.body) == 3 and stock.body[0].module == "transformers"
     assert len(packed.body) == 2 and packed.body[0].module == "tscnc_hf"
     assert all(statement.value.args[0].value == 'odd "name"' for statement in stock.body[1:] + packed.body[1:])
+    assert len(fast.body) == 2 and fast.body[0].names[0].name == "sparse_compile"
 
 
 def test_settings_that_were_not_used_are_not_claimed(tmp_path):

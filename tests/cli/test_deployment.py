@@ -1,0 +1,72 @@
+"""`tscnc bench` and `tscnc export`, on a folder that this library wrote."""
+
+import json
+
+import pytest
+
+from tests.small_models import vit
+from tscnc_hf.cli.main import main
+from tscnc_hf.inference import exporting
+
+
+@pytest.fixture
+def folder(tmp_path, tiny_vit):
+    folder = tmp_path / "model"
+    vit().save_pretrained(folder)
+    tiny_vit[1].save_pretrained(folder)
+    return folder
+
+
+def test_bench(folder, capsys):
+    options = ["--batch", "1", "3", "--threads", "1", "--runtimes", "eager", "sparse_compile", "--seconds", "1"]
+    main(["bench", str(folder), *options, "--json"])
+    out, err = capsys.readouterr()
+    found = json.loads(out)
+    assert out.count("\n") == 1 and found["model"] == "model" and found["size"] == [3, 8, 8]
+    assert [(row["batch"], row["runtime"]) for row in found["rows"]] == [
+        (batch, name) for batch in (1, 3) for name in ("eager", "sparse_compile")
+    ]
+    assert "3 images: measuring" in err
+
+
+def test_bench_for_people(folder, capsys):
+    main(["bench", str(folder), "--batch", "1", "--runtimes", "eager", "sparse_compile", "--seconds", "1"])
+    head, *rows = capsys.readouterr().out.splitlines()
+    assert head.split("  ")[0] == "batch" and [row.split()[1] for row in rows] == ["eager", "sparse_compile"]
+
+
+@pytest.mark.parametrize(
+    "options, code, message",
+    [
+        (["--batch", "0"], 2, "'0' is no number from 1 on"),
+        (["--runtimes", "TVM"], 1, "TVM: no such runtime"),
+        (["--image-size", "7", "--runtimes", "eager"], 1, "7"),
+    ],
+)
+def test_wrong_options(folder, capsys, options, code, message):
+    with pytest.raises(SystemExit) as end:
+        main(["bench", str(folder), *options])
+    assert end.value.code == code and message in capsys.readouterr().err
+
+
+def test_export(folder, capsys, monkeypatch):
+    """What the file is to say; the file itself: tests/inference/test_exporting.py."""
+    asked = {}
+
+    def export(model, example, path, preprocessing):
+        asked.update(shape=tuple(example.shape), path=path, preprocessing=preprocessing)
+        return {"zeros": 1}
+
+    monkeypatch.setattr(exporting, "export_onnx", export)
+    main(["export", str(folder), "--format", "onnx"])
+    assert capsys.readouterr().out == f"{folder / 'model.onnx'}\n"
+    assert asked["shape"] == (2, 3, 8, 8) and asked["path"] == folder / "model.onnx"
+    assert asked["preprocessing"] == {
+        "scale": "pixels in [0, 1]", "mean": [0.5] * 3, "std": [0.25] * 3, "height": 8, "width": 8,
+    }  # fmt: skip
+
+
+def test_export_of_a_hub_model_needs_a_file(capsys):
+    with pytest.raises(SystemExit):
+        main(["export", "owner/name"])
+    assert "say where the file goes with --output" in capsys.readouterr().err
