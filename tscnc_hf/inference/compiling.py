@@ -13,6 +13,7 @@ from tscnc_hf.inference.following import Call, activation_of, calls_of, chain_af
 from tscnc_hf.inference.layers import Absorbed, SparseConvImages, SparseLinear, SparseMLP, WeightIsRead
 from tscnc_hf.inference.operators import machine
 from tscnc_hf.inference.report import CompileReport, LayerRow
+from tscnc_hf.inference.residuals import fuse_residuals
 from tscnc_hf.inference.timing import interleaved
 from tscnc_hf.method.adversarial.folding import folded_copy
 from tscnc_hf.method.adversarial.pixels import logits_of
@@ -156,7 +157,7 @@ def _built(
     base: nn.Module, plan: dict[str, nn.Module], calls: dict[str, Call], expected: Tensor, example: Inputs
 ) -> nn.Module | None:
     """A copy with the plan's layers in it, tried; but those whose weights are read stay. None if no layer is left."""
-    plan, fusions = dict(plan), None
+    plan, fusions, sums = dict(plan), None, True
     while plan:
         made = copy.deepcopy(base)
         placed = {name: copy.copy(layer) for name, layer in plan.items()}
@@ -164,12 +165,16 @@ def _built(
             _replace(made, name, layer)
         fused = _fuse(made, placed, calls, fusions)
         try:
+            sums = sums and fuse_residuals(made) > 0
             difference = _difference(_logits(made, example), expected)
         except WeightIsRead as error:
             plan = {name: layer for name, layer in plan.items() if placed[name] is not error.args[1]}
             continue
         if difference <= TOLERANCE:
             return made
+        if sums:
+            sums = False
+            continue
         if not fused:
             raise RuntimeError(
                 f"the compiled model's logits differ by {difference:.1e} of their range, more than {TOLERANCE}: "
