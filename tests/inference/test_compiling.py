@@ -11,7 +11,7 @@ from torch import nn
 from tests.small_models import resnet, vit
 from tscnc_hf import sparse_compile
 from tscnc_hf.inference import compiling
-from tscnc_hf.inference.layers import SparseConv, SparseLayer, SparseMLP
+from tscnc_hf.inference.layers import Absorbed, SparseConv, SparseLayer, SparseLinear, SparseMLP
 
 
 class Everything(nn.Module):
@@ -57,8 +57,8 @@ def always_sparse(monkeypatch):
     monkeypatch.setattr("tscnc_hf.inference.choosing.SECONDS", 0.001)
     before = compiling.choose
 
-    def choose(call):
-        choice = before(call)
+    def choose(call, alike):
+        choice = before(call, alike)
         choice.dense_ms = float("inf")
         return choice
 
@@ -108,11 +108,13 @@ def test_outputs_are_those_of_the_model(name, batch, always_sparse):
         assert_same(fast, model, torch.randn(batch, 3, side + 3, side + 8))
 
 
-def test_activations_are_part_of_the_layer_before(always_sparse):
+def test_activations_are_part_of_the_layer_before(always_sparse, monkeypatch):
     model = thinned(Everything())
+    monkeypatch.setattr(compiling, "_is_long", lambda call, layer: isinstance(layer, SparseLinear))
     fast = sparse_compile(model, torch.randn(16, 3, 12, 12))
     assert fast.stem[0].activation == "relu" and isinstance(fast.stem[2], nn.Identity)
     assert isinstance(fast.mlp[0], SparseMLP) and fast.mlp[0].first.activation == "gelu"
+    assert isinstance(fast.mlp[3], Absorbed)
     assert isinstance(fast.read, nn.Linear)  # its weight is read beside
     assert isinstance(fast.grouped, nn.Conv2d)
     assert isinstance(fast.shared, SparseConv) and fast.shared.activation == "none"
@@ -206,3 +208,16 @@ def test_a_compiled_model_is_for_inference_only(always_sparse):
         fast.train()(torch.randn(2, 3, 8, 8))
     with pytest.raises(RuntimeError, match="no gradients"):
         fast.eval()(torch.randn(2, 3, 8, 8, requires_grad=True))
+
+
+@pytest.mark.parametrize("batch", [2, 16])
+def test_residual_sums_are_part_of_the_layer_before(batch, always_sparse):
+    model = thinned(timm.create_model("resnet18", num_classes=10, channels=(8, 16, 24, 32)))
+    x = torch.randn(batch, 3, 64, 64)
+    fast = sparse_compile(model, x)
+    code = fast.layer1[0].code
+    assert "residual = downsample_1" in code and "add" not in code and "act2" not in code
+    assert "residual = " in fast.layer1[1].code
+    assert fast.layer1[0].conv2.activation == "relu" and model.layer1[0].act2 is not None
+    assert_same(fast, model, x)
+    assert_same(copy.deepcopy(fast), model, torch.randn(5, 3, 80, 64))

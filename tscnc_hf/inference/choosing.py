@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from tscnc_hf.inference.following import Call
 from tscnc_hf.inference.layers import SparseConvImages, SparseConvPixels, SparseLinear, conv_padding
 from tscnc_hf.inference.operators import machine
-from tscnc_hf.inference.timing import fastest
+from tscnc_hf.inference.timing import interleaved
 
 
 FEWEST_ZEROS = 0.5  # below, no sparse kernel was ever faster, but for
 FEW_CHANNELS = 4  # a first layer among others that keep images innermost, whatever its zeros
+FEATURES = 768  # times vectors of them: what is walked at a time stays in a first cache of 48 KB
 SECONDS = 0.03  # for all kernels of a layer
 TILES = ((1, 1), (2, 2), (2, 4), (2, 7), (4, 4))  # as in `with_tile` of kernels.h
 CACHES = (None, 1 << 16, 1 << 15)  # bytes that a block of a tile may take: all, half of a usual L2, L1
@@ -39,24 +40,38 @@ class Choice:
 
 
 @torch.no_grad()
-def choose(call: Call) -> Choice:
-    """Time the layer and all kernels that can take its place."""
+def choose(call: Call, alike: dict[tuple, Choice]) -> Choice:
+    """
+    Time the layer and all kernels that can take its place.
+
+    Args:
+        alike: choices so far, by what their times depend on; a layer like one of them gets what that one got.
+    """
     layer = call.module
     zeros = 1 - int(layer.weight.count_nonzero()) / layer.weight.numel()
+    key = (repr(layer), call.shape, call.stride, round(zeros, 2))
+    if known := alike.get(key):
+        kernels = {kind: (made.like(layer), took) for kind, (made, took) in known.kernels.items()}
+        return Choice(call, zeros, known.dense_ms, kernels)
     x = _like(call)
     calls, made = {"dense": lambda: layer(x)}, {}
-    if (zeros >= FEWEST_ZEROS or call.shape[1] <= FEW_CHANNELS) and can_be_sparse(call):
+    if can_be_sparse(call) and (zeros >= FEWEST_ZEROS or _has_few_channels(layer)):
         for index, candidate in enumerate(_candidates(call)):
             # images lie innermost where the layer before has left them so
             given = _innermost(x) if candidate.kind == SparseConvImages.kind else x
             made[f"{index}"] = candidate
             calls[f"{index}"] = lambda candidate=candidate, given=given: candidate(given)
-    _, times = fastest(calls, SECONDS)
+    times = {name: timing.least for name, timing in interleaved(calls, SECONDS).items()}
     kernels: dict[str, tuple[nn.Module, float]] = {}
     for name, candidate in made.items():
         if candidate.kind not in kernels or times[name] < kernels[candidate.kind][1]:
             kernels[candidate.kind] = candidate, times[name]
-    return Choice(call, zeros, times["dense"], kernels)
+    alike[key] = Choice(call, zeros, times["dense"], kernels)
+    return alike[key]
+
+
+def _has_few_channels(layer: nn.Module) -> bool:
+    return type(layer) is nn.Conv2d and layer.in_channels <= FEW_CHANNELS
 
 
 def can_be_sparse(call: Call) -> bool:
@@ -74,6 +89,8 @@ def _candidates(call: Call) -> Iterator[nn.Module]:
         for vectors in (1, 2, 3, 4, 6, 8) if tokens < 32 else (2, 4):
             if vectors <= tokens:
                 yield SparseLinear(layer, vectors)
+                if (block := FEATURES // vectors) < layer.in_features and tokens >= 32:
+                    yield SparseLinear(layer, vectors, block)
         return
     images, _, height, width = call.shape
     yield SparseConvPixels(layer, (height, width))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping
 
 import torch
@@ -54,7 +55,8 @@ def sparse_compile(model: nn.Module, example: Inputs) -> nn.Module:
         expected = _logits(plain, example)
         calls = calls_of(base, (nn.Linear, nn.Conv2d), lambda: _run(base, example))
         layers = [call for call in calls.values() if type(call.module) in (nn.Linear, nn.Conv2d)]
-        choices = {call.name: choose(call) for call in layers}
+        alike: dict[tuple, Choice] = {}
+        choices = {call.name: choose(call, alike) for call in layers}
         models = {"before": plain}
         for name, plan in _plans(choices).items():
             made = _built(base, plan, calls, expected, example)
@@ -228,11 +230,9 @@ def _fuse(
         for after in chain_after(name, calls):
             if after.name in placed:
                 second = placed[after.name]
-                if (
-                    isinstance(layer, SparseLinear)
-                    and isinstance(second, SparseLinear)
-                    and layer.vectors == second.vectors
-                ):
+                if _is_long(calls[name], layer) and isinstance(second, SparseLinear):
+                    if second.vectors != layer.vectors:
+                        second = SparseLinear(after.module, layer.vectors, second.block_features)
                     _replace(model, name, SparseMLP(layer, second))
                     _replace(model, after.name, Absorbed(second))
                     fused.add(name)
@@ -246,6 +246,13 @@ def _fuse(
                 _replace(model, after.name, nn.Identity())
                 fused.add(name)
     return fused
+
+
+def _is_long(call: Call, layer: nn.Module) -> bool:
+    """Whether a linear layer has tokens enough for all threads: two layers at once share out nothing else."""
+    if not isinstance(layer, SparseLinear):
+        return False
+    return math.prod(call.shape[:-1]) >= 4 * torch.get_num_threads() * layer.vectors * machine()[0]
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

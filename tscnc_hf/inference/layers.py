@@ -79,6 +79,10 @@ class SparseLinear(SparseLayer):
         step = vectors * machine()[0] * 4
         self._pack(source.weight[:, :, None], self.block_features, lambda channel, tap: channel * step)
 
+    def like(self, source: nn.Linear) -> SparseLinear:
+        """Another layer's weights, walked in the same way."""
+        return SparseLinear(source, self.vectors, self.block_features)
+
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """(..., in_features) to (..., out_features); `residual` is added before the activation."""
         self._check(x)
@@ -183,6 +187,10 @@ class SparseConvPixels(SparseConv):
         self._pack(source.weight.flatten(2), self.block_channels, lambda channel, tap: channel * self.taps + tap)
         self.register_buffer("placed", self._placed(*self.size))
 
+    def like(self, source: nn.Conv2d) -> SparseConvPixels:
+        """Another layer's weights, walked in the same way."""
+        return SparseConvPixels(source, self.size, self.block_channels)
+
     def _placed(self, height: int, width: int) -> Tensor:
         """Entries with the offsets of images of this size, as `Planes` in kernels.h lays them out."""
         (kh, kw), (sy, sx), (py, px), (dy, dx) = self.kernel_size, self.stride, self.padding, self.dilation
@@ -227,6 +235,10 @@ class SparseConvImages(SparseConv):
             return (channel % self.block_channels * (height * width) + tap // kw * (dy * width) + tap % kw * dx) * step
 
         self._pack(source.weight.flatten(2), self.block_channels, offsets)
+
+    def like(self, source: nn.Conv2d) -> SparseConvImages:
+        """Another layer's weights, walked in the same way."""
+        return SparseConvImages(source, self.tile, self.block_channels)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """(n, in_channels, h, w) to (n, out_channels, h', w'), n innermost; `residual` is added before."""

@@ -60,12 +60,6 @@ def interleaved(
     return {name: Timing(times) for name, times in taken.items()}
 
 
-def fastest(calls: Mapping[str, Callable[[], object]], seconds: float) -> tuple[str, dict[str, float]]:
-    """The name of the fastest, and least milliseconds of all."""
-    times = {name: timing.least for name, timing in interleaved(calls, seconds).items()}
-    return min(times, key=times.__getitem__), times
-
-
 def ratios(numerator: Sequence[float], denominator: Sequence[float]) -> Timing:
     """Of calls that were made in turn: how many times as long one takes as the other."""
     return Timing([a / b for a, b in zip(numerator, denominator, strict=True)])
