@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # Other libraries to compare with. In a folder of their own, without what they pin: torchattacks wants requests of 2020.
 PEERS := .peers
+RUNTIMES := .peers-runtimes
+RUNTIME_PACKAGES := onnx onnx_ir onnxscript onnxruntime openvino openvino-telemetry ml_dtypes flatbuffers protobuf
 PEER_PACKAGES := torchattacks==3.5.1 foolbox==3.3.4 eagerpy==0.30.0 GitPython gitdb smmap \
 	adversarial-robustness-toolbox==1.20.1 six
 
@@ -15,8 +17,8 @@ PYTEST := -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 # Nothing that pushes to a Hub, nothing of several processes.
 FAST := tests/method tests/data tests/artifact --ignore tests/artifact/repository --ignore-glob '*shard*'
 
-.PHONY: demo docs test test-launched test-fast test-oldest test-faults test-peers test-sanitizers lint bench bench-constraints bench-slimming \
-	bench-adversary bench-packing bench-pruning bench-training bench-inputs clean
+.PHONY: demo docs test test-launched test-fast test-oldest test-faults test-peers test-runtimes test-sanitizers lint bench bench-constraints bench-slimming \
+	bench-adversary bench-packing bench-pruning bench-training bench-inputs bench-inference clean
 
 demo: $(STAMP)
 	rm -rf outputs/vit-digits-demo/checkpoint-* outputs/vit-digits-demo-dense-twin/checkpoint-*  # of a demo before
@@ -47,14 +49,21 @@ test-sanitizers: $(STAMP)
 test-peers: $(STAMP) $(PEERS)/.installed
 	PYTHONPATH=$(PEERS) $(BIN)/python -m pytest tests/peers
 
+test-runtimes: $(STAMP) $(RUNTIMES)/.installed
+	PYTHONPATH=$(RUNTIMES) $(BIN)/python -m pytest tests/inference
+
 # All figures of speed, memory and size that the README states, one after the other, on an idle machine.
-bench: bench-constraints bench-training bench-adversary bench-pruning bench-packing bench-slimming bench-inputs
+bench: bench-constraints bench-training bench-adversary bench-pruning bench-packing bench-slimming bench-inputs bench-inference
 
 bench-adversary: $(STAMP) $(PEERS)/.installed
 	PYTHONPATH=$(PEERS) $(BIN)/python tests/benchmarks/adversary.py
 
 bench-pruning: $(STAMP)
 	$(BIN)/python tests/benchmarks/pruning.py
+
+# Beside other runtimes, in a folder of their own.
+bench-inference: $(STAMP) $(RUNTIMES)/.installed
+	PYTHONPATH=$(RUNTIMES) $(BIN)/python tests/benchmarks/inference.py
 
 bench-constraints: $(STAMP)
 	$(BIN)/python tests/benchmarks/constraints.py
@@ -99,5 +108,9 @@ $(PEERS)/.installed: Makefile | $(STAMP)
 	$(BIN)/python -m pip install --quiet --upgrade --no-deps --target $(PEERS) $(PEER_PACKAGES)
 	touch $@
 
+$(RUNTIMES)/.installed: Makefile | $(STAMP)
+	$(BIN)/python -m pip install --quiet --upgrade --no-deps --target $(RUNTIMES) $(RUNTIME_PACKAGES)
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(OLDEST) $(PEERS) outputs build *.egg-info
+	rm -rf $(VENV) $(OLDEST) $(PEERS) $(RUNTIMES) outputs build *.egg-info

@@ -29,6 +29,16 @@ def test_bench(folder, capsys):
     assert "3 images: measuring" in err
 
 
+def test_what_was_measured_is_inspected(folder, capsys):
+    main(["bench", str(folder), "--batch", "2", "--runtimes", "eager", "sparse_compile", "--seconds", "1", "--save"])
+    capsys.readouterr()
+    main(["inspect", str(folder), "--no-spectrum"])
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("sparse_compile"))
+    assert line.startswith("sparse_compile, batch 2") and "times as fast as eager, the best of 1 others" in line
+    main(["inspect", str(folder), "--no-spectrum", "--json"])
+    assert len(json.loads(capsys.readouterr().out)["latency"]["rows"]) == 2
+
+
 def test_bench_for_people(folder, capsys):
     main(["bench", str(folder), "--batch", "1", "--runtimes", "eager", "sparse_compile", "--seconds", "1"])
     head, *rows = capsys.readouterr().out.splitlines()

@@ -37,15 +37,22 @@ def bench_model(options: argparse.Namespace) -> dict[str, Any]:
     from tqdm import tqdm
 
     from tscnc_hf.artifact.card.formatting import without_paths
+    from tscnc_hf.artifact.files.atomic import write_json
+    from tscnc_hf.artifact.repository.inspection import LATENCY_FILE
     from tscnc_hf.inference.benchmark import measure_latency
     from tscnc_hf.inference.runtimes import RUNTIMES
 
-    model, _, size, _ = _opened(options)
+    if options.save and not Path(options.model).is_dir():
+        raise ValueError(f"--save: {options.model} is on the Hub; give a folder here")
+    model, _, size, folder = _opened(options)
     names = tuple(options.runtimes or RUNTIMES)
     report = measure_latency(model, size, options.batch, options.threads, names, options.seconds, say=tqdm.write)
     if report.left_out:
         tqdm.write(f"not installed: {', '.join(report.left_out)}")
-    return {"model": without_paths(options.model)} | report.to_dict()
+    found = {"model": without_paths(options.model)} | report.to_dict()
+    if options.save:
+        write_json(found, folder / LATENCY_FILE)
+    return found
 
 
 def latency_rows(found: dict[str, Any]) -> list[tuple[str, ...]]:

@@ -137,6 +137,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     bench.add_argument("--runtimes", nargs="+", metavar="NAME", help="by default all that are installed")
     bench.add_argument("--seconds", type=_positive, default=10, metavar="N", help="for each batch size. Default: 10")
+    bench.add_argument("--save", action="store_true", help="keep it in the folder's latency.json, for inspect")
     export = made["export"]
     export.add_argument("--format", choices=("onnx",), default="onnx", help="of the file. Default: onnx")
     export.add_argument("--output", metavar="FILE", help="default: model.onnx beside what is read")

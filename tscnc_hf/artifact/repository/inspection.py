@@ -36,6 +36,9 @@ from tscnc_hf.method.reports.sparsity import sparsity_report
 from tscnc_hf.method.reports.spectrum import spectral_report
 
 
+LATENCY_FILE = "latency.json"  # of `tscnc bench --save`
+
+
 def inspect_model(
     repository: Repository,
     layers: bool = False,
@@ -63,7 +66,7 @@ def inspect_model(
         "metrics": [{"name", "value", ...}], "metrics_from": the file that they are from,
         "target": {"sparsity", "scope", "rows": [{"name", "shape", "numel", "kept", "rows", "live_rows"}]},
         "collapsed": what the results say, "method": options of the run, "gates", "narrowed": layers that are narrower
-        than config.json says by itself}
+        than config.json says by itself, "latency": what `tscnc bench --save` kept}
 
     Raises:
         FileNotFoundError: no weights, or no config.json.
@@ -102,6 +105,7 @@ def inspect_model(
         "method": method,
         "gates": results.get("gates"),
         "narrowed": sorted(recorded_widths(config)),
+        "latency": read_json(repository.folder / LATENCY_FILE),
     }
     return {key: value for key, value in found.items() if value not in (None, {}, [])}
 
@@ -184,6 +188,22 @@ def summary_rows(found: Mapping[str, Any]) -> list[tuple[str, str]]:
         rows.append(("gates", f"{gates['closed']} of {gates['gates']} closed and folded into the weights"))
     if layers := found.get("narrowed"):
         rows.append(("slimmed", f"{len(layers)} layers, as recorded: load it with load_slim or load_sparse"))
+    rows += _latency_rows(found.get("latency") or {})
+    return rows
+
+
+def _latency_rows(latency: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What skipping zeros gained, one row a batch size, where it was measured beside others."""
+    rows = []
+    for batch in dict.fromkeys(row["batch"] for row in latency.get("rows", ())):
+        medians = {row["runtime"]: row["median_ms"] for row in latency["rows"] if row["batch"] == batch}
+        ours = medians.pop("sparse_compile", None)
+        if ours and medians:
+            best = min(medians, key=medians.__getitem__)
+            text = (
+                f"{ours:.2f} ms, {medians[best] / ours:.2f} times as fast as {best}, the best of {len(medians)} others"
+            )
+            rows.append((f"sparse_compile, batch {batch}", f"{text} ({latency['threads']} threads)"))
     return rows
 
 
