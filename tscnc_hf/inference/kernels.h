@@ -151,8 +151,9 @@ class Scratch {
 };
 
 // sums[y][x] += value * the vector at tile + offset + y * pitch + x * step, over entries.
-template <int NY, int NX>
-inline __attribute__((always_inline)) void accumulate(const char* tile, int64_t pitch, int64_t step, const Entry* e,
+// `step` is a number or, where it is known when this is compiled, std::integral_constant: fewer registers hold addresses.
+template <int NY, int NX, class Step>
+inline __attribute__((always_inline)) void accumulate(const char* tile, int64_t pitch, Step step, const Entry* e,
                                                       const Entry* end, vec (&sums)[NY][NX]) {
   // few sums would wait for each other: several chains, added up in the end
   constexpr int CHAINS = NY * NX == 1 ? 4 : NY * NX <= 4 ? 2 : 1;
@@ -191,8 +192,10 @@ inline __attribute__((always_inline)) void accumulate(const char* tile, int64_t 
 // row, finish(output, sums) takes the finished sums. `partial` holds those of an output every `partial_pitch` floats while there are blocks to come.
 inline void nothing(int64_t) {}
 
-template <int NY, int NX, class Fill, class Expect, class Finish>
-inline __attribute__((always_inline)) void walk(const Matrix& m, int64_t first, int64_t last, const char* tile, int64_t pitch, int64_t step,
+using Adjacent = std::integral_constant<int64_t, BYTES>;
+
+template <int NY, int NX, class Step, class Fill, class Expect, class Finish>
+inline __attribute__((always_inline)) void walk(const Matrix& m, int64_t first, int64_t last, const char* tile, int64_t pitch, Step step,
                  float* partial, int64_t partial_pitch, Fill fill, Expect expect, Finish finish) {
   for (int64_t block = 0; block < m.blocks; ++block) {
     fill(block);
@@ -304,7 +307,7 @@ struct TokensOut {
 template <int V>
 inline void linear_rows(const Matrix& m, const float* tile, int64_t first, int64_t last, float* sums, int64_t pitch,
                         int64_t activation) {
-  walk<1, V>(m, first, last, reinterpret_cast<const char*>(tile), 0, BYTES, sums, pitch, nothing, nothing,
+  walk<1, V>(m, first, last, reinterpret_cast<const char*>(tile), 0, Adjacent(), sums, pitch, nothing, nothing,
              [=](int64_t output, vec (&v)[1][V]) {
                activate_all(v, activation);
 #pragma GCC unroll 16
@@ -507,7 +510,7 @@ void conv_pixels(const Matrix& m, int64_t group, const Shape& s, const float* in
       float* partial = m.blocks > 1 ? partial_memory.get(m.outputs * V * LANES) : nullptr;
       const int64_t begin = tiling.begin(tile), size = tiling.size(tile);
       const char* start = reinterpret_cast<const char*>(filled + begin);
-      walk<1, V>(m, first, last, start, 0, BYTES, partial, V * LANES, nothing, nothing, [&](int64_t output, vec (&v)[1][V]) {
+      walk<1, V>(m, first, last, start, 0, Adjacent(), partial, V * LANES, nothing, nothing, [&](int64_t output, vec (&v)[1][V]) {
         const int64_t at = (image * m.outputs + output) * pixels + begin;
         if (residual) {
 #pragma GCC unroll 16
@@ -595,8 +598,8 @@ inline void expect_window(const Shape& s, const Window& window, const float* in,
     for (int64_t x = low; x < high; ++x) __builtin_prefetch(in + y * strides.y + x * strides.x, 0, 2);
 }
 
-template <int NY, int NX, class Parallel>
-void conv_images(const Matrix& matrix, int64_t group, const Shape& shape, const float* in, const Strides& by,
+template <int NY, int NX, class Step, class Parallel>
+void conv_images_stepping(Step step, const Matrix& matrix, int64_t group, const Shape& shape, const float* in, const Strides& by,
                  float* out, const float* residual, int64_t activation, int64_t threads, Parallel parallel) {
   const Window window(shape, NY, NX);
   const int64_t down = (shape.out_height + NY - 1) / NY, across = (shape.out_width + NX - 1) / NX;
@@ -604,7 +607,7 @@ void conv_images(const Matrix& matrix, int64_t group, const Shape& shape, const 
   const int64_t groups = (matrix.outputs + group - 1) / group;
   const int64_t parts =
       threads == 1 || tiles >= 4 * threads ? 1 : std::min(groups, (4 * threads + tiles - 1) / tiles);
-  const int64_t pitch = shape.stride_y * window.width * BYTES, step = shape.stride_x * BYTES;
+  const int64_t pitch = shape.stride_y * window.width * BYTES;
   parallel(tiles * parts, [&](int64_t from, int64_t to) {
     const Matrix m = matrix;  // copies, which a store to memory can not change: they stay in registers
     const Shape s = shape;
@@ -676,6 +679,16 @@ void conv_images(const Matrix& matrix, int64_t group, const Shape& shape, const 
       walk<NY, NX>(m, first, last, reinterpret_cast<const char*>(tile), pitch, step, partial, NY * NX * LANES, fill, expect, finish);
     }
   });
+}
+
+template <int NY, int NX, class Parallel>
+void conv_images(const Matrix& m, int64_t group, const Shape& s, const float* in, const Strides& strides, float* out,
+                 const float* residual, int64_t activation, int64_t threads, Parallel parallel) {
+  if (s.stride_x == 1)
+    conv_images_stepping<NY, NX>(Adjacent(), m, group, s, in, strides, out, residual, activation, threads, parallel);
+  else
+    conv_images_stepping<NY, NX>(s.stride_x * BYTES, m, group, s, in, strides, out, residual, activation, threads,
+                                 parallel);
 }
 
 // The tiles that conv_images is built for: f(NY, NX); false where there is no such.
