@@ -55,6 +55,27 @@ def test_labels_that_only_a_later_batch_has(wrong, objective, make_config):
         plain.evaluate()
 
 
+def test_labels_of_no_class_are_not_said_to_need_outputs(make_config):
+    listed = [{"pixel_values": torch.zeros(3, 8, 8), "labels": label} for label in (0, 1, -100, 2, -1)]
+    with pytest.raises(ValueError, match=r"Outside: -100, -1. Labels below 0 .*\(2 of 5\).*drop these") as caught:
+        trainer(make_config, listed)
+    assert "num_labels" not in str(caught.value)
+    with pytest.raises(ValueError, match="Outside: 12, 15. Build the model with num_labels=16 or more"):
+        trainer(make_config, Subset(listed[:2] + [listed[0] | {"labels": 12}, listed[0] | {"labels": 15}], range(4)))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_pixels_that_are_not_finite_are_found_in_their_data_set(value, make_config):
+    items = [Items([1])[0] for _ in range(40)]
+    items[23]["pixel_values"][1, 2, 3] = value
+    said = "pixel_values are nan or infinite.*: 1 values in 1 of .* In the data set, .* has index 23"
+    with pytest.raises(ValueError, match=f"train_dataset: {said}") as caught:
+        trainer(make_config, items, max_steps=2).train()
+    assert "Normalised" not in str(caught.value)
+    with pytest.raises(ValueError, match=f"eval_dataset: {said}"):
+        trainer(make_config, items[:2], items).evaluate()
+
+
 def test_all_labels_are_looked_at_where_they_can_be(make_config):
     listed = [{"pixel_values": torch.zeros(3, 8, 8), "labels": label} for label in (0, 1, 2, 12)]
     for data in (Subset(listed, [0, 3]), ConcatDataset([listed[:2], listed[2:]])):

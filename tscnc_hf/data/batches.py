@@ -1,5 +1,6 @@
 """What a batch is, and the one function that makes it: pixels in [0, 1] and integer labels, never normalised."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,10 @@ from tscnc_hf.data.decoding import to_planes
 
 TOLERANCE = 1e-6
 LABEL_KEYS = ("labels", "label")
+
+
+class NotFinite(ValueError):
+    """Pixels that are NaN or infinite."""
 
 
 def collate(items: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
@@ -137,8 +142,15 @@ def _read_labels(item: Mapping[str, Any]) -> torch.Tensor:
 def _check_range(pixels: torch.Tensor) -> None:
     if pixels.numel() == 0:
         return
-    low, high = (float(bound) for bound in pixels.aminmax())
-    # Written so that NaN, for which every comparison is false, is refused too.
+    low, high = (float(bound) for bound in pixels.aminmax())  # both NaN where a pixel is
+    if not (math.isfinite(low) and math.isfinite(high)):
+        wrong = (~pixels.isfinite()).flatten(1)
+        images = wrong.any(1).nonzero().flatten().tolist()
+        raise NotFinite(
+            f"pixel_values are nan or infinite, allowed is [0, 1]: {int(wrong.sum())} values in {len(images)} of "
+            f"{len(pixels)} images, the first of which is number {images[0]} of this batch. Find out what makes them, "
+            "such as a division by a range that is 0, or leave these images out."
+        )
     if not (low >= -TOLERANCE and high <= 1 + TOLERANCE):
         raise ValueError(
             f"pixel_values lie in [{low:.4g}, {high:.4g}], allowed is [0, 1]. Normalised inputs are a mistake here: "

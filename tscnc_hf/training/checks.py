@@ -109,9 +109,16 @@ def check_labels(dataset_or_labels: Any, num_labels: int) -> None:
         raise ValueError("there are no labels to check; the data set is empty.")
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= num_labels:
+        wrong = torch.unique(labels[(labels < 0) | (labels >= num_labels)]).tolist()
+        advice = f"Build the model with num_labels={high + 1} or more, or give it the data set it was made for"
+        if low < 0:
+            advice = (
+                f"Labels below 0 ({int((labels < 0).sum())} of {labels.numel()}) stand for images without a class, "
+                "which nothing here leaves out: drop these images from the data set, or number all classes from 0"
+            )
         raise ValueError(
             f"labels run from {low} to {high}, but the model has {num_labels} outputs: 0 .. {num_labels - 1}. "
-            f"Build the model with num_labels={high + 1} or more, or give it the data set it was made for."
+            f"Outside: {', '.join(map(str, wrong[:5]))}{', ...' if len(wrong) > 5 else ''}. {advice}."
         )
 
 

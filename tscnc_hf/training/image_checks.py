@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from tscnc_hf.artifact.models.finetuning import fitted
+from tscnc_hf.data.batches import NotFinite
 from tscnc_hf.data.identity import random_states_kept
 from tscnc_hf.method.adversarial.pixels import Normalisation, attack_mode, pixel_logits
 from tscnc_hf.training.checks import check_labels
@@ -18,6 +20,8 @@ from tscnc_hf.training.config import TSCNCConfig
 
 
 logger = logging.get_logger(__name__)
+
+SEARCHED = 10.0  # seconds, for what a message is clearer with
 
 
 def check_images(
@@ -67,19 +71,46 @@ class CheckedLabels:
     A collator whose batches have labels that the model has outputs for. Cross-entropy takes no notice of -100, and
     an index that is too large is an error of an index somewhere.
 
+    Args:
+        role, dataset: what the batches are of, for messages.
+
     Raises:
-        ValueError: as `check_labels`.
+        ValueError: as `check_labels`, or of the collator; with the index of the first image that is not finite, where
+            one is found within `SEARCHED` seconds.
     """
 
     collator: Callable
     outputs: int | None
+    role: str = "the data set"
+    dataset: Any = None
 
     def __call__(self, items) -> Mapping[str, Any]:
+        try:
+            return self._checked(items)
+        except ValueError as error:
+            index = _first_not_finite(self.dataset) if isinstance(error, NotFinite) else None
+            found = "" if index is None else f" In the data set, the first image that is not finite has index {index}."
+            raise ValueError(f"{self.role}: {error}{found}") from error
+
+    def _checked(self, items) -> Mapping[str, Any]:
         batch = self.collator(items)
         labels = batch.get("labels") if isinstance(batch, Mapping) else None
         if self.outputs is not None and isinstance(labels, Tensor) and not labels.is_floating_point():
             check_labels(labels, self.outputs)
         return batch
+
+
+def _first_not_finite(dataset) -> int | None:
+    until = time.monotonic() + SEARCHED
+    try:
+        for index in range(len(dataset)):
+            if not torch.as_tensor(dataset[index]["pixel_values"]).isfinite().all():
+                return index
+            if time.monotonic() > until:
+                break
+    except (TypeError, KeyError, NotImplementedError, ValueError, RuntimeError):  # a stream, or images of another kind
+        pass
+    return None
 
 
 def _parts(train_dataset, eval_dataset) -> Iterator[tuple[str, Any]]:
