@@ -69,7 +69,8 @@ class TSCNCTrainer(ResumableTrainer):
     Everything else is as in `transformers.Trainer`.
 
     Raises:
-        ValueError: wrong data, data sets whose class names are not the model's, a model with nothing to prune, or an option this trainer does not support.
+        ValueError: wrong data, data sets whose class names are not the model's, a model with nothing to prune, or an
+            option this trainer does not support.
     """
 
     loss_is_scaled_for_ga = False  # our terms are means over the micro-batch: the Trainer divides by the accumulation
