@@ -11,12 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from transformers import TrainerCallback
 from transformers.testing_utils import CaptureLogger
 from transformers.utils import logging
 
 from tests.killed_runs import Recipe
 from tests.processes import run_processes
 from tests.results_page import EXAMPLE, check_results
+from tscnc_hf.artifact.files.identity import weights_digest
 from tscnc_hf.data.loading import load_image_data
 from tscnc_hf.evaluation import run
 from tscnc_hf.evaluation.page import comparison_table
@@ -178,6 +180,39 @@ def test_a_model_without_matrices_has_results(digits, tmp_path):
 # ---- shared ----
 
 
+class Normed(nn.Module):
+    pretrained_cfg = {"mean": [0.5], "std": [0.5], "input_size": [3, 8, 8]}
+
+    def __init__(self):
+        super().__init__()
+        self.flatten, self.norm, self.linear = nn.Flatten(), nn.BatchNorm1d(192), nn.Linear(192, 10)
+
+    def forward(self, x):
+        return self.linear(self.norm(self.flatten(x)))
+
+
+def train_with_statistics(data, folder: str) -> dict:
+    """Batch norm and weight averaging, each process with images of its own: which weights each has."""
+    from tscnc_hf.training.config import TSCNCConfig
+    from tscnc_hf.training.trainer import TSCNCTrainer
+
+    torch.manual_seed(0)
+    options = {
+        "use_cpu": True,
+        "max_steps": 3,
+        "per_device_train_batch_size": 4,
+        "ema_decay": 0.5,
+        "save_strategy": "no",
+    }
+    options |= {"objective": "natural", "adversary": "none", "report_to": "none", "disable_tqdm": True}
+    trainer, digests = TSCNCTrainer(Normed(), TSCNCConfig(folder, **options), train_dataset=data.train), []
+    keep = TrainerCallback()
+    keep.on_step_end = lambda *args, model=None, **kwargs: digests.append(weights_digest(model))
+    trainer.add_callback(keep)
+    trainer.train()
+    return {"steps": digests, "average": weights_digest(trainer.model), "world": trainer.args.world_size}
+
+
 def on_a_process(rank: int, folder: str, port: int) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "1"}
@@ -198,6 +233,7 @@ def on_a_process(rank: int, folder: str, port: int) -> None:
     total, model.images = sum(counts.values()) + model.images, 0
     again = evaluate(model, data.test, **options)
     found = {"results": results, "again": again, "pieces": list(counts), "images": total, "left": model.images}
+    found["trained"] = train_with_statistics(data, f"{folder}/trained")
     Path(f"{folder}/{rank}.json").write_text(json.dumps(found))
 
 
@@ -220,6 +256,8 @@ def test_two_processes_share_all_of_it(digits, tmp_path):
         one, two = ({name for name in of if name.startswith(prefix)} for of in pieces)
         assert one and two and not one & two
     assert {"sparsity", "spectrum"} <= pieces[0] | pieces[1]
+    trained = [found["trained"] for found in ranks]
+    assert trained[0] == trained[1] and len(set(trained[0]["steps"])) == 3 and trained[0]["world"] == 2
 
 
 def test_memory_that_runs_out_in_one_process_is_known_to_all(monkeypatch):

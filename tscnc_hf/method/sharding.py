@@ -90,6 +90,20 @@ def whole_state(model: nn.Module, keep: bool = True) -> dict[str, Tensor] | None
     return {name: whole[id(tensor)] for name, tensor in state.items()} if keep else None
 
 
+@torch.no_grad()
+def share_buffers_(model: nn.Module) -> None:
+    """Give the first process's floating-point buffers (a batch norm's statistics) to the others; all call this."""
+    buffers: dict[torch.dtype, list[Tensor]] = {}
+    for buffer in model.buffers():
+        if buffer.is_floating_point():
+            buffers.setdefault(buffer.dtype, []).append(buffer)
+    for alike in buffers.values():
+        whole = torch.cat([buffer.flatten() for buffer in alike])
+        dist.broadcast(whole, src=0)
+        for buffer, part in zip(alike, whole.split([buffer.numel() for buffer in alike]), strict=True):
+            buffer.copy_(part.view_as(buffer))
+
+
 def unsharded_class(model: nn.Module) -> type[nn.Module]:
     """The class that a model had before `fully_shard` put one in its place, derived from that and from FSDPModule."""
     from torch.distributed.fsdp import FSDPModule

@@ -26,7 +26,7 @@ from tscnc_hf.method.pruning.allocation import Allocation
 from tscnc_hf.method.pruning.pruner import Pruner
 from tscnc_hf.method.pruning.schedule import sparsity_at
 from tscnc_hf.method.pruning.unit_allocation import unit_allocation
-from tscnc_hf.method.sharding import copy_whole_, is_sharded, reshard_
+from tscnc_hf.method.sharding import copy_whole_, is_sharded, reshard_, share_buffers_
 from tscnc_hf.method.units.gates import (
     attach_gates,
     clamp_gates_,
@@ -177,6 +177,8 @@ class Compressor:
     def after_step(self, step: int, max_steps: int, optimizer: torch.optim.Optimizer | None = None) -> None:
         """After optimizer step `step` (from 1): masks are chosen anew while the schedule runs, and applied always."""
         args, pruner = self.args, self.pruner
+        if args.world_size > 1:  # each has its images' statistics: all attack, average, evaluate and save the first's
+            share_buffers_(self.model)
         pruner.after_step()
         if args.target_sparsity > 0:
             start, end = self._schedule(max_steps)
