@@ -18,8 +18,8 @@ import timm
 import torch
 from torch import nn
 
-from tscnc_hf.inference.benchmark import measure_latency
-from tscnc_hf.inference.runtimes import OURS, RUNTIMES
+from tscnc_hf.inference.runtimes.benchmark import measure_latency
+from tscnc_hf.inference.runtimes.installed import OURS, RUNTIMES
 
 
 def resnet18() -> nn.Module:

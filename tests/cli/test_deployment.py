@@ -6,7 +6,7 @@ import pytest
 
 from tests.small_models import vit
 from tscnc_hf.cli.main import main
-from tscnc_hf.inference import exporting
+from tscnc_hf.inference.runtimes import exporting
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def test_wrong_options(folder, capsys, options, code, message):
 
 
 def test_export(folder, capsys, monkeypatch):
-    """What the file is to say; the file itself: tests/inference/test_exporting.py."""
+    """What the file is to say; the file itself: tests/inference/runtimes/test_exporting.py."""
     asked = {}
 
     def export(model, example, path, preprocessing):

@@ -39,8 +39,8 @@ def bench_model(options: argparse.Namespace) -> dict[str, Any]:
     from tscnc_hf.artifact.card.formatting import without_paths
     from tscnc_hf.artifact.files.atomic import write_json
     from tscnc_hf.artifact.repository.inspection import LATENCY_FILE
-    from tscnc_hf.inference.benchmark import measure_latency
-    from tscnc_hf.inference.runtimes import RUNTIMES
+    from tscnc_hf.inference.runtimes.benchmark import measure_latency
+    from tscnc_hf.inference.runtimes.installed import RUNTIMES
 
     if options.save and not Path(options.model).is_dir():
         raise ValueError(f"--save: {options.model} is on the Hub; give a folder here")
@@ -69,7 +69,7 @@ def export_model(options: argparse.Namespace) -> dict[str, Any]:
     """{"written": the file} and what `export_onnx` gives."""
     import torch
 
-    from tscnc_hf.inference.exporting import export_onnx
+    from tscnc_hf.inference.runtimes.exporting import export_onnx
     from tscnc_hf.method.adversarial.pixels import normalisation
 
     if options.output is None and not Path(options.model).is_dir():

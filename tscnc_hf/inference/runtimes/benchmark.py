@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tscnc_hf.inference.compiling import TOLERANCE
-from tscnc_hf.inference.runtimes import OURS, RUNTIMES, installed, prepared
+from tscnc_hf.inference.runtimes.installed import OURS, RUNTIMES, installed, prepared
 from tscnc_hf.inference.timing import interleaved, ratios
 from tscnc_hf.method.adversarial.pixels import logits_of
 from tscnc_hf.method.reports.report import Report, markdown_table

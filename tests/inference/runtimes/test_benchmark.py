@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from tscnc_hf.inference import benchmark
-from tscnc_hf.inference.benchmark import measure_latency
-from tscnc_hf.inference.runtimes import OURS, RUNTIMES, installed
+from tscnc_hf.inference.runtimes import benchmark
+from tscnc_hf.inference.runtimes.benchmark import measure_latency
+from tscnc_hf.inference.runtimes.installed import OURS, RUNTIMES, installed
 from tscnc_hf.inference.timing import Timing, interleaved
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.small_models import resnet, vit
-from tscnc_hf.inference.exporting import export_onnx
+from tscnc_hf.inference.runtimes.exporting import export_onnx
 
 
 def test_without_the_packages_it_says_which(monkeypatch, tmp_path):
@@ -39,7 +39,7 @@ def test_export(make, tmp_path, onnxruntime):
 
 
 def test_a_file_that_computes_something_else_is_not_written(monkeypatch, tmp_path, onnxruntime):
-    monkeypatch.setattr("tscnc_hf.inference.exporting.TOLERANCE", -1.0)
+    monkeypatch.setattr("tscnc_hf.inference.runtimes.exporting.TOLERANCE", -1.0)
     with pytest.raises(ValueError, match="nothing was written: by onnxruntime the logits differ"):
         export_onnx(vit(), torch.randn(2, 3, 8, 8), tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir())

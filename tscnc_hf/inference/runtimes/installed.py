@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tscnc_hf.inference.compiling import sparse_compile
-from tscnc_hf.inference.exporting import export_onnx
+from tscnc_hf.inference.runtimes.exporting import export_onnx
 from tscnc_hf.method.adversarial.pixels import logits_of
 
 
