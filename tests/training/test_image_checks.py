@@ -76,6 +76,56 @@ def test_pixels_that_are_not_finite_are_found_in_their_data_set(value, make_conf
         trainer(make_config, items[:2], items).evaluate()
 
 
+def stacked(items):
+    """A collator of somebody else's, which looks at nothing."""
+    pixels = torch.stack([item["pixel_values"] for item in items])
+    return {"pixel_values": pixels, "labels": torch.tensor([item["labels"] for item in items])}
+
+
+class LastIs(Items):
+    """Grey images, the last one of which has other pixels."""
+
+    def __init__(self, size, pixels):
+        super().__init__([3] * size)
+        self.pixels = pixels
+
+    def __getitem__(self, place):
+        item = super().__getitem__(place)
+        return item | {"pixel_values": self.pixels(item["pixel_values"])} if place == len(self) - 1 else item
+
+
+WRONG_PIXELS = {
+    "normalised": lambda image: (image - 0.9) / 0.25,
+    "0..255": lambda image: image * 255,
+    "a little too bright": lambda image: image + 0.501,
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_PIXELS)
+def test_pixels_of_any_collator_are_in_the_range_of_attacks(wrong, make_config):
+    change, right = WRONG_PIXELS[wrong], Items([3] * 64)
+    with pytest.raises(ValueError, match=r"eval_dataset: pixel_values lie in \["):
+        trainer(make_config, right, LastIs(2, change), collator=stacked)
+    with pytest.raises(ValueError, match=r"train_dataset: pixel_values lie in \["):
+        trainer(make_config, LastIs(1, change), collator=stacked)
+    with pytest.raises(ValueError, match="pixel_values lie in"):
+        trainer(make_config, LastIs(64, change), collator=stacked).train()
+    plain = trainer(make_config, right, LastIs(64, change), collator=stacked)
+    with pytest.raises(ValueError, match="pixel_values lie in"):
+        plain.evaluate()
+    with pytest.raises(ValueError, match="pixel_values lie in"):
+        plain.predict(LastIs(64, change))
+
+
+def test_bytes_of_a_collator_are_refused(make_config):
+    def as_bytes(items):
+        batch = stacked(items)
+        return batch | {"pixel_values": batch["pixel_values"].mul(255).byte()}
+
+    with pytest.raises(ValueError, match=r"pixel_values have dtype torch.uint8; a batch needs floats in \[0, 1\]"):
+        trainer(make_config, Items([3] * 4), collator=as_bytes)
+
+
 def test_all_labels_are_looked_at_where_they_can_be(make_config):
     listed = [{"pixel_values": torch.zeros(3, 8, 8), "labels": label} for label in (0, 1, 2, 12)]
     for data in (Subset(listed, [0, 3]), ConcatDataset([listed[:2], listed[2:]])):

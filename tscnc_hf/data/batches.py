@@ -56,7 +56,7 @@ def collate(items: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> dict[str,
     if pixels.dtype == torch.uint8:
         pixels = pixels.float().div_(255)
     else:
-        _check_range(pixels)
+        check_range(pixels)
     return {"pixel_values": pixels.float(), "labels": labels.long()}
 
 
@@ -139,7 +139,10 @@ def _read_labels(item: Mapping[str, Any]) -> torch.Tensor:
     return labels
 
 
-def _check_range(pixels: torch.Tensor) -> None:
+def check_range(pixels: torch.Tensor) -> None:
+    """ValueError unless pixels are floats in [0, 1], within 1e-6; NaN is refused."""
+    if not pixels.is_floating_point():
+        raise ValueError(f"pixel_values have dtype {pixels.dtype}; a batch needs floats in [0, 1].")
     if pixels.numel() == 0:
         return
     low, high = (float(bound) for bound in pixels.aminmax())  # both NaN where a pixel is

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, Subset
 
-from tscnc_hf.data.batches import LABEL_KEYS
+from tscnc_hf.data.batches import LABEL_KEYS, check_range
 from tscnc_hf.data.streams import is_stream
 from tscnc_hf.training.resume.checkpoints import whole_checkpoint_text
 
@@ -53,6 +53,7 @@ def _check_dataset(model: nn.Module, dataset, collator: Callable) -> None:
     batch = collator([dataset[0], dataset[min(1, len(dataset) - 1)]])  # two, for collators that mix pairs
     if missing := {"pixel_values", "labels"} - set(batch):
         raise ValueError(f"a batch needs pixel_values and labels; {', '.join(sorted(missing))} missing")
+    check_range(batch["pixel_values"])
     config = getattr(model, "config", None)
     channels, given = _channels(config), batch["pixel_values"].shape[1]
     if channels not in (None, given):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from tscnc_hf.artifact.models.finetuning import fitted
-from tscnc_hf.data.batches import NotFinite
+from tscnc_hf.data.batches import NotFinite, check_range
 from tscnc_hf.data.identity import random_states_kept
 from tscnc_hf.method.adversarial.pixels import Normalisation, attack_mode, pixel_logits
 from tscnc_hf.training.checks import check_labels
@@ -66,17 +66,18 @@ def check_images(
 
 
 @dataclass
-class CheckedLabels:
+class CheckedBatches:
     """
-    A collator whose batches have labels that the model has outputs for. Cross-entropy takes no notice of -100, and
-    an index that is too large is an error of an index somewhere.
+    A collator whose batches have pixels in [0, 1], which attacks take for granted, and labels that the model has
+    outputs for: cross-entropy takes no notice of -100, and an index that is too large is an error of an index
+    somewhere.
 
     Args:
         role, dataset: what the batches are of, for messages.
 
     Raises:
-        ValueError: as `check_labels`, or of the collator; with the index of the first image that is not finite, where
-            one is found within `SEARCHED` seconds.
+        ValueError: as `check_range` and `check_labels`, or of the collator; with the index of the first image that is
+            not finite, where one is found within `SEARCHED` seconds.
     """
 
     collator: Callable
@@ -94,7 +95,10 @@ class CheckedLabels:
 
     def _checked(self, items) -> Mapping[str, Any]:
         batch = self.collator(items)
-        labels = batch.get("labels") if isinstance(batch, Mapping) else None
+        found = batch if isinstance(batch, Mapping) else {}
+        labels, pixels = found.get("labels"), found.get("pixel_values")
+        if isinstance(pixels, Tensor):
+            check_range(pixels)
         if self.outputs is not None and isinstance(labels, Tensor) and not labels.is_floating_point():
             check_labels(labels, self.outputs)
         return batch

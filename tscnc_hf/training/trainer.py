@@ -33,7 +33,7 @@ from tscnc_hf.training.checks import check_datasets, check_finite_weights, check
 from tscnc_hf.training.class_weights import balanced_weights, image_weights
 from tscnc_hf.training.compressor import Compressor, with_dense_ends
 from tscnc_hf.training.config import TSCNCConfig
-from tscnc_hf.training.image_checks import CheckedLabels, check_images
+from tscnc_hf.training.image_checks import CheckedBatches, check_images
 from tscnc_hf.training.metrics import Metrics, given, observed, spectral_metrics
 from tscnc_hf.training.publisher import Publisher, failed_pushes
 from tscnc_hf.training.resume.fsdp import check_sharding
@@ -290,7 +290,7 @@ class TSCNCTrainer(ResumableTrainer):
             dataset = FirstItems(dataset, self.args.eval_stream_images)
         given = self.data_collator
         try:
-            self.data_collator = CheckedLabels(given, self._outputs)
+            self.data_collator = CheckedBatches(given, self._outputs, role, dataset)
             return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
         finally:
             self.data_collator = given
