@@ -88,7 +88,7 @@ def test_what_is_missing_is_said_in_one_line(tmp_path, changed, message):
     if "PATH" in changed and shutil.which("ninja", path=os.path.dirname(sys.executable)):
         pytest.skip("ninja lies beside this Python")
     env = environment(**changed, **{CACHE: str(tmp_path / "kernels")})
-    (line,) = run_command([sys.executable, "-c", REASON], env=env, text=True).stdout.splitlines()
+    (line,) = run_command([sys.executable, "-c", REASON], env=env).stdout.splitlines()
     assert re.search(message, line)
     assert not list((tmp_path / "kernels").glob("*.so"))
 
@@ -96,5 +96,5 @@ def test_what_is_missing_is_said_in_one_line(tmp_path, changed, message):
 def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     env = environment(**{CACHE: str(tmp_path / "file" / "kernels")})
-    (line,) = run_command([sys.executable, "-c", REASON], env=env, text=True).stdout.splitlines()
+    (line,) = run_command([sys.executable, "-c", REASON], env=env).stdout.splitlines()
     assert "cannot be kept" in line and CACHE in line
