@@ -66,6 +66,22 @@ def test_a_test_that_fails_has_the_model_saved_before(build, make_trainer, digit
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == results
 
 
+def test_results_of_weights_that_were_changed_since_are_not_published(build, make_trainer, digits, tmp_path):
+    trainer, folder = make_trainer(build("vit")), tmp_path / "out"
+    before = trainer.test(digits.test.subset(range(8)), attacks=["clean", "pgd-1"], full=False)
+    trainer.save_model()
+    assert json.loads((folder / "results.json").read_text()) == before  # of these weights still
+    assert "PGD-1" in (folder / "README.md").read_text()
+    with torch.no_grad():
+        next(trainer.model.parameters()).add_(1)
+    trainer.create_model_card()
+    assert "PGD-1" not in (folder / "README.md").read_text()
+    trainer.save_model()
+    (kept,) = folder.glob("_results-of-*.json")
+    assert json.loads(kept.read_text()) == before and not (folder / "results.json").exists()
+    assert "PGD-1" not in (folder / "README.md").read_text()
+
+
 def test_a_test_without_what_comes_on_top(build, make_trainer, digits):
     results = make_trainer(build("vit")).test(digits.test.subset(range(8)), attacks=["clean", "pgd-1"], full=False)
     assert not {"curve", "lipschitz"} & results.keys() and results["robustness"]["masking"] is None

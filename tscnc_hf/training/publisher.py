@@ -74,11 +74,17 @@ class Publisher:
         self.results = None
         self.card_options.pop("examples", None)
 
+    def _forget_others(self, model: nn.Module) -> None:
+        """Figures of other weights than the model has now, which somebody may have changed since they were made."""
+        if self.results is not None and self.results["identity"]["weights"].get("model") != weights_digest(model):
+            self.forget_results()
+
     def write_results(self, folder: Path, model: nn.Module) -> None:
         """
         `results.json`, where there are results. Those of other weights than these are kept under another name; their
         page and figures go.
         """
+        self._forget_others(model)
         path = folder / RESULTS_FILE
         if path.is_file() and (other := _other_weights(path, model)):
             path.replace(folder / f"_results-of-{other}.json")  # which no push takes along
@@ -89,6 +95,7 @@ class Publisher:
 
     def write_card(self, folder: Path, model: nn.Module, name: str | None, log_history: Sequence[Mapping]) -> Path:
         """README.md and its figures, with what is known at the time; `name` is the repository's, if it has one."""
+        self._forget_others(model)
         options = {"model_name": name or folder.resolve().name} | self.card_options
         options |= {"robustness": None, **card_figures(self.results), "config": self.args.method_dict()}
         options |= self.facts(model) | {"log_history": list(log_history)}
