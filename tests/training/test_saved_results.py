@@ -82,6 +82,24 @@ def test_results_of_weights_that_were_changed_since_are_not_published(build, mak
     assert "PGD-1" not in (folder / "README.md").read_text()
 
 
+def test_what_was_tested_is_what_the_folder_holds(build, make_trainer, digits, tmp_path):
+    folder, data, options = tmp_path / "out", digits.test.subset(range(8)), {"attacks": ["clean"], "full": False}
+    trainer = make_trainer(build("vit"), max_steps=1)
+    trainer.train()
+    trainer.test(data, **options)
+    with torch.no_grad():  # at the same step, as when the best model is loaded
+        next(trainer.model.parameters()).add_(1)
+    results = trainer.test(data, **options)
+    assert json.loads((folder / "results.json").read_text()) == results
+    stock = AutoModelForImageClassification.from_pretrained(folder)
+    assert all(torch.equal(stock.state_dict()[name], value) for name, value in trainer.model.state_dict().items())
+    kept = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    with pytest.raises(ValueError, match="holds a model with other weights.*another output_dir, or call save_model"):
+        make_trainer(build("vit", seed=3)).test(data, **options)
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == kept
+    assert make_trainer((stock, trainer.processing_class)).test(data, **options)["identity"] == results["identity"]
+
+
 def test_a_test_without_what_comes_on_top(build, make_trainer, digits):
     results = make_trainer(build("vit")).test(digits.test.subset(range(8)), attacks=["clean", "pgd-1"], full=False)
     assert not {"curve", "lipschitz"} & results.keys() and results["robustness"]["masking"] is None

@@ -9,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 
 import torch
+from accelerate.utils import broadcast_object_list
 from huggingface_hub import CommitInfo
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback
@@ -16,9 +17,12 @@ from transformers.trainer_utils import HubStrategy, PredictionOutput
 from transformers.utils import logging
 
 from tscnc_hf.artifact.card.formatting import collapse_text, without_paths
+from tscnc_hf.artifact.files.identity import weights_digest
 from tscnc_hf.artifact.files.state import STATE_FILE, save_state
+from tscnc_hf.artifact.models.loading import holds_weights
 from tscnc_hf.artifact.models.preprocessing import preprocessing
 from tscnc_hf.artifact.models.saving import check_publishable, disk_state, refuse_parts
+from tscnc_hf.artifact.models.weights import has_weights
 from tscnc_hf.data.batches import collate, collate_unlabelled
 from tscnc_hf.data.class_names import SameClasses
 from tscnc_hf.data.streams import FirstItems, has_length, is_stream
@@ -133,7 +137,8 @@ class TSCNCTrainer(ResumableTrainer):
         check_sharding(self)
         self.callback_handler.callbacks.insert(0, StepCallback(self))  # masks first: whatever follows sees them
         self._micro_batch = self._eval_batches = 0
-        self._saved_at = 0  # the step of the weights that were last published
+        self._trained = False
+        self._published: str | None = None  # digest of the weights that were last written to the output folder
         self._optimizer_is_ours = False  # made by `create_optimizer`, not given
         self._until_backward: ExitStack | None = None  # during a step: what is undone when it is over
         self.clear_terms()
@@ -356,8 +361,9 @@ class TSCNCTrainer(ResumableTrainer):
         """
         The final figures, on data that training has not seen: robustness, sparsity and spectrum. Written to
         `results.json` in the output folder and shown on the card. Several processes share the work. A test that was
-        cut off goes on when the same weights are tested again. A model that was trained and not saved since is saved
-        first: whatever happens to the test, it is there.
+        cut off goes on when the same weights are tested again. A model that was trained or changed and not saved since
+        is saved first: whatever happens to the test, it is there. ValueError where the folder holds another model,
+        which was not written by this trainer.
 
         Args:
             attacks: see `make_attack`.
@@ -374,7 +380,7 @@ class TSCNCTrainer(ResumableTrainer):
             if n is None:
                 raise ValueError("a stream is tested on its first n images: give n")
             dataset, n = list(islice(dataset, n)), None
-        if self.state.global_step != self._saved_at:
+        if not self._is_published():
             self.save_model(_internal_call=True)  # pushes nothing
         with (
             self.writing("The results", args.output_dir),
@@ -405,11 +411,34 @@ class TSCNCTrainer(ResumableTrainer):
             )
         return publisher.results
 
+    def _is_published(self) -> bool:
+        """
+        Whether a test has nothing to save: the output folder holds these weights, or the model was neither trained nor
+        saved here and the folder has no other. The first process looks, so that all decide alike.
+
+        Raises:
+            ValueError: it holds a model that this trainer has not written, with other weights.
+        """
+        folder, found = Path(self.args.output_dir), None
+        with self.compressor.published(self.is_world_process_zero()) as model:
+            if self.is_world_process_zero():
+                if self._trained or self._published is not None:
+                    found = weights_digest(model) == self._published
+                else:
+                    found = "other" if has_weights(folder) and not holds_weights(folder, model) else True
+        (found,) = broadcast_object_list([found])
+        if found == "other":
+            raise ValueError(
+                f"{folder} holds a model with other weights, and results of this one would lie beside it: test with "
+                "another output_dir, or call save_model() first, which replaces that model"
+            )
+        return found
+
     # ---- saving, loading, publishing ----
 
     def train(self, *args, **kwargs):
         self.publisher.forget_results()  # of other weights, from now on
-        self._saved_at = None
+        self._trained, self._published = True, None
         self.compressor.restart()  # weights may have been frozen since it was made
         if self._optimizer_is_ours:  # of a training before: its moments, and perhaps of other weights
             self.optimizer, self._optimizer_is_ours = None, False
@@ -448,6 +477,7 @@ class TSCNCTrainer(ResumableTrainer):
             if not is_checkpoint and self.args.should_save:
                 self.publisher.write_extras(folder, model)
                 self.publisher.write_results(folder, model)
+                self._published = weights_digest(model) if folder == published else self._published
         if is_checkpoint:
             state = compressor.state()
             if self.args.should_save:
@@ -455,7 +485,6 @@ class TSCNCTrainer(ResumableTrainer):
             return
         with self.writing("The card", published):
             self._write_card(folder)
-        self._saved_at = self.state.global_step if folder == published else self._saved_at
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         reshard_(self.model)

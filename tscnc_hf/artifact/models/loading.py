@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoImageProcessor, PreTrainedModel
 
+from tscnc_hf.artifact.files.identity import weights_digest
 from tscnc_hf.artifact.files.tensor_file import unreadable
 from tscnc_hf.artifact.models.config import CONFIG_FILE, class_of, config_digest, label_fields, read_config
 from tscnc_hf.artifact.models.preprocessing import preprocessing
@@ -186,6 +187,16 @@ def load_weights(model: nn.Module, folder: str | os.PathLike) -> None:
         return
     for name, tensor in own.items():  # they share memory with the parameters
         copy_whole_(tensor, state[name])
+
+
+def holds_weights(folder: str | os.PathLike, model: nn.Module) -> bool:
+    """Whether a checkpoint folder has exactly the model's weights."""
+    other = copy.deepcopy(model)
+    try:
+        load_weights(other, folder)
+    except (OSError, ValueError):  # none, damaged ones, or those of another network
+        return False
+    return weights_digest(other) == weights_digest(model)
 
 
 def build_exactly(
