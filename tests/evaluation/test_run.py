@@ -33,6 +33,19 @@ def evaluate(robust_network, digits, as_they_are):
     return run
 
 
+class Read:
+    """Items that are known when they are read."""
+
+    def __init__(self, items):
+        self.items = items
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, place):
+        return self.items[place]
+
+
 class Pixels:
     image_mean, image_std = [0.0], [1.0]
 
@@ -103,11 +116,26 @@ def test_a_state_of_other_data_is_refused(changed, evaluate, digits, tmp_path):
         evaluate(data=data, state_folder=tmp_path, n=20)
 
 
+def test_one_corrected_item_of_many_is_other_data(evaluate, digits, tmp_path, monkeypatch):
+    """Also where it is none of those that are looked at first; what is reused is said."""
+    data = [digits.test[index] for index in range(300)]
+    options = {"n": 8, "attacks": "clean", "state_folder": tmp_path}
+    said = []
+    monkeypatch.setattr(robustness, "announce", lambda text, progress: said.append(text))
+    evaluate(data=data, **options)
+    assert said == []
+    evaluate(data=[dict(item) for item in data], **options)
+    assert said == [f"8 of 8 images were attacked before: what {tmp_path} has is used"]
+    for changed in ({"labels": (data[2]["labels"] + 1) % 10}, {"pixel_values": 1 - data[2]["pixel_values"]}):
+        with pytest.raises(ValueError, match="holds an evaluation with another data"):
+            evaluate(data=[*data[:2], data[2] | changed, *data[3:]], **options)
+
+
 def test_labels_that_changed_in_an_unfinished_batch(evaluate, digits, robust_network, tmp_path):
-    data = [digits.test[index] for index in range(100)]
+    data = Read([digits.test[index] for index in range(100)])
     with pytest.raises(KeyboardInterrupt):
         evaluate(Fuse(robust_network, 20), data=data, state_folder=tmp_path, batch_size=100)
-    data[4]["labels"] = (data[4]["labels"] + 1) % 10  # not among the images that are looked at first
+    data[1]["labels"] = (data[1]["labels"] + 1) % 10  # not among the images that are looked at first
     with pytest.raises(ValueError, match="other labels for images 0 to 99: the data set has changed"):
         evaluate(state_of(robust_network), data=data, state_folder=tmp_path, batch_size=100)
 

@@ -38,8 +38,9 @@ def digest(parts: Iterable[Any]) -> str:
 def dataset_identity(dataset: Any) -> dict[str, Any]:
     """
     What tells a data set from others, plain JSON types. Ours say it themselves (`identity`). Of any other with a
-    length: how many items, and a digest of the labels of up to 64 of them, as pixels may be augmented at random; of a
-    `Subset` or `ConcatDataset` of ours, theirs. Of a stream nothing is known. Random states are left as they were.
+    length: how many items, and a digest of all labels where they are at hand (`stored_labels`), else of those of up to
+    64 items; not of pixels, which may be augmented at random, but where the items are a list. Of a `Subset` or
+    `ConcatDataset` the parts'. Of a stream nothing is known. Random states are left as they were.
     """
     if isinstance(own := getattr(dataset, "identity", None), Mapping):
         return dict(own)
@@ -48,14 +49,49 @@ def dataset_identity(dataset: Any) -> dict[str, Any]:
     if isinstance(dataset, ConcatDataset):
         return {str(place): dataset_identity(part) for place, part in enumerate(dataset.datasets)}
     try:
-        size = len(dataset)
+        size, labels = len(dataset), stored_labels(dataset)
         with random_states_kept():
-            items = [dataset[place] for place in spread(size)]
+            items = dataset if isinstance(dataset, list) else [dataset[place] for place in spread(size)]
     except (TypeError, NotImplementedError, KeyError):
         return {}
-    found = {"items": size}
-    labels = [item[key] for item in items if isinstance(item, Mapping) for key in LABEL_KEYS if key in item]
-    return found | ({"labels": digest(np.asarray(label) for label in labels)} if labels else {})
+    found, items = {"items": size}, [item for item in items if isinstance(item, Mapping)]
+    if labels is None:
+        labels = [item[key] for item in items for key in LABEL_KEYS if key in item]
+    if isinstance(dataset, list):
+        found["pixels"] = digest(_array(item["pixel_values"]) for item in items if "pixel_values" in item)
+    return found | ({"labels": digest(_array(label) for label in labels)} if len(labels) else {})
+
+
+def stored_labels(dataset: Any) -> np.ndarray | None:
+    """
+    All class ids of a data set with a length, integers (n,), where no image need be read for them: of a column, of a
+    list of items, of an attribute `labels` that has one integer an item. None where there are none such.
+    """
+    if isinstance(dataset, Subset):
+        labels = stored_labels(dataset.dataset)
+        return None if labels is None else labels[list(dataset.indices)]
+    if isinstance(dataset, ConcatDataset):
+        parts = [stored_labels(part) for part in dataset.datasets]
+        return None if any(part is None for part in parts) else np.concatenate(parts)
+    key = next((key for key in LABEL_KEYS if key in (getattr(dataset, "column_names", None) or ())), None)
+    if key is not None:
+        labels = dataset.select_columns([key]).with_format("numpy")[:][key]
+    elif isinstance(dataset, list) and all(isinstance(item, Mapping) for item in dataset):
+        found = [next((item[key] for key in LABEL_KEYS if key in item), None) for item in dataset]
+        labels = [label.tolist() if isinstance(label, torch.Tensor) else label for label in found]
+    else:
+        labels = getattr(dataset, "labels", None)
+    try:
+        labels = _array(labels)
+    except (TypeError, ValueError, RuntimeError):
+        return None
+    return labels if labels.shape == (len(dataset),) and np.issubdtype(labels.dtype, np.integer) else None
+
+
+def _array(value: Any) -> np.ndarray:
+    if not isinstance(value, torch.Tensor):
+        return np.asarray(value)
+    return (value.float() if value.dtype == torch.bfloat16 else value).detach().cpu().numpy()
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from tscnc_hf.evaluation.duration import estimate, estimate_text, timed
 from tscnc_hf.evaluation.measures.classes import collapse, confusion
 from tscnc_hf.evaluation.measures.masking import masking_report
 from tscnc_hf.evaluation.measures.robustness_report import AttackResult, RobustnessReport
-from tscnc_hf.evaluation.memory import InParts, halving
+from tscnc_hf.evaluation.memory import InParts, announce, halving
 from tscnc_hf.evaluation.state import FORMAT, EvaluationState, OtherEvaluation, data_identity
 from tscnc_hf.evaluation.subset import drawn
 from tscnc_hf.method.adversarial.ball import check_norm
@@ -195,11 +195,15 @@ class Robustness:
         found = {index: state.read(_name(index)) for index in range(state.rank, len(batches), state.world)}
         names = {attack.name for attack in made}
         todo = [index for index, result in found.items() if result is None or not names <= result.keys()]
+        if done := sum(len(batches[i]) for i in found if i not in todo) * state.world:
+            announce(
+                f"{min(done, n)} of {n} images were attacked before: what {state.folder} has is used", self.progress
+            )
         # a loader draws a seed from torch's global generator unless it has one of its own
         loader = DataLoader(
             self.dataset, batch_sampler=[batches[i] for i in todo], collate_fn=collate, generator=torch.Generator()
         )
-        bar = tqdm(total=n, initial=sum(len(batches[i]) for i in found if i not in todo) * state.world, unit="img",
+        bar = tqdm(total=n, initial=min(done, n), unit="img",
                    desc="Robust evaluation", disable=not self.progress or state.rank > 0)  # fmt: skip
         in_parts = InParts()
         with attack_mode(self.model), bar:
