@@ -5,9 +5,10 @@ import pytest
 import torch
 from sklearn.utils.class_weight import compute_class_weight
 from torch import nn
-from torch.utils.data import ConcatDataset, IterableDataset, Subset
+from torch.utils.data import ConcatDataset, Dataset, IterableDataset, Subset
 
 from tscnc_hf.method.adversarial.objectives import OBJECTIVES, objective_terms
+from tscnc_hf.training.checks import check_labels
 from tscnc_hf.training.class_weights import balanced_weights, image_weights
 
 
@@ -41,6 +42,30 @@ def test_of_a_dataset_only_the_labels_are_read(digits):
     rows.set_transform(lambda batch: 1 / 0)
     assert torch.equal(balanced_weights(nn.Linear(1, 1), rows), balanced_weights(nn.Linear(1, 1), items(LABELS)))
     assert balanced_weights(nn.Linear(1, 1), digits.train).shape == (10,)
+
+
+@pytest.mark.parametrize(
+    "labels", [[0, 1, 2, 3], range(4), ["cat"] * 20, None, {"cat": 0}, np.zeros(20), [[0]] * 20, torch.tensor(3)]
+)
+def test_an_attribute_that_is_not_the_label_of_each_image_is_passed_over(labels):
+    class Own(Dataset):
+        def __init__(self):
+            self.items, self.labels = items(LABELS), labels
+
+        def __len__(self):
+            return len(self.items)
+
+        def __getitem__(self, place):
+            return self.items[place]
+
+    own, expected = Own(), balanced_weights(nn.Linear(1, 1), items(LABELS))
+    for data in (own, ConcatDataset([own]), Subset(own, range(20))):
+        assert torch.equal(balanced_weights(nn.Linear(1, 1), data), expected)
+    with pytest.raises(TypeError, match="cannot read labels off Own"):
+        check_labels(own, 4)
+    own.labels = np.array(LABELS)
+    with pytest.raises(ValueError, match="labels run from 0 to 3"):
+        check_labels(own, 3)
 
 
 def test_what_has_no_classes_to_count_is_refused(build, make_trainer):

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import ConcatDataset, Subset
 
-from tscnc_hf.data.batches import LABEL_KEYS, check_range
+from tscnc_hf.data.batches import check_range
+from tscnc_hf.data.identity import stored_labels
 from tscnc_hf.data.streams import is_stream
 from tscnc_hf.training.resume.checkpoints import whole_checkpoint_text
 
@@ -124,17 +124,9 @@ def check_labels(dataset_or_labels: Any, num_labels: int) -> None:
 
 
 def _labels_of(given: Any) -> Any:
-    if isinstance(given, Subset):
-        return torch.as_tensor(_labels_of(given.dataset))[torch.as_tensor(given.indices, dtype=torch.int64)]
-    if isinstance(given, ConcatDataset):
-        return torch.cat([torch.as_tensor(_labels_of(part)) for part in given.datasets])
-    key = next((key for key in LABEL_KEYS if key in (getattr(given, "column_names", None) or ())), None)
-    if key is not None:
-        return given.select_columns([key]).with_format("numpy")[:][key]
-    if isinstance(given, Sequence) and len(given) and isinstance(given[0], Mapping):
-        return [int(item["labels"] if "labels" in item else item["label"]) for item in given]
-    if hasattr(given, "labels"):
-        return given.labels
-    if isinstance(given, (torch.Tensor, np.ndarray, Sequence)):
+    items = isinstance(given, Sequence) and len(given) and isinstance(given[0], Mapping)
+    if isinstance(given, (torch.Tensor, np.ndarray, Sequence)) and not items:
         return given
+    if (labels := stored_labels(given)) is not None:
+        return labels
     raise TypeError(f"cannot read labels off {type(given).__name__}; give the class ids as a tensor or a list.")

@@ -7,9 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import ConcatDataset, Subset
 
-from tscnc_hf.data.batches import LABEL_KEYS
+from tscnc_hf.data.identity import stored_labels
 
 
 def balanced_weights(model: nn.Module, dataset: Any) -> Tensor:
@@ -50,14 +49,7 @@ def image_weights(weights: Tensor, y: Tensor) -> Tensor:
 
 def labels_of(dataset: Any) -> Any:
     """The labels of a data set with a length, in its order; images are read only where there is no other way."""
-    if isinstance(dataset, Subset):
-        return np.asarray(labels_of(dataset.dataset))[list(dataset.indices)]
-    if isinstance(dataset, ConcatDataset):
-        return np.concatenate([np.asarray(labels_of(part)) for part in dataset.datasets])
-    key = next((key for key in LABEL_KEYS if key in (getattr(dataset, "column_names", None) or ())), None)
-    if key is not None:
-        return dataset.select_columns([key]).with_format("numpy")[:][key]
-    if isinstance(own := getattr(dataset, "labels", None), (Tensor, np.ndarray, list)):
-        return own
+    if (labels := stored_labels(dataset)) is not None:
+        return labels
     items = (dataset[place] for place in range(len(dataset)))
     return [np.asarray(item["labels"] if "labels" in item else item["label"]) for item in items]
