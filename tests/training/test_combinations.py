@@ -65,6 +65,21 @@ def test_bf16(plain, build, make_trainer, watcher):
     assert losses == pytest.approx(plain[1], rel=1e-2) and losses != plain[1]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_weights_of_another_dtype_get_pixels_of_it(dtype, build, make_trainer):
+    model, processor = build("resnet-stride-8")
+    trainer = make_trainer((model.to(dtype), processor), max_steps=2, tsc_weight=0.0, target_sparsity=0.0)
+    trainer.train()
+    assert "eval_robust_accuracy" in trainer.evaluate()
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+
+
+@pytest.mark.parametrize("kind", ["bf16", "fp16"])
+def test_rounding_the_weights_to_evaluate_is_refused(kind, make_config):
+    with pytest.raises(ValueError, match=f"{kind}_full_eval rounds the weights themselves .* use {kind}=True"):
+        make_config(**{f"{kind}_full_eval": True})
+
+
 def test_figures_of_a_model_trained_in_bf16_are_those_of_the_saved_one(build, make_trainer, digits, tmp_path):
     """Which computes in float32; training goes on in bf16."""
     trainer = make_trainer(build("vit"), max_steps=2, bf16=True, tsc_weight=0.0, eval_attack_steps=0)

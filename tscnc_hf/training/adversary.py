@@ -12,7 +12,7 @@ from tscnc_hf.method.adversarial.awp import moved, weight_perturbation
 from tscnc_hf.method.adversarial.folding import FoldedCopy, folded_copy
 from tscnc_hf.method.adversarial.noise import PlacedNoise
 from tscnc_hf.method.adversarial.pgd import craft, pgd
-from tscnc_hf.method.adversarial.pixels import LogitsFn, attack_mode, pixel_logits
+from tscnc_hf.method.adversarial.pixels import LogitsFn, attack_mode, parameter_dtype, pixel_logits
 from tscnc_hf.method.matrices import weight_matrices
 from tscnc_hf.method.sharding import is_sharded
 from tscnc_hf.training.config import TSCNCConfig
@@ -106,7 +106,7 @@ class Adversary:
         if not self.args.fold_batch_norm or is_sharded(model):  # a copy would have to gather each step
             return model
         if self._folded is None:
-            self._folded = folded_copy(model, x[:2]) or False
+            self._folded = folded_copy(model, x[:2].to(parameter_dtype(model))) or False
         elif self._folded:
             self._folded.refresh()
         return self._folded.model if self._folded else model

@@ -274,6 +274,12 @@ class TSCNCConfig(TrainingArguments):
                 f"pruning_criterion={self.pruning_criterion!r} with pruning_scope={self.pruning_scope!r} learns from "
                 "the steps between pruning_start and pruning_end, which are the same here: let pruning_end be later"
             )
+        for name in ("bf16_full_eval", "fp16_full_eval"):
+            if getattr(self, name):
+                raise ValueError(
+                    f"{name} rounds the weights themselves after training, and what is saved then: leave it off, and "
+                    f"use {name.removesuffix('_full_eval')}=True, under which evaluation is in half precision, too"
+                )
         if self.enable_jit_checkpoint:
             raise ValueError(
                 "enable_jit_checkpoint saves in the middle of a step, which can not be resumed exactly, and then goes "

@@ -100,8 +100,8 @@ def pixel_logits(
     Wrap a classifier as a function of pixels.
 
     Args:
-        model (`nn.Module`, or a function like one): takes normalised images (b, c, h, w); returns logits (b, k) or an
-            output with `.logits`.
+        model (`nn.Module`, or a function like one): takes normalised images (b, c, h, w), which a module gets in the
+            dtype of its parameters; returns logits (b, k) or an output with `.logits`.
         mean, std (`Sequence[float]`): per channel (or one value for all), in pixel units.
         order (`Sequence[int]`, *optional*): the image's channel behind each of the model's; see `Normalisation`.
 
@@ -113,10 +113,18 @@ def pixel_logits(
     def forward(pixels: Tensor) -> Tensor:
         pixels = pixels if order is None else torch.stack([pixels[:, channel] for channel in order], dim=1)
         offset, scale = _per_channel(mean, pixels.device), _per_channel(std, pixels.device)
+        inputs = (pixels - offset) / scale
+        if isinstance(model, nn.Module) and (dtype := parameter_dtype(model)) is not None:
+            inputs = inputs.to(dtype)
         # fp32 at least: the sign of a half-precision loss gradient can underflow to zero
-        return logits_of(model((pixels - offset) / scale)).float()
+        return logits_of(model(inputs)).float()
 
     return forward
+
+
+def parameter_dtype(model: nn.Module) -> torch.dtype | None:
+    """The floating dtype of the model's first parameter that has one."""
+    return next((parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()), None)
 
 
 def logits_of(output: object) -> Tensor:
