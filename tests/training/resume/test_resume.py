@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Trainer
 
+from tests.trainers import never_collapsed
 from tscnc_hf.artifact.files.identity import RunIdentity
 from tscnc_hf.data.loading import load_image_data
 from tscnc_hf.training.resume.checkpoints import FILE_LIST
@@ -104,6 +105,33 @@ def test_a_cut_during_epsilon_warmup_with_evaluation_and_a_best_model(build, mak
     assert differing(whole, resumed) == []
     assert resumed.state.best_metric == whole.state.best_metric
     assert resumed.state.best_global_step == whole.state.best_global_step
+
+
+def test_a_moved_folder_takes_its_best_model_along(build, make_trainer, tmp_path):
+    """A finished run; where it was there is another one by now."""
+    options = {"max_steps": 3, "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    options |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_chosen", "target_sparsity": 0.0}
+    made = []
+
+    def chosen(prediction):
+        step = made[-1].state.global_step if made else 0
+        return never_collapsed(prediction) | {"chosen": -abs(step - 2.0)}
+
+    def trainer(folder):
+        made.append(make_trainer(build("vit"), output_dir=str(folder), compute_metrics=chosen, **options))
+        return made[-1]
+
+    first = trainer(tmp_path / "old")
+    first.train()
+    assert first.state.best_global_step == 2
+    shutil.copytree(tmp_path / "old", tmp_path / "new")
+    for gone in (False, True):
+        if gone:
+            shutil.rmtree(tmp_path / "old")
+        again = trainer(tmp_path / "new")
+        again.train(resume_from_checkpoint=True)
+        assert Path(again.state.best_model_checkpoint) == tmp_path / "new" / "checkpoint-2"
+        assert all(torch.equal(w, again.model.state_dict()[name]) for name, w in first.model.state_dict().items())
 
 
 @pytest.mark.parametrize("kind", ["vit", "resnet"])

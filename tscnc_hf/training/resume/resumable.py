@@ -164,6 +164,11 @@ class ResumableTrainer(Trainer):
         """Upstream takes one more step where a run that is over is resumed and its last epoch was not whole."""
         args = (max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial)
         place = super()._init_training_state(*args)
+        if resume_from_checkpoint and self.state.best_global_step:
+            name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+            beside = os.path.join(os.path.dirname(os.path.normpath(resume_from_checkpoint)), name)
+            if os.path.isdir(beside):  # the folder may have moved, and where it was there may be another run
+                self.state.best_model_checkpoint = beside
         if self.state.global_step >= max_steps:
             return num_train_epochs, 0
         if self.state.global_step and num_train_epochs == sys.maxsize and not self.args.ignore_data_skip:
