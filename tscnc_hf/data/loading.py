@@ -13,6 +13,7 @@ from tscnc_hf.data.augmentation import check_augmentation
 from tscnc_hf.data.batches import collate
 from tscnc_hf.data.columns import encode_labels, find_columns, labelled_rows, normal_name, read_labels
 from tscnc_hf.data.decoding import CHANNELS, Fit, decode_rows, decoder_for
+from tscnc_hf.data.folders import image_folder_splits, refuse_shared_files
 from tscnc_hf.data.identity import spread
 from tscnc_hf.data.image_datasets import ImageStreamDataset, ImageTensorDataset
 from tscnc_hf.data.splits import first_rows, stratified_split
@@ -81,7 +82,7 @@ def load_image_data(
 
     Args:
         dataset: "digits" (scikit-learn's 1,797 8x8 images, no download), a Hub id, or a folder of parquet files or of
-            images (`train/<class>/<file>`).
+            images: `<split>/<class>/<file>`, the splits named train, val and test in any case, or `<class>/<file>`.
         image_column, label_column: names; found by type when None.
         image_size: side, or (h, w), in pixels. The shorter side is resized, then the centre cropped. None keeps the
             stored size, which then must be the same for all images.
@@ -295,8 +296,13 @@ def _load_splits(
         dataset, name = str(folder), folder.resolve().name
     elif folder.is_absolute() or dataset.startswith(("./", "../", "~")) or dataset.count("/") > 1:
         raise FileNotFoundError(f"there is no folder {dataset!r}. Give an existing folder, a Hub id, or 'digits'.")
+    splits = image_folder_splits(folder) if folder.is_dir() else None
+    saved = (folder / datasets.config.DATASET_STATE_JSON_FILENAME).exists()  # load_dataset says what to do
     try:
-        splits = datasets.load_dataset(dataset, revision=revision)
+        if splits is None and folder.is_dir() and not saved:
+            splits = _read_folder(folder)
+        elif splits is None:
+            splits = datasets.load_dataset(dataset, revision=revision)
     except (FileNotFoundError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
         raise ValueError(
             f"data set {dataset!r} cannot be read: {error.__cause__ or error}. Give a Hub id, or a folder of parquet "
@@ -317,6 +323,16 @@ def _load_splits(
     if folder.is_dir():
         _refuse_other_names(folder)
     return {split: splits[split] for split in used if split in splits}, name
+
+
+def _read_folder(folder: Path) -> dict[str, Any]:
+    """What `datasets.load_dataset` makes of a folder, no file of which is in two splits."""
+    import datasets
+
+    builder = datasets.load_dataset_builder(str(folder))
+    refuse_shared_files(folder, builder.config.data_files or {})
+    builder.download_and_prepare()
+    return builder.as_dataset()
 
 
 def _choose_rows(
