@@ -114,6 +114,17 @@ def test_grey_is_chosen_by_the_data_and_said(tmp_path):
     assert "grey" not in load_image_data(mixed).description
 
 
+@pytest.mark.parametrize("colour", [range(1, 40, 2), range(31, 32)], ids=["half", "one"])
+def test_grey_mixed_with_colour_is_not_called_grey(colour, tmp_path):
+    images = [encoded(picture(i, mode="RGB" if i in colour else "L")) for i in range(40)]
+    folder = write_parquet(tmp_path / "d", images=images, features=typed())
+    description = load_image_data(folder).description
+    assert "grey" not in description and "in 2 classes (cat, dog)" in description
+    grey = write_parquet(tmp_path / "g", images=images[:1] * 20, features=typed())
+    streamed = load_image_data(grey, image_size=8, in_memory=False).description
+    assert "grey images in three equal channels (16 were looked at)" in streamed
+
+
 @pytest.mark.parametrize("mode", ["P", "RGBA", "CMYK", "I;16", "LA"])
 def test_grey_in_every_mode(mode, tmp_path):
     made = [picture(i, mode="L") for i in range(20)]

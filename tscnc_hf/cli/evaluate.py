@@ -106,6 +106,7 @@ def evaluate_model(arguments: EvaluationArguments) -> dict:
 
     from tscnc_hf.artifact.card.formatting import without_paths
     from tscnc_hf.artifact.models.loading import load_model
+    from tscnc_hf.data.class_names import some_names
     from tscnc_hf.evaluation.attacks import make_attack
     from tscnc_hf.evaluation.page import comparison_table
     from tscnc_hf.evaluation.run import evaluate
@@ -136,7 +137,9 @@ def evaluate_model(arguments: EvaluationArguments) -> dict:
     n = len(data.test) if arguments.n is None else min(arguments.n, len(data.test))
     folder, name = Path(arguments.output_dir), without_paths(arguments.model)
     say(f"Model: {name}, {sum(p.numel() for p in model.parameters()):,} parameters, on {device}")
-    say(f"Data: {n} of {len(data.test)} test images of {data.name}, {data.image_size[0]}x{data.image_size[1]}")
+    size = "x".join(map(str, data.image_size))
+    named = f"{len(data.class_names)} classes ({some_names(data.class_names)})"
+    say(f"Data: {n} of {len(data.test)} test images of {data.name}, {size}, {named}")
     try:
         results = evaluate(
             model.to(device),

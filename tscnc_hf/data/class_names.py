@@ -34,14 +34,15 @@ def compare_class_names(of_model: Sequence[str], of_data: Sequence[str]) -> str 
     both = set(ours) & set(theirs)
     if not (unnamed or both or len(ours) == len(theirs)):
         raise ValueError(
-            f"the model was made for other classes: it has {len(ours)} ({_some(of_model)}), the data set "
-            f"{len(theirs)} ({_some(of_data)}), and not one name is the same. Give the data set it was trained for"
+            f"the model was made for other classes: it has {len(ours)} ({some_names(of_model)}), the data set "
+            f"{len(theirs)} ({some_names(of_data)}), and not one name is the same. Give the data set it was "
+            "trained for"
         )
     moved = sum(ours.index(name) != theirs.index(name) for name in both)
     return (
         "Warning: the data set's classes are not the model's; labels are compared by number. "
-        f"Only the model, of {len(ours)} classes, has {_some(of_model, both)}; "
-        f"only the data set, of {len(theirs)}, has {_some(of_data, both)}"
+        f"Only the model, of {len(ours)} classes, has {some_names(of_model, both)}; "
+        f"only the data set, of {len(theirs)}, has {some_names(of_data, both)}"
         + (f"; {moved} of the {len(both)} names in both have another number" if moved else "")
     )
 
@@ -122,7 +123,7 @@ def _plain(names: Sequence[str]) -> list[str]:
     return [normal_name(name.strip().casefold()) for name in names]
 
 
-def _some(names: Sequence[str], but: set[str] = frozenset()) -> str:
+def some_names(names: Sequence[str], but: set[str] = frozenset()) -> str:
     """The first few names that are not in `but`."""
     left = [name for name, plain in zip(names, _plain(names), strict=True) if plain not in but]
     return ", ".join(left[:SHOWN]) + (", ..." if len(left) > SHOWN else "") or "none"

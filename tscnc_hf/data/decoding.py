@@ -91,17 +91,17 @@ class ImageDecoder:
 
 def decoder_for(images: Iterator[tuple[Any, str]], channels: str) -> tuple[ImageDecoder, tuple[int, int], bool]:
     """
-    The decoder for `channels` ("rgb", "grey" or "auto"), the first image's (h, w), and whether it is grey. "auto" is
+    The decoder for `channels` ("rgb", "grey" or "auto"), the first image's (h, w), and whether all are grey. "auto" is
     grey where the first image is stored so, or where the three channels of all of them are equal.
 
     Args:
-        images: some of a data set, each as stored and as messages call it; more than one is read where the first one's
-            channels are equal.
+        images: some of a data set, each as stored and as messages call it; more than one is read where the first is
+            grey, unless that is enough for the answer.
     """
     stored, where = next(images)
     image, mode = ImageDecoder().open(stored, where), _mode(stored)
     grey = mode in GREY_MODES or _channels_are_equal(image)
-    if channels != "grey" and grey and mode not in GREY_MODES:
+    if grey and (channels == "rgb" or (channels == "auto" and mode not in GREY_MODES)):
         grey = all(_channels_are_equal(ImageDecoder().open(*other)) for other in images)
     chosen = channels if channels != "auto" else "grey" if grey else "rgb"
     return ImageDecoder(chosen, only_grey=channels == "auto" and grey), (image.height, image.width), grey

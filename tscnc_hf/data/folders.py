@@ -136,7 +136,7 @@ def refuse_shared_files(folder: Path, of_split: dict[str, Any]) -> None:
             name = os.path.relpath(file, folder)
             if file in where:
                 raise ValueError(
-                    f"{name} would be in the splits {where[file]!r} and {str(split)!r} both, as its path has the words "
+                    f"{name} would be in the splits {where[file]!r} and {str(split)!r} both, as its path has words "
                     "of both. Rename the file or its folders."
                 )
             where[file] = str(split)

@@ -11,6 +11,7 @@ import torch
 
 from tscnc_hf.data.augmentation import check_augmentation
 from tscnc_hf.data.batches import collate
+from tscnc_hf.data.class_names import some_names
 from tscnc_hf.data.columns import encode_labels, find_columns, labelled_rows, normal_name, read_labels
 from tscnc_hf.data.decoding import CHANNELS, Fit, decode_rows, decoder_for
 from tscnc_hf.data.folders import image_folder_splits, refuse_shared_files
@@ -131,8 +132,11 @@ def load_image_data(
         how = augmentation if part == "train" else "none"
         made[part] = rows.dataset(split, indices, decoder, size, in_memory, augmentation=how, seed=seed)
     notes = [origin, *rows.notes]
-    if grey and decoder.channels == "rgb":
-        notes.append('grey images in three equal channels, which an attack changes apart: channels="grey" keeps one')
+    if grey and decoder.channels == "rgb" and all(map(_may_be_grey, made.values())):
+        looked = "" if in_memory else f" ({LOOKED_AT} were looked at)"
+        notes.append(
+            f'grey images in three equal channels{looked}, which an attack changes apart: channels="grey" keeps one'
+        )
     return _finish(made, rows.class_names, name, "; ".join(notes), asked)
 
 
@@ -254,6 +258,12 @@ class _Rows:
             return ImageTensorDataset(planes, ids, names, augmentation, seed)
         source = dict(image_column=self.column, indices=indices, decoder=decoder, split=split, seed=seed, fit=fit)
         return ImageStreamDataset(images, ids, names, size, augmentation, **source)
+
+
+def _may_be_grey(part: ImageTensorDataset | ImageStreamDataset) -> bool:
+    """Whether the three channels of all images are equal, as far as they are in memory."""
+    chunks = part.images.split(1000) if isinstance(part, ImageTensorDataset) else ()
+    return all(bool((chunk == chunk[:, :1]).all()) for chunk in chunks)
 
 
 def _fits_in_memory(count: int, size: tuple[int, int], decoder: Any) -> bool:
@@ -407,7 +417,8 @@ def _finish(made: dict[str, Any], class_names: list[str], name: str, origin: str
         storage = f"decoded in memory ({sum(part.images.nbytes for part in made.values()) / 1e6:,.1f} MB)"
     description = (
         f"{name}: {len(made['train']):,} training, {len(made['validation']):,} validation and "
-        f"{len(made['test']):,} test images of {channels}x{height}x{width} in {len(class_names)} classes, "
+        f"{len(made['test']):,} test images of {channels}x{height}x{width} in {len(class_names)} classes "
+        f"({some_names(class_names)}), "
         f"{storage}; training images: {made['train'].augmentation_text}; {origin}."
     )
     identity = {part: dataset.identity for part, dataset in made.items()}
