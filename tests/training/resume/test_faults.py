@@ -382,6 +382,9 @@ def test_sigterm_ends_a_run_that_can_go_on(at, options, saved, whole, build, mak
     last = get_last_checkpoint(tmp_path / "run")
     assert last == (str(tmp_path / "run" / f"checkpoint-{saved}") if saved else None)
     assert (f"the last checkpoint is intact: {last}" if saved else "no checkpoint had been written") in caplog.text
+    assert ("Go on with resume_from" in caplog.text, 'with save_strategy="no"' in caplog.text) == (
+        bool(saved), not saved,
+    )  # fmt: skip
     if saved:
         assert_resumes_to(whole, tmp_path / "run", build, make_trainer, **options)
 

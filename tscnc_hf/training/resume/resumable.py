@@ -26,6 +26,7 @@ from tscnc_hf.training.resume.checkpoints import (
     clear_unfinished,
     damage,
     finish_checkpoint,
+    last_whole_checkpoint,
     others_text,
     rotate,
     unfinished_folder,
@@ -284,9 +285,14 @@ class ResumableTrainer(Trainer):
             if self.termination.ended_by is not None:
                 self.is_in_train = False
                 if self.is_world_process_zero():
+                    advice = "Go on with resume_from_checkpoint=True (--resume true)"
+                    if last_whole_checkpoint(folder) is None:
+                        advice = "There is nothing to go on from"
+                        if self.args.save_strategy == SaveStrategy.NO:
+                            advice += ': with save_strategy="no" (--save_strategy no) no checkpoint is ever saved'
                     logger.warning(
                         f"{self.termination.ended_by.name}: training ended after step {self.state.global_step}; "
-                        f"{whole_checkpoint_text(folder)}. Go on with resume_from_checkpoint=True (--resume true)"
+                        f"{whole_checkpoint_text(folder)}. {advice}"
                     )
             raise
         finally:
