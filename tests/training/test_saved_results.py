@@ -1,6 +1,7 @@
 """What saving does beside the weights: no results are lost, none stand beside other weights, no checkpoint by name."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -103,3 +104,40 @@ def test_what_was_tested_is_what_the_folder_holds(build, make_trainer, digits, t
 def test_a_test_without_what_comes_on_top(build, make_trainer, digits):
     results = make_trainer(build("vit")).test(digits.test.subset(range(8)), attacks=["clean", "pgd-1"], full=False)
     assert not {"curve", "lipschitz"} & results.keys() and results["robustness"]["masking"] is None
+
+
+def test_what_is_published_is_what_training_was(build, make_trainer, digits):
+    trainer = make_trainer(
+        build("vit"), max_steps=1, epsilon=0.02, target_sparsity=0.5, pruning_exclude=["classifier"]
+    )
+    trainer.train()
+    trainer.args.epsilon, trainer.args.target_sparsity, trainer.args.objective = "77/255", 0.25, "natural"
+    trainer.args.pruning_exclude.clear()
+    results = trainer.test(digits.test.subset(range(8)), n=8, full=False, epsilon="55/255", norm="l2")
+    trainer.save_model()
+    folder = Path(trainer.args.output_dir)
+    method = json.loads((folder / "tscnc_config.json").read_text())
+    for found in (method, json.loads((folder / "config.json").read_text())["tscnc"]):
+        assert (found["epsilon"], found["target_sparsity"], found["objective"]) == (0.02, 0.5, "trades")
+    assert results["robustness"]["threat_model"] | {"seed": 0} == {"norm": "l2", "epsilon": 55 / 255, "seed": 0}
+    assert results["sparsity"]["sparsity"] == pytest.approx(0.5, abs=1e-3)  # of the same weights
+    card = (folder / "README.md").read_text()
+    assert "l2 norm is at most **0.2157 (55/255)**" in card and "77/255" not in card
+    assert "within 0.02 (5.1/255))" in card
+    assert trainer.args.epsilon == 77 / 255
+
+    trainer.args.target_sparsity = 0.5
+    trainer.args.pruning_exclude.append("classifier")
+    trainer.train()  # with the options as they are
+    assert trainer.publisher.options()["epsilon"] == 77 / 255
+
+
+def test_a_radius_that_is_set_later_is_a_number(make_config):
+    args = make_config()
+    args.epsilon, args.attack_step_size = "8/255", "2/255"
+    assert (args.epsilon, args.attack_step_size) == (8 / 255, 2 / 255)
+    for name, value in (("epsilon", "8"), ("epsilon", "a lot"), ("attack_step_size", 8)):
+        with pytest.raises(ValueError, match=f"{name}="):
+            setattr(args, name, value)
+    args.norm, args.epsilon, args.attack_step_size = "l2", "3/2", None
+    assert args.epsilon == 1.5 and args.attack_step_size is None

@@ -287,6 +287,11 @@ class TSCNCConfig(TrainingArguments):
                 "checkpoint and exits with status 143"
             )
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("epsilon", "attack_step_size") and value is not None and "norm" in vars(self):  # made already
+            value = pixel_quantity(name, value, self.norm)
+        super().__setattr__(name, value)
+
     def _check_units(self) -> None:
         if self.pruning_scope not in UNIT_SCOPES:
             raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -41,6 +42,7 @@ class Publisher:
         results: the final figures of the weights that are to be published (`TSCNCTrainer.test`), None where there are
             none yet.
         card_options: arguments of `write_card` that were given so far.
+        trained_with: the options as of the end of training, None before and during one.
 
     Args:
         args (`TSCNCConfig`): the options.
@@ -54,19 +56,28 @@ class Publisher:
         self.folder = Path(args.output_dir)
         self.results: dict | None = None
         self.card_options: dict[str, Any] = {}
+        self.trained_with: dict | None = None
+
+    def options(self) -> dict[str, Any]:
+        """The options that are published: those that the weights were trained with, whatever was set since."""
+        return self.args.method_dict() if self.trained_with is None else copy.deepcopy(self.trained_with)
+
+    def keep_options(self) -> None:
+        """Training is over: what is published says its options from now on."""
+        self.trained_with = copy.deepcopy(self.options())
 
     def describe_(self, model: nn.Module) -> None:
         """Write the options and the normalisation into the model's config, where it has one."""
         if isinstance(model, PreTrainedModel):
             normalised = {"image_mean": list(self.mean), "image_std": list(self.std)}
             normalised |= {} if self.order is None else {"channel_order": list(self.order)}
-            model.config.tscnc = self.args.method_dict() | normalised | width_record(model.config)
+            model.config.tscnc = self.options() | normalised | width_record(model.config)
 
     def write_extras(self, folder: Path, model: nn.Module) -> None:
         """What a folder has beside the dense model: the packed weights and readable options; no pickle."""
         if isinstance(model, PreTrainedModel):
             save_sparse(model, folder)
-        write_json(self.args.method_dict() | self.facts(model), folder / METHOD_FILE)
+        write_json(self.options() | self.facts(model), folder / METHOD_FILE)
         (folder / "training_args.bin").unlink(missing_ok=True)
 
     def forget_results(self) -> None:
@@ -97,7 +108,7 @@ class Publisher:
         """README.md and its figures, with what is known at the time; `name` is the repository's, if it has one."""
         self._forget_others(model)
         options = {"model_name": name or folder.resolve().name} | self.card_options
-        options |= {"robustness": None, **card_figures(self.results), "config": self.args.method_dict()}
+        options |= {"robustness": None, **card_figures(self.results), "config": self.options()}
         options |= self.facts(model) | {"log_history": list(log_history)}
         names = [str(name) for name in (getattr(getattr(model, "config", None), "id2label", None) or {}).values()]
         sizes = folder_sizes(folder) if folder.is_dir() else {}
@@ -106,7 +117,7 @@ class Publisher:
         defaults = {"dataset_name": None, "class_names": names, "sizes": sizes or None}
         defaults["own_widths"] = bool(recorded_widths(getattr(model, "config", None)))
         if "sparsity" not in options:
-            defaults["sparsity"] = sparsity_report(model, self.args.pruning_exclude).to_dict()
+            defaults["sparsity"] = sparsity_report(model, self.options()["pruning_exclude"]).to_dict()
             defaults["spectrum"] = spectral_report(model).to_dict()
         defaults["module"] = "" if isinstance(model, PreTrainedModel) else described(model)
         return write_card(folder, **(defaults | options))

@@ -356,7 +356,13 @@ class TSCNCTrainer(ResumableTrainer):
         return self.compressor.masks_frozen(self.state.global_step, self.state.max_steps)
 
     def test(
-        self, dataset, attacks: Sequence[str] = ("clean", "pgd-20"), n: int | None = None, full: bool = True
+        self,
+        dataset,
+        attacks: Sequence[str] = ("clean", "pgd-20"),
+        n: int | None = None,
+        full: bool = True,
+        epsilon: float | str | None = None,
+        norm: str | None = None,
     ) -> dict:
         """
         The final figures, on data that training has not seen: robustness, sparsity and spectrum. Written to
@@ -370,6 +376,8 @@ class TSCNCTrainer(ResumableTrainer):
             n (*optional*): as many of the images, drawn with the seed; all by default.
             full (`bool`): False leaves checks, curve, Lipschitz bounds and examples out, which may take longer than
                 the attacks.
+            epsilon, norm (*optional*): of this test; by default those of the options. What the card says of training
+                stays what training was.
 
         Returns:
             `dict`: what `results.json` holds (docs/results_json.md).
@@ -391,13 +399,13 @@ class TSCNCTrainer(ResumableTrainer):
                 model,
                 dataset,
                 attacks=attacks,
-                epsilon=args.epsilon,
-                norm=args.norm,
+                epsilon=args.epsilon if epsilon is None else epsilon,
+                norm=args.norm if norm is None else norm,
                 n=n,
                 seed=args.seed,
                 batch_size=args.eval_batch_size,
                 processing_class=self.processing_class,
-                exclude=args.pruning_exclude,
+                exclude=publisher.options()["pruning_exclude"],
                 model_name=without_paths(self.hub_model_id or publisher.folder.resolve().name),
                 dataset_name=publisher.card_options.get("dataset_name"),
                 gates=gates.to_dict() if gates.rows else None,
@@ -442,7 +450,10 @@ class TSCNCTrainer(ResumableTrainer):
         self.compressor.restart()  # weights may have been frozen since it was made
         if self._optimizer_is_ours:  # of a training before: its moments, and perhaps of other weights
             self.optimizer, self._optimizer_is_ours = None, False
-        return super().train(*args, **kwargs)
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self.publisher.keep_options()
 
     def _save_checkpoint(self, model, trial):
         self.check_terms()
@@ -577,6 +588,7 @@ class StepCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.trainer.clear_terms()
+        self.trainer.publisher.trained_with = None  # what the options are from now on
         self.trainer.compressor.begin(state.global_step, state.max_steps, self.trainer._steps_planned)
 
     def on_train_end(self, args, state, control, **kwargs):
