@@ -1,12 +1,13 @@
 """What is known of images, labels and the model's outputs before the first step is refused there, by name."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 from torch import nn
-from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset
 from torchvision.transforms import v2
 from transformers import ViTImageProcessor
 
@@ -18,6 +19,14 @@ from tscnc_hf.training.trainer import TSCNCTrainer
 
 
 PROCESSOR = ViTImageProcessor(size={"height": 8, "width": 8}, image_mean=[0.5], image_std=[0.25])
+
+
+class Stream(IterableDataset):
+    def __init__(self, items):
+        self.items = items
+
+    def __iter__(self):
+        return (self.items[place] for place in range(len(self.items)))
 
 
 def network(norm=False):
@@ -193,6 +202,22 @@ def test_evaluation_images_of_another_size(build, make_config):
     with pytest.raises(ValueError, match="train_dataset: images of 3x12x12 do not go through the model: "):
         TSCNCTrainer(model, make_config(), None, Items([1] * 4, 12), processing_class=processor)
     trainer(make_config, Items([1] * 4), Items([1] * 4, 12))  # this one takes any
+
+
+def test_a_size_that_was_not_trained_on_is_said(make_config, caplog):
+    said = "test_dataset: images are 3x12x12, and the model is trained on 3x8x8"
+    for train in (Items([1] * 4), Stream(Items([1] * 4))):
+        run = trainer(make_config, train, max_steps=1, epsilon=0.0)
+        run.train()
+        caplog.clear()
+        assert run.test(Items([1, 2]), "clean", full=False)["robustness"]["image_size"] == [3, 8, 8]
+        assert "trained on" not in caplog.text
+        assert run.test(Items([1, 2], 12), "clean", full=False)["robustness"]["image_size"] == [3, 12, 12]
+        assert said in caplog.text
+    run.create_model_card()
+    assert "The images have 12x12 pixels." in (Path(run.args.output_dir) / "README.md").read_text()
+    trainer(make_config, Items([1] * 4), Items([1] * 4, 12))
+    assert "eval_dataset: images are 3x12x12, and" in caplog.text
 
 
 def test_checks_leave_random_numbers_and_statistics_alone(make_config):

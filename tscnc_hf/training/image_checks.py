@@ -27,21 +27,22 @@ SEARCHED = 10.0  # seconds, for what a message is clearer with
 def check_images(
     model: nn.Module, normalised: Normalisation, args: TSCNCConfig, train_dataset, eval_dataset, collator: Callable,
     processor: object | None,
-) -> tuple[object | None, int | None]:  # fmt: skip
+) -> tuple[object | None, int | None, tuple[int, ...] | None]:  # fmt: skip
     """
     Two images of each data set go through the collator and one through the model. Data sets without numbered items
     are left to the batches to come.
 
     Returns:
-        The image processor to save with the model, which makes of an image what is trained on (`fitted`), and the
-        number of the model's outputs, None where nothing was sent through it.
+        The image processor to save with the model, which makes of an image what is trained on (`fitted`), the number
+        of the model's outputs, None where nothing was sent through it, and the shape (c, h, w) of the training images,
+        None where it is not known yet.
 
     Raises:
         ValueError: images that do not go through the model, or not as they are normalised; labels that the model has
             no output for; soft labels where class ids are needed; a last batch of one image, whose statistics a batch
             norm cannot have.
     """
-    outputs, seen = getattr(getattr(model, "config", None), "num_labels", None), None
+    outputs, seen, trained = getattr(getattr(model, "config", None), "num_labels", None), None, None
     with random_states_kept():
         for role, dataset in _parts(train_dataset, eval_dataset):
             batch = _first_batch(dataset, collator)
@@ -58,11 +59,23 @@ def check_images(
                 raise ValueError(f"{role}: {error}") from error
             if seen is None:
                 seen = tuple(images.shape[1:])
+                trained = seen if role == "train_dataset" else None
+            warn_of_size(trained, images, role)
         if seen is not None:
             processor, changed = fitted(model, processor, seen)
             if changed:
                 logger.warning(changed[0].upper() + changed[1:])
-    return processor, outputs
+    return processor, outputs, trained
+
+
+def warn_of_size(trained: tuple[int, ...] | None, images: Tensor, role: str) -> None:
+    """Say that images (b, c, h, w) are not of the shape (c, h, w) that is trained on, if that is known."""
+    if trained is not None and tuple(images.shape[1:]) != tuple(trained):
+        found, wanted = ("x".join(map(str, size)) for size in (images.shape[1:], trained))
+        logger.warning(
+            f"{role}: images are {found}, and the model is trained on {wanted}: accuracies are those at another size. "
+            f"Resize the images to {wanted} unless that is what you want to know"
+        )
 
 
 @dataclass

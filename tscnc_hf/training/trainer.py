@@ -25,6 +25,7 @@ from tscnc_hf.artifact.models.saving import check_publishable, disk_state, refus
 from tscnc_hf.artifact.models.weights import has_weights
 from tscnc_hf.data.batches import collate, collate_unlabelled
 from tscnc_hf.data.class_names import SameClasses
+from tscnc_hf.data.identity import random_states_kept
 from tscnc_hf.data.streams import FirstItems, has_length, is_stream
 from tscnc_hf.evaluation.run import as_published, evaluate
 from tscnc_hf.method.adversarial.objectives import objective_terms
@@ -37,7 +38,7 @@ from tscnc_hf.training.checks import check_datasets, check_finite_weights, check
 from tscnc_hf.training.class_weights import balanced_weights, image_weights
 from tscnc_hf.training.compressor import Compressor, with_dense_ends
 from tscnc_hf.training.config import TSCNCConfig
-from tscnc_hf.training.image_checks import CheckedBatches, check_images
+from tscnc_hf.training.image_checks import CheckedBatches, check_images, warn_of_size
 from tscnc_hf.training.metrics import Metrics, given, observed, spectral_metrics
 from tscnc_hf.training.publisher import Publisher, failed_pushes
 from tscnc_hf.training.resume.fsdp import check_sharding
@@ -122,7 +123,7 @@ class TSCNCTrainer(ResumableTrainer):
         if isinstance(model, PreTrainedModel):
             check_publishable(model)
         images = (train_dataset, eval_dataset, data_collator, processing_class)
-        processing_class, self._outputs = check_images(model, normalised, args, *images)
+        processing_class, self._outputs, self._shape = check_images(model, normalised, args, *images)
         args = with_dense_ends(model, args)
         if args.channels_last:
             model.to(memory_format=torch.channels_last)
@@ -156,6 +157,7 @@ class TSCNCTrainer(ResumableTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         x, y = inputs["pixel_values"], inputs["labels"]
+        self._shape = tuple(x.shape[1:]) if self._shape is None else self._shape  # of a stream
         inner = self.accelerator.unwrap_model(model, keep_torch_compile=True)
         # The attack runs on the module, the forward that trains on the wrapper: that one averages gradients.
         x_adv = self.attack(inner, x, y) if self.args.objective != "natural" else None
@@ -388,6 +390,9 @@ class TSCNCTrainer(ResumableTrainer):
             if n is None:
                 raise ValueError("a stream is tested on its first n images: give n")
             dataset, n = list(islice(dataset, n)), None
+        if len(dataset):
+            with random_states_kept():
+                warn_of_size(self._shape, collate([dataset[0]])["pixel_values"], "test_dataset")
         if not self._is_published():
             self.save_model(_internal_call=True)  # pushes nothing
         with (

@@ -22,6 +22,7 @@ from tscnc_hf.artifact.files.identity import RunIdentity, code_identity, weights
 from tscnc_hf.artifact.models.loading import load_model
 from tscnc_hf.artifact.models.preprocessing import preprocessing
 from tscnc_hf.data.batches import check_items, collate
+from tscnc_hf.data.identity import random_states_kept
 from tscnc_hf.evaluation.attacks import KNOWN_ATTACKS, Attack, check_fit, make_attack
 from tscnc_hf.evaluation.duration import estimate, estimate_text, timed
 from tscnc_hf.evaluation.measures.classes import collapse, confusion
@@ -224,6 +225,7 @@ class Robustness:
             found = dict(gather_object(list(found.items())))
         versions = {"tscnc_hf": __version__, "torch": torch.__version__, "transformers": version("transformers")}
         report = _report([found[index] for index in range(len(batches))], made, self.threat_model, versions)
+        report = replace(report, image_size=self._image_size())
         if report.collapsed is not None or len(report.per_class) > 1 or not self._constant():
             return report
         return replace(report, collapsed={"constant": True})
@@ -238,6 +240,10 @@ class Robustness:
         sizes = {"few": min(self.n, few), "checked": min(self.n, CHECKED)}
         found = estimate(self.attacks, self.n, gradient, forward, **sizes, lipschitz=self.norm == "linf")
         return estimate_text(found, full and self.attacked)
+
+    def _image_size(self) -> list[int]:
+        with random_states_kept():
+            return list(collate([self.dataset[self.places[0]]])["pixel_values"].shape[1:])
 
     def _constant(self) -> bool:
         """Whether the logits are the same for some images: of one class, which naming it for all of them is right."""

@@ -74,6 +74,7 @@ class RobustnessReport:
             found), or clean where there are none.
         collapsed: what `collapse` says of the clean images; {"constant": True} where all logits are the same and the
             images are of one class.
+        image_size: [c, h, w] of the images, as they went through the model.
     """
 
     threat_model: dict
@@ -86,6 +87,7 @@ class RobustnessReport:
     survived: dict[str, tuple[int, ...]] = field(default_factory=dict, repr=False)
     confusion: dict[int, dict[int, int]] = field(default_factory=dict, repr=False)
     collapsed: dict | None = None
+    image_size: list[int] | None = None
 
     def __getitem__(self, name: str) -> AttackResult:
         if self.worst_case is not None and name == self.worst_case.name:
@@ -116,6 +118,7 @@ class RobustnessReport:
                 for label, row in plain.get("confusion", {}).items()
             },
             collapsed=plain.get("collapsed"),
+            image_size=plain.get("image_size"),
         )
 
     def to_markdown(self) -> str:
