@@ -9,6 +9,7 @@ from transformers import AutoModelForImageClassification
 
 from tscnc_hf import load_sparse
 from tscnc_hf.evaluation.run import evaluate
+from tscnc_hf.training.resume.storage import StorageError
 
 
 def test_a_folder_that_is_called_like_a_checkpoint_holds_a_model(build, make_trainer, tmp_path):
@@ -99,6 +100,27 @@ def test_what_was_tested_is_what_the_folder_holds(build, make_trainer, digits, t
         make_trainer(build("vit", seed=3)).test(data, **options)
     assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == kept
     assert make_trainer((stock, trainer.processing_class)).test(data, **options)["identity"] == results["identity"]
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError(2, "No such file", "20.png"), OSError("image is truncated")])
+def test_an_image_that_cannot_be_read_is_no_full_disk(error, build, make_trainer, digits, monkeypatch):
+    class Items:
+        def __len__(self):
+            return 32
+
+        def __getitem__(self, place):
+            if place == 20:
+                raise error
+            return digits.test[place]
+
+    trainer = make_trainer(build("vit"))
+    with pytest.raises(OSError) as caught:
+        trainer.test(Items(), attacks=["clean"], full=False)
+    assert caught.value is error
+    full = OSError(28, "No space left on device")
+    monkeypatch.setattr("tscnc_hf.evaluation.state.write_json", lambda *args: (_ for _ in ()).throw(full))
+    with pytest.raises(StorageError, match="The results could not be written"):
+        trainer.test(digits.test.subset(range(8)), attacks=["clean"], full=False)
 
 
 def test_a_test_without_what_comes_on_top(build, make_trainer, digits):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 from accelerate.utils import extract_model_from_parallel
@@ -72,6 +72,7 @@ def evaluate(
     on_examples: Callable[[dict | None], None] | None = None,
     progress: bool = True,
     distributed: bool = False,
+    writing: Callable[[], AbstractContextManager] = nullcontext,
 ) -> dict:
     """
     The figures of a model: what `results.json` holds (docs/results_json.md), plain JSON types. Zeros, spectra and
@@ -96,6 +97,7 @@ def evaluate(
         class_names (*optional*): for the page.
         on_examples (*optional*): is given what `examples_figure` takes, or None where no image is classified
             correctly; in the first process only, after the results are written, if a curve was measured.
+        writing: makes the context in which results and state are written, and nothing is read.
 
     Raises:
         OtherEvaluation: a `ValueError`; the folder holds an evaluation of other weights or data, or of other options.
@@ -105,7 +107,8 @@ def evaluate(
     same = {"seed": seed, "processing_class": processing_class}
     work = Robustness(
         model, dataset, attacks, epsilon=epsilon, norm=norm, n=n, batch_size=batch_size, progress=progress,
-        state_folder=None if folder is None else folder / STATE_FOLDER, mixed=mixed, distributed=distributed, **same,
+        state_folder=None if folder is None else folder / STATE_FOLDER, mixed=mixed,
+        distributed=distributed, writing=writing, **same,
     )  # fmt: skip
     state, epsilon = work.state, work.epsilon
     if progress and not state.begun:
@@ -131,7 +134,8 @@ def evaluate(
 
     def write() -> None:
         if folder is not None and state.rank == 0:
-            write_json(results, folder / RESULTS_FILE)
+            with writing():
+                write_json(results, folder / RESULTS_FILE)
 
     write()
     if not full:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ class EvaluationState:
         identity (*optional*): of the evaluation. Other code is a warning: what is finished is kept.
         rank, world (`int`): of this process among those that share the work.
         progress (`bool`): say what is being done.
+        writing: makes the context in which files are written, and nothing is read.
 
     Raises:
         OtherEvaluation: the folder holds an evaluation with other options, data or weights (what differs is named).
@@ -58,15 +60,18 @@ class EvaluationState:
         rank: int = 0,
         world: int = 1,
         progress: bool = False,
+        writing: Callable[[], AbstractContextManager] = nullcontext,
     ):
         self.folder = None if folder is None else Path(folder)
         self.rank, self.world, self.progress, self._said = rank, world, progress, None
+        self.writing = writing
         if self.folder is None:
             return
         self.digest = identity.digest()
         found = self._read(IDENTITY_FILE, RunIdentity.from_dict)
         if found is None:
-            write_json(identity.to_dict(), self.folder / IDENTITY_FILE)
+            with writing():
+                write_json(identity.to_dict(), self.folder / IDENTITY_FILE)
             return
         if other := found.differences(identity, ("options", "data", "weights")):
             raise OtherEvaluation(
@@ -95,7 +100,8 @@ class EvaluationState:
             of (*optional*): what decides it beside the identity of the evaluation, plain JSON types.
         """
         if self.folder is not None:
-            write_json({"of": self._of(of), "found": found}, self.folder / f"{name}.json")
+            with self.writing():
+                write_json({"of": self._of(of), "found": found}, self.folder / f"{name}.json")
 
     def share(
         self, pieces: Mapping[str, Callable[[], Any]], of: Any = None, prefix: str = "", doing: str = ""

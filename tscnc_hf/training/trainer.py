@@ -396,7 +396,6 @@ class TSCNCTrainer(ResumableTrainer):
         if not self._is_published():
             self.save_model(_internal_call=True)  # pushes nothing
         with (
-            self.writing("The results", args.output_dir),
             self.compressor.published() as trained,
             as_published(trained) as model,
         ):
@@ -421,6 +420,7 @@ class TSCNCTrainer(ResumableTrainer):
                 on_examples=lambda examples: publisher.card_options.update(examples=examples),
                 progress=not args.disable_tqdm,
                 distributed=args.world_size > 1,
+                writing=lambda: self.writing("The results", args.output_dir),
             )
         return publisher.results
 

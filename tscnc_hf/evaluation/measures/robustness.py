@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from functools import cached_property, partial
 from importlib.metadata import version
@@ -140,6 +140,7 @@ class Robustness:
         n: int | None, seed: int, batch_size: int, processing_class: object | None,
         device: torch.device | str | None = None, progress: bool = True,
         state_folder: str | os.PathLike | None = None, mixed: bool = False, distributed: bool = False,
+        writing: Callable[[], AbstractContextManager] = nullcontext,
     ):  # fmt: skip
         check_norm(norm)
         self.epsilon = pixel_quantity("epsilon", epsilon, norm)
@@ -165,7 +166,7 @@ class Robustness:
         if state_folder is not None and mixed:
             state_folder = Path(state_folder) / self.identity.digest()
         identity = None if state_folder is None else self.identity
-        self.state = EvaluationState(state_folder, identity, rank, world, progress)
+        self.state = EvaluationState(state_folder, identity, rank, world, progress, writing)
 
     @property
     def attacked(self) -> bool:
