@@ -299,3 +299,14 @@ def test_a_collapsed_network_is_called_so_in_the_first_line(found, tmp_path):
     text = write(tmp_path, collapsed=found | {"emptied": ["stem.weight"]}).read_text(encoding="utf-8")
     first = text.split("# someone/vit-digits\n")[1].strip().splitlines()[0]
     assert first.startswith("**The network has collapsed: it ") and "zero throughout: stem.weight.**" in first
+
+
+def test_what_is_said_of_training_is_true_at_the_ends_of_its_options(tmp_path):
+    settings = {"objective": "pgd-at", "adversary": "n-fgsm", "epsilon": 0.1, "target_sparsity": 0.5}
+    settings |= {"pruning_start": 0.25, "pruning_end": 1.0}
+    card = write(tmp_path, config=settings).read_text()
+    assert "noise of up to 0.2 (51/255), then a step of 0.1 (25.5/255), not" in card and "`n-fgsm`, within" not in card
+    assert "with no fine-tuning after it" in card and "the rest of training" not in card
+    card = write(tmp_path, config=settings | {"adversary": "pgd", "epsilon": 0.0, "pruning_end": 0.5}).read_text()
+    assert "trained on clean images" in card and "saw adversarial images" not in card
+    assert "- adversarial-training" not in card and "the rest of training fine-tunes" in card

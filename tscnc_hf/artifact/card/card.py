@@ -183,4 +183,5 @@ def _tags(robustness: Mapping[str, Any] | None, sparsity: Mapping[str, Any], con
     tags = ["tscnc"] if config.get("tsc_weight") or config.get("cnc_weight") or config.get("target_sparsity") else []
     tags += ["image-classification"] + (["robustness"] if robustness or config else [])
     tags += ["pruning", "sparse"] if sparsity["sparsity"] > 0 else []
-    return tags + (["adversarial-training"] if config.get("objective", "natural") != "natural" else [])
+    attacked = config.get("objective", "natural") != "natural" and config.get("epsilon") != 0
+    return tags + (["adversarial-training"] if attacked else [])
