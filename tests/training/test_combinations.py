@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tscnc_hf.method.adversarial.pixels import pixel_logits
 from tscnc_hf.method.matrices import weight_matrices
 
 
@@ -67,6 +68,8 @@ def test_bf16(plain, build, make_trainer, watcher):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_weights_of_another_dtype_get_pixels_of_it(dtype, build, make_trainer):
+    plain = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 10)).to(dtype)  # others cast themselves
+    assert pixel_logits(plain, [0.5], [0.5])(torch.rand(2, 3, 8, 8)).shape == (2, 10)
     model, processor = build("resnet-stride-8")
     trainer = make_trainer((model.to(dtype), processor), max_steps=2, tsc_weight=0.0, target_sparsity=0.0)
     trainer.train()
