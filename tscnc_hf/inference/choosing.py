@@ -15,7 +15,7 @@ from tscnc_hf.inference.operators import machine
 from tscnc_hf.inference.timing import interleaved
 
 
-FEWEST_ZEROS = 0.5  # below, no sparse kernel was ever faster, but for
+FEWEST_ZEROS = 0.5  # with fewer, no sparse kernel is tried, but for
 FEW_CHANNELS = 4  # a first layer among others that keep images innermost, whatever its zeros
 FEATURES = 768  # times vectors of them: what is walked at a time stays in a first cache of 48 KB
 SECONDS = 0.03  # for all kernels of a layer

@@ -18,7 +18,7 @@
 namespace tscnc {
 
 #if defined(__AVX512F__)
-constexpr int LANES = 16, REGISTERS = 16;  // of 32: more sums than 16 gain nothing
+constexpr int LANES = 16, REGISTERS = 16;  // half of what AVX-512 has: addresses and values take the others
 #elif defined(__AVX2__)
 constexpr int LANES = 8, REGISTERS = 12;  // of 16
 #else
