@@ -68,7 +68,7 @@ class TSCNCTrainer(ResumableTrainer):
             config says so, as timm's does). Saved with the model.
         compute_metrics (`Callable`, *optional*): any that a Trainer takes. It gets the predictions of the clean
             images and then, where evaluation attacks, those of the adversarial ones, whose metrics are named
-            "robust_...". What it gives is added to our own metrics, and wins over one of the same name.
+            `robust_...`. What it gives is added to our own metrics, and wins over one of the same name.
             `preprocess_logits_for_metrics` gets the logits in the same turn.
 
     Everything else is as in `transformers.Trainer`.
