@@ -315,18 +315,12 @@ inline void linear_rows(const Matrix& m, const float* tile, int64_t first, int64
              });
 }
 
-template <class Function>
-inline void with_vectors(int64_t vectors, Function f) {
-  switch (vectors) {
-    case 1: return f(std::integral_constant<int, 1>());
-    case 2: return f(std::integral_constant<int, 2>());
-    case 3: return f(std::integral_constant<int, 3>());
-    case 4: return f(std::integral_constant<int, 4>());
-    case 5: return f(std::integral_constant<int, 5>());
-    case 6: return f(std::integral_constant<int, 6>());
-    case 7: return f(std::integral_constant<int, 7>());
-    default: return f(std::integral_constant<int, LINEAR_VECTORS>());
-  }
+// f(number), with a number from 1 to MOST that the compiler knows.
+template <int MOST, class Function>
+inline void with_constant(int64_t number, const Function& f) {
+  if constexpr (MOST > 1)
+    if (number < MOST) return with_constant<MOST - 1>(number, f);
+  f(std::integral_constant<int, MOST>());
 }
 
 // How tokens are cut into tiles of at most `most` vectors, all of about one size.
@@ -379,7 +373,7 @@ void linear(const Matrix& m, int64_t group, Tokens in, int64_t count, TokensOut 
       if (t != there)
         transpose(in.at + tiling.begin(t) * in.pitch, in.pitch, tiling.size(t), m.inputs, tile, pitch, true, unchanged);
       there = t;
-      with_vectors(tiling.vectors(t), [&](auto vectors) {
+      with_constant<LINEAR_VECTORS>(tiling.vectors(t), [&](auto vectors) {
         linear_rows<decltype(vectors)::value>(m, tile, first, last, sums, pitch, NONE);
       });
       write_tokens(sums, pitch, first, last, tiling.begin(t), tiling.size(t), out);
@@ -400,7 +394,7 @@ void mlp(const Matrix& one, int64_t between, const Matrix& two, Tokens in, int64
     float* sums = sums_memory.get(two.outputs * pitch);
     for (int64_t t = from; t < to; ++t) {
       transpose(in.at + tiling.begin(t) * in.pitch, in.pitch, tiling.size(t), one.inputs, tile, pitch, true, unchanged);
-      with_vectors(tiling.vectors(t), [&](auto vectors) {
+      with_constant<LINEAR_VECTORS>(tiling.vectors(t), [&](auto vectors) {
         constexpr int V = decltype(vectors)::value;
         linear_rows<V>(one, tile, 0, one.outputs, hidden, pitch, between);
         linear_rows<V>(two, hidden, 0, two.outputs, sums, pitch, NONE);
@@ -470,31 +464,6 @@ inline void fill_planes(const Shape& s, const Planes& planes, const float* image
   }
 }
 
-template <class Function>
-inline void with_sums(int64_t vectors, Function f) {
-  switch (vectors) {
-    case 1: return f(std::integral_constant<int, 1>());
-    case 2: return f(std::integral_constant<int, 2>());
-    case 3: return f(std::integral_constant<int, 3>());
-    case 4: return f(std::integral_constant<int, 4>());
-    case 5: return f(std::integral_constant<int, 5>());
-    case 6: return f(std::integral_constant<int, 6>());
-    case 7: return f(std::integral_constant<int, 7>());
-    case 8: return f(std::integral_constant<int, 8>());
-    case 9: return f(std::integral_constant<int, 9>());
-    case 10: return f(std::integral_constant<int, 10>());
-    case 11: return f(std::integral_constant<int, 11>());
-    case 12: return f(std::integral_constant<int, 12>());
-    default: break;
-  }
-  if constexpr (REGISTERS >= 16) switch (vectors) {
-      case 13: return f(std::integral_constant<int, 13>());
-      case 14: return f(std::integral_constant<int, 14>());
-      case 15: return f(std::integral_constant<int, 15>());
-      case 16: return f(std::integral_constant<int, 16>());
-    }
-}
-
 // `out` and `residual` (or null) are contiguous (images, outputs, out_height, out_width). `shared` holds the planes of
 // `Planes::size` floats: of one image, or of one for each thread where images are shared out.
 template <class Parallel>
@@ -504,7 +473,7 @@ void conv_pixels(const Matrix& m, int64_t group, const Shape& s, const float* in
   const int64_t pixels = s.out_height * s.out_width, groups = (m.outputs + group - 1) / group;
   const Tiling tiling(pixels, REGISTERS);
   auto rows = [&](const float* filled, int64_t image, int64_t tile, int64_t first, int64_t last) {
-    with_sums(tiling.vectors(tile), [&](auto vectors) {
+    with_constant<REGISTERS>(tiling.vectors(tile), [&](auto vectors) {
       constexpr int V = decltype(vectors)::value;
       thread_local Scratch partial_memory;
       float* partial = m.blocks > 1 ? partial_memory.get(m.outputs * V * LANES) : nullptr;

@@ -18,9 +18,9 @@ def test_without_the_packages_it_says_which(monkeypatch, tmp_path):
 
 @pytest.fixture
 def onnxruntime():
-    pytest.importorskip("onnxscript")
-    pytest.importorskip("onnx")
-    return pytest.importorskip("onnxruntime")
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        module = pytest.importorskip(name, reason=f"{name} is not installed: make test-runtimes")
+    return module
 
 
 @pytest.mark.parametrize("make", [vit, resnet])
