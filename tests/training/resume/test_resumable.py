@@ -157,3 +157,22 @@ def test_a_run_that_was_stopped_goes_on_to_its_end_and_no_further(tmp_path):
     assert run(True) == 3
     assert [run(False, resume_from_checkpoint=True) for _ in range(3)] == [6, 6, 6]
     assert checkpoints(tmp_path)[-1].name == "checkpoint-6"
+
+
+def test_a_run_that_begins_anew_has_a_folder_of_its_own_checkpoints(tmp_path):
+    made = trainer(tmp_path, max_steps=8)
+    made.train()
+    made.args.max_steps = 4
+    for earlier in ([2, 4, 6, 8], [2, 4]):
+        made.train()
+        assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-4"]
+        *_, away = sorted(tmp_path.glob("_earlier-run-*"))
+        assert [path.name for path in checkpoints(away)] == [f"checkpoint-{step}" for step in earlier]
+        assert all(damage(path) is None for path in checkpoints(away))
+    made.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))  # the same run
+    assert len(list(tmp_path.glob("_earlier-run-*"))) == 2 and len(checkpoints(tmp_path)) == 2
+    made.train(resume_from_checkpoint=str(tmp_path / "_earlier-run-1" / "checkpoint-2"))  # of another run
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-4"]
+    again = trainer(tmp_path, max_steps=4)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 4

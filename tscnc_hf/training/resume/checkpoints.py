@@ -22,6 +22,7 @@ from tscnc_hf.artifact.files.atomic import write_json
 
 UNFINISHED = ".unfinished-checkpoint"  # hidden: not pushed, and no checkpoint to anybody
 FILE_LIST = "checkpoint_files.json"
+EARLIER = "_earlier-run-"  # not pushed
 REPLACED, REMOVED = "replaced-", "removed-"
 
 
@@ -83,6 +84,22 @@ def checkpoints(run_folder: str | os.PathLike) -> list[Path]:
     named = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
     found = [(int(match[1]), path) for path in Path(run_folder).glob("*") if (match := named.fullmatch(path.name))]
     return [path for _, path in sorted(found, reverse=True) if path.is_dir()]
+
+
+def set_aside(run_folder: str | os.PathLike) -> Path | None:
+    """
+    Move all checkpoints in a folder to its `_earlier-run-1`, or the next number: a run begins anew there, and the
+    latest step is to be its own. None where there are none; else where they are now.
+    """
+    found = checkpoints(run_folder)
+    if not found:
+        return None
+    numbers = [int(path.name.removeprefix(EARLIER)) for path in Path(run_folder).glob(f"{EARLIER}*")]
+    away = Path(run_folder) / f"{EARLIER}{max(numbers, default=0) + 1}"
+    away.mkdir()
+    for path in found:  # the latest first: where this is cut off, what is left has not its step
+        os.replace(path, away / path.name)
+    return away
 
 
 def damage(checkpoint: str | os.PathLike) -> str | None:

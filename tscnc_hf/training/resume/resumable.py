@@ -29,6 +29,7 @@ from tscnc_hf.training.resume.checkpoints import (
     last_whole_checkpoint,
     others_text,
     rotate,
+    set_aside,
     unfinished_folder,
     whole_checkpoint_text,
 )
@@ -227,6 +228,8 @@ class ResumableTrainer(Trainer):
                     self.optimizer = None
                 else:
                     self.optimizer.load_state_dict(moments)
+                if not resume_from_checkpoint and self._wrote_here:
+                    self._set_aside()
         return super()._inner_training_loop(batch_size, args, resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def _save_optimizer_and_scheduler(self, output_dir):
@@ -302,17 +305,31 @@ class ResumableTrainer(Trainer):
     def _refuse_others(self, resume_from_checkpoint: str | bool | None) -> None:
         """
         A run that does not go on in this folder may not begin where another one left checkpoints. The first process
-        looks, so that all decide alike.
+        looks, so that all decide alike. Where it was this trainer, they are set aside.
         """
-        if resume_from_checkpoint is True or self._wrote_here:
+        if resume_from_checkpoint is True:
             return
         folder, text = self.args.output_dir, None
+        source = Path(resume_from_checkpoint).resolve().parent if resume_from_checkpoint else None
+        if source == Path(folder).resolve():
+            return
+        if self._wrote_here:
+            self._set_aside()
+            return
         if self.is_world_process_zero():
-            source = Path(resume_from_checkpoint).resolve().parent if resume_from_checkpoint else None
-            text = None if source == Path(folder).resolve() else others_text(folder)
+            text = others_text(folder)
         (text,) = broadcast_object_list([text])
         if text is not None:
             raise ResumeError(text)
+
+    def _set_aside(self) -> None:
+        folder, away = self.args.output_dir, None
+        if self.args.should_save and self.args.local_process_index == 0:
+            with self.writing("The folder of earlier checkpoints", folder):
+                away = set_aside(folder)
+        if away is not None and self.is_world_process_zero():
+            logger.warning(f"Training begins anew: the checkpoints of the run before are in {away} now")
+        self.accelerator.wait_for_everyone()
 
     def _last_checkpoint(self) -> str:
         """The last whole checkpoint of the output folder; those that it passes over are named."""
