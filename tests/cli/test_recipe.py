@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 
 import pytest
+from torch import distributed
 
 from recipes import ablation, vit_cifar10
-from tscnc_hf.cli.recipe import interruptible, parse, resume_point
+from tscnc_hf.cli.recipe import interruptible, one_line_errors, parse, resume_point
 from tscnc_hf.training.resume.storage import StorageError
 from tscnc_hf.training.trainer import TSCNCTrainer
 
@@ -124,3 +125,27 @@ def test_ctrl_c_outside_of_training_ends_with_status_130():
     with pytest.raises(SystemExit) as ending, interruptible():
         raise KeyboardInterrupt
     assert ending.value.code == 130 and ending.value.__suppress_context__
+
+
+def test_what_all_processes_refuse_is_said_once(monkeypatch, capsys):
+    """Before they are connected by the first of a machine, then by whichever comes first; each text for itself."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+
+    def refuse(text):
+        with pytest.raises(SystemExit) as ended, one_line_errors():
+            raise ValueError(text)
+        return ended.value.code
+
+    assert refuse("no such data") == 1
+    for options in (["--nonsense", "1"], ["--output_dir", "out", "--epsilon", "-1"]):
+        with pytest.raises(SystemExit) as ended:
+            parse(NoMore, options)
+        assert ended.value.code == 2 and capsys.readouterr().err == ""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        assert [refuse("one"), refuse("one"), refuse("two")] == ["error: one", 1, "error: two"]
+    finally:
+        distributed.destroy_process_group()
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert refuse("no such data") == "error: no such data"

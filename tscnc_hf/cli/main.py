@@ -10,6 +10,7 @@ from contextlib import redirect_stdout
 from typing import Any
 
 from tscnc_hf import __version__
+from tscnc_hf.cli.refusing import first_to_say
 
 
 EXIT_CODES = "exit codes: 0 done, 1 refused (the reason is on stderr), 2 wrong usage"
@@ -79,7 +80,8 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def _refuse(reason: str) -> None:
-    print(" ".join(reason.split()), file=sys.stderr)
+    if first_to_say(reason):
+        print(" ".join(reason.split()), file=sys.stderr)
     raise SystemExit(1) from None
 
 

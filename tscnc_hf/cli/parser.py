@@ -8,11 +8,13 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from itertools import chain
 from pathlib import Path
+from typing import NoReturn
 
 import yaml
 from transformers import HfArgumentParser
 
 from tscnc_hf.cli.options import option_groups
+from tscnc_hf.cli.refusing import first_to_say
 
 
 class ConfigParser(HfArgumentParser):
@@ -50,6 +52,14 @@ class ConfigParser(HfArgumentParser):
         if unknown:
             self.exit(2, f"{self.prog}: error: {self._about_unknown(unknown)}\n")
         return tuple(instances)
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        super().exit(status, message if message and first_to_say(message) else None)
+
+    def error(self, message: str) -> NoReturn:
+        if not first_to_say(message):
+            self.exit(2)
+        super().error(message)
 
     def _about_unknown(self, words: Sequence[str]) -> str:
         """What is said of words that no option takes: options by name, with those that look alike, or values."""

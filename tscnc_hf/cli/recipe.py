@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tscnc_hf.cli.parser import ConfigParser, side_or_pair
+from tscnc_hf.cli.refusing import refusal
 from tscnc_hf.training.config import TSCNCConfig
 from tscnc_hf.training.numbers import check_numbers
 from tscnc_hf.training.resume.termination import INTERRUPTED_STATUS
@@ -121,7 +122,7 @@ def one_line_errors(kinds: tuple = (ValueError, OSError, ImportError)) -> Iterat
     try:
         yield
     except kinds as error:  # ImportError: a tracker that is not installed
-        raise SystemExit(f"error: {error}") from None
+        raise refusal(f"error: {error}") from None
 
 
 @contextmanager
