@@ -9,6 +9,7 @@ from torch import nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from tscnc_hf.artifact.models.building import timm_model, vit_from_config
+from tscnc_hf.artifact.models.config import input_format
 from tscnc_hf.artifact.models.loading import load_model, logits_fn
 
 
@@ -144,7 +145,7 @@ def test_arguments_that_timm_refuses(name, model_args):
 @pytest.mark.parametrize(
     ("size", "options", "message"),
     [
-        ((8, 6), {}, r"image_size=\(8, 6\).*square"),
+        ((8, 6), {}, "patch_size=4 does not divide the image size 8x6"),
         ((8, 8), {"patch_size": 3}, "patch_size=3 does not divide the image size 8"),
         (
             (8, 8),
@@ -179,3 +180,20 @@ def test_pretrained_weights_for_grey_images(monkeypatch):
     image = Image.fromarray(np.full((16, 16), 128, dtype=np.uint8))
     assert processor(image)["pixel_values"].shape == (1, 1, 16, 16)
     assert logits_fn(model, processor)(torch.rand(2, 1, 16, 16)).shape == (2, 3)
+
+
+def test_a_vit_of_oblong_images_and_patches(tmp_path):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model, processor = vit_from_config(NAMES, (8, 12), 3, patch_size=(4, 2), **sizes)
+    assert model.vit.embeddings.position_embeddings.shape[1] == 1 + 2 * 6
+    model.eval().save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    assert input_format(str(tmp_path)) == ((8, 12), "rgb")
+    image = np.random.default_rng(0).integers(0, 256, (8, 12, 3), dtype=np.uint8)
+    pixels = torch.from_numpy(image).permute(2, 0, 1)[None].float() / 255
+    stock = AutoModelForImageClassification.from_pretrained(tmp_path)
+    inputs = AutoImageProcessor.from_pretrained(tmp_path)(Image.fromarray(image), return_tensors="pt")
+    with torch.no_grad():
+        torch.testing.assert_close(logits_fn(model, processor)(pixels), stock(**inputs).logits)
+    with pytest.raises(ValueError, match=r"patch_size=\(4, 8\) does not divide the image size 8x12"):
+        vit_from_config(NAMES, (8, 12), patch_size=(4, 8), **sizes)

@@ -26,7 +26,7 @@ def vit_from_config(
     image_size: tuple[int, int],
     channels: int = 3,
     *,
-    patch_size: int = 4,
+    patch_size: int | tuple[int, int] = 4,
     hidden_size: int = 192,
     num_hidden_layers: int = 9,
     num_attention_heads: int = 3,
@@ -36,23 +36,27 @@ def vit_from_config(
     """
     A `ViTForImageClassification` with fresh weights, and its image processor.
 
+    Args:
+        image_size (`tuple[int, int]`): height and width in pixels.
+        patch_size (`int` or `tuple[int, int]`): side, or height and width, of a patch in pixels.
+
     Raises:
         ValueError: a size below 1; the patch size does not divide the image, or the heads the hidden size.
     """
-    sizes = {"patch_size": patch_size, "hidden_size": hidden_size, "num_hidden_layers": num_hidden_layers}
+    patch = (patch_size, patch_size) if isinstance(patch_size, int) else tuple(patch_size)
+    sizes = {"patch_size": min(patch), "hidden_size": hidden_size, "num_hidden_layers": num_hidden_layers}
     for name, value in (sizes | {"num_attention_heads": num_attention_heads}).items():
         if value < 1:
             raise ValueError(f"{name}={value}: give 1 or more")
     height, width = image_size
-    if height != width:
-        raise ValueError(f"image_size={image_size}: this ViT takes square images; resize them with image_size=")
-    if height % patch_size:
-        raise ValueError(f"patch_size={patch_size} does not divide the image size {height}")
+    if height % patch[0] or width % patch[1]:
+        size = height if height == width else f"{height}x{width}"
+        raise ValueError(f"patch_size={patch_size} does not divide the image size {size}")
     if hidden_size % num_attention_heads:
         raise ValueError(f"num_attention_heads={num_attention_heads} does not divide hidden_size={hidden_size}")
     config = ViTConfig(
-        image_size=height,
-        patch_size=patch_size,
+        image_size=height if height == width else (height, width),
+        patch_size=patch[0] if patch[0] == patch[1] else patch,
         num_channels=channels,
         hidden_size=hidden_size,
         num_hidden_layers=num_hidden_layers,
