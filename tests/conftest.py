@@ -133,6 +133,8 @@ def make_config(tmp_path):
             "disable_tqdm": True,
             "report_to": "none",
         }
+        if options.get("pruning_start", 0.25) == options.get("pruning_end", 0.75):
+            del defaults["pruning_interval"]  # at once
         return TSCNCConfig(**(defaults | options))
 
     return make

@@ -204,6 +204,22 @@ def test_evaluation_images_of_another_size(build, make_config):
     trainer(make_config, Items([1] * 4), Items([1] * 4, 12))  # this one takes any
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_images_go_through_a_model_of_any_dtype(dtype, build, make_config):
+    model, processor = build("vit")
+    with pytest.raises(ValueError, match="train_dataset: images of 3x12x12 do not go through the model: "):
+        TSCNCTrainer(model.to(dtype), make_config(), None, Items([1] * 4, 12), processing_class=processor)
+
+    class Elsewhere(nn.Module):
+        def forward(self, x):
+            raise NotImplementedError('"pool" not implemented for this dtype')
+
+    there = nn.Sequential(nn.Flatten(), nn.Linear(192, 10), Elsewhere())
+    with pytest.raises(ValueError, match="do not go through the model: .pool. not implemented"):
+        trainer(make_config, Items([1] * 4), model=there)
+    trainer(make_config, Items([1] * 4), model=there.to(dtype))  # a GPU may have it
+
+
 def test_a_size_that_was_not_trained_on_is_said(make_config, caplog):
     said = "test_dataset: images are 3x12x12, and the model is trained on 3x8x8"
     for train in (Items([1] * 4), Stream(Items([1] * 4))):
@@ -241,6 +257,11 @@ def test_checks_leave_random_numbers_and_statistics_alone(make_config):
         ),
         ({"objective": "natural", "adversary": "none", "epsilon_warmup": 0.1}, "epsilon_warmup=0.1 has no effect"),
         ({"pruning_rate_learning_rate": 0.1}, "pruning_rate_learning_rate=0.1 has no effect without pruning_scope"),
+        (
+            {"pruning_start": 0.5, "pruning_end": 0.5, "pruning_interval": 5, "pruning_schedule": "one-shot"},
+            "pruning_interval=5 has no effect without pruning_start before pruning_end",
+        ),
+        ({"pruning_start": 0.5, "pruning_end": 0.5, "pruning_latent": True}, "pruning_latent=True has no effect"),
     ],
 )
 def test_options_that_would_be_ignored(options, said, make_config):

@@ -52,6 +52,10 @@ USED_WITH = {
     ),
     "an adversary": (("attack_step_size", "epsilon_warmup"), lambda args: args.adversary != "none"),
     'pruning_scope="learned"': (("pruning_rate_learning_rate",), lambda args: args.pruning_scope == "learned"),
+    "pruning_start before pruning_end": (
+        ("pruning_interval", "pruning_latent"),
+        lambda args: args.pruning_start != args.pruning_end or args.target_sparsity == 0,
+    ),
 }  # fmt: skip
 
 
@@ -125,7 +129,8 @@ class TSCNCConfig(TrainingArguments):
             masks are chosen anew.
         pruning_end (`float`, *optional*, defaults to 0.75): fraction of training at which the target is reached and
             the masks are frozen. The rest of training fine-tunes.
-        pruning_interval (`int`, *optional*, defaults to 10): steps between two choices of the masks.
+        pruning_interval (`int`, *optional*, defaults to 10): steps between two choices of the masks. There is one
+            choice where start and end are the same.
         pruning_criterion (`str`, *optional*, defaults to `"magnitude"`): what makes a weight worth keeping,
             "magnitude", "scaled-magnitude" (in units of its layer's scale), "taylor", "movement", "gates", "learned"
             (scores that are trained between start and end, with the weights frozen), or one of your own

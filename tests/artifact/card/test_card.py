@@ -243,6 +243,11 @@ def test_a_long_command_is_one_that_a_shell_takes(tmp_path):
     [
         ({}, "(criterion: magnitude; ranked over the whole network) are set to zero, step by step, with a cubic"),
         ({"pruning_schedule": "one-shot", "pruning_scope": "erk"}, "Erdos-Renyi-kernel) are set to zero, 90.0 % of"),
+        (
+            {"pruning_schedule": "one-shot"},
+            "are set to zero, 90.0 % of them at once, after 25.0 % of training, and chosen anew until 75.0 %.",
+        ),
+        ({"pruning_end": 0.25}, "are set to zero, 90.0 % of them at once, after 25.0 % of training.\n"),
         ({"pruning_structure": "2:4", "pruning_criterion": "taylor"}, "(criterion: taylor; ranked over the whole"),
     ],
 )
