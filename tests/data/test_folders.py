@@ -1,5 +1,7 @@
 """Folders of images: the first level says the split, the next the class, whatever words are in their names."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from tests.data.test_loading import picture, private_cache, typed, write_parquet  # noqa: F401
@@ -72,3 +74,30 @@ def test_parquet_files_in_two_splits_or_of_a_split_that_is_not_seen_are_refused(
     write_parquet(tmp_path / "b", "Test", features=typed())
     with pytest.raises(ValueError, match="in the split 'train', as 'Test' says a split in lower case only"):
         load(folder)
+
+
+def test_images_on_the_hub_are_told_apart_by_words_of_their_paths(monkeypatch):
+    """Which `datasets` does; a repository whose README says which file is where is taken at its word."""
+    root, said = "hf://datasets/me/test-rigs@0123abc", {}
+    found = {"train": ["train/bus/0.png", "test/train/1.png"], "test": ["test/bus/0.png", "test/train/1.png"]}
+    files = {split: [f"{root}/{name}" for name in names] for split, names in found.items()}
+
+    class Builder:
+        config = SimpleNamespace(data_files=files)
+
+        def download_and_prepare(self):
+            raise FileNotFoundError("no network")
+
+    module = SimpleNamespace(builder_configs_parameters=SimpleNamespace(metadata_configs=said))
+    monkeypatch.setattr("datasets.load_dataset_builder", lambda source, revision=None: Builder())
+    monkeypatch.setattr("datasets.load.dataset_module_factory", lambda source, revision=None: module)
+    monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: Builder().download_and_prepare())
+    with pytest.raises(ValueError, match="test/train/1.png of me/test-rigs would be in the splits 'train' and 'test'"):
+        load("me/test-rigs")
+    said["default"] = {"data_files": "..."}
+    with pytest.raises(ValueError, match="no network"):
+        load("me/test-rigs")
+    said.clear()
+    files.update(train=[f"{root}/Test/bus/0.png"], test=[])
+    with pytest.raises(ValueError, match="in the split 'train', as 'Test' says a split in lower case only"):
+        load("me/test-rigs")

@@ -336,6 +336,33 @@ def test_a_model_without_gradients(evaluate, robust_network):
     assert evaluate(Detached(robust_network, -1), attacks=("clean",)).attacks == evaluate(attacks=("clean",)).attacks
 
 
+def test_a_log_file_gets_few_lines_of_the_progress_bar(evaluate, capsys, monkeypatch):
+    class Bar(robustness.tqdm):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **(kwargs | {"disable": False, "mininterval": 1000}))
+
+    monkeypatch.setattr(robustness, "tqdm", Bar)
+    evaluate(attacks=("clean", "fgsm"), batch_size=4)  # 25 batches
+    shown = capsys.readouterr().err
+    assert shown.count("Robust evaluation") == 2 and "fgsm=" in shown and "100/100" in shown
+
+
+def test_class_names_are_compared(evaluate, build, digits, caplog):
+    model, processor = build("vit")
+
+    def of(**names):
+        part = digits.test.subset(range(4))
+        part.class_names = [names.get(f"c{number}", str(number)) for number in range(10)]
+        return evaluate(model, part, attacks=("clean",), n=4, processing_class=processor)
+
+    model.config.id2label = {number: f"kind {number}" for number in range(10)}
+    with pytest.raises(ValueError, match="the data set has them in another order"):
+        of(**{f"c{number}": f"kind {9 - number}" for number in range(10)})
+    assert not caplog.records
+    of(**{f"c{number}": f"kind {number}" for number in range(9)})
+    assert "Only the model, of 10 classes, has kind 9" in caplog.text
+
+
 def test_the_progress_bar_says_how_long(evaluate, capsys):
     shown = []
 

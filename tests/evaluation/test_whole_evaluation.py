@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import shutil
 import signal
 import socket
 import time
@@ -128,6 +129,23 @@ def test_damaged_files_are_computed_anew_and_said_in_a_line(digits, tmp_path):
 
 
 # ---- whose it is ----
+
+
+def test_results_of_other_weights_are_not_overwritten(digits, tmp_path):
+    """Also where only they are left of the evaluation, or nothing says what they are of."""
+    few = {"attacks": ("clean",), "full": False}
+    mine, _ = run_counted(digits, tmp_path, **few)
+    shutil.rmtree(tmp_path / "state")
+    kept = (tmp_path / "results.json").read_bytes()
+    other = Counted(digits)
+    other.linear.bias.data[0] += 1
+    for content in (kept, b"{}", b'{"identity": '):
+        (tmp_path / "results.json").write_bytes(content)
+        with pytest.raises(OtherEvaluation, match="results.json has results that are not of these weights"):
+            evaluate(other, digits.test, folder=tmp_path, processing_class=Pixels, **(OPTIONS | few))
+        assert (tmp_path / "results.json").read_bytes() == content and not (tmp_path / "state").exists()
+    (tmp_path / "results.json").write_bytes(kept)
+    assert figures(run_counted(digits, tmp_path, **few)[0]) == figures(mine)
 
 
 def test_another_evaluation_is_refused_by_name_and_other_code_is_a_warning(digits, tmp_path):

@@ -5,6 +5,7 @@ import re
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
 import timm
 import torch
@@ -12,12 +13,14 @@ import yaml
 from huggingface_hub import ModelCard
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils.data import ConcatDataset, Subset
 
 from tests.results_page import check_results
 from tscnc_hf.artifact.models.building import timm_model
 from tscnc_hf.artifact.repository.opening import open_repository
 from tscnc_hf.artifact.repository.recard import rebuild_card
 from tscnc_hf.cli.recipe import command_line
+from tscnc_hf.data.identity import dataset_name
 from tscnc_hf.training.publisher import Publisher
 
 
@@ -185,3 +188,52 @@ def test_a_card_of_a_plain_module_says_how_it_is_loaded(kind, make_config, tmp_p
     namespace = {"Own": Own}
     exec(code, namespace)
     assert all(torch.equal(a, b) for a, b in zip(namespace["model"].parameters(), model.parameters(), strict=True))
+
+
+def of_the_hub(repository: str | None, **info) -> datasets.Dataset:
+    """As `datasets` gives one: what it knows is in `info`."""
+    rows = {"pixel_values": [torch.full((3, 8, 8), 0.5).tolist()] * 4, "labels": [0, 1, 2, 3]}
+    made = datasets.Dataset.from_dict(rows).with_format("torch")
+    sources = [f"hf://datasets/{repository}@0b27149/data/train-0.parquet"] if repository else []
+    for name, value in (info | {"download_checksums": {source: {} for source in sources}}).items():
+        setattr(made.info, name, value)
+    return made
+
+
+CIFAR = {"dataset_name": "cifar10", "builder_name": "parquet"}
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda digits: digits.train.subset(range(8)), "digits"),
+        (lambda digits: Subset(digits.train, range(8)), "digits"),
+        (lambda digits: of_the_hub("uoft-cs/cifar10", **CIFAR), "uoft-cs/cifar10"),
+        (lambda digits: of_the_hub("uoft-cs/cifar10", **CIFAR).shuffle(0).select([0, 1, 2]), "uoft-cs/cifar10"),
+        (lambda digits: of_the_hub(None, **CIFAR), "cifar10"),
+        (lambda digits: ConcatDataset([of_the_hub(None, **CIFAR), of_the_hub(None, **CIFAR)]), "cifar10"),
+        (lambda digits: ConcatDataset([of_the_hub(None, **CIFAR), digits.train]), None),
+        (lambda digits: of_the_hub(None, dataset_name="imagefolder", builder_name="imagefolder"), None),
+        (lambda digits: of_the_hub(None), None),
+        (lambda digits: [{"pixel_values": torch.rand(3, 8, 8), "labels": 0}], None),
+    ],
+)
+def test_a_data_set_says_its_name(make, name, digits):
+    assert dataset_name(make(digits)) == name
+
+
+def test_the_card_names_data_that_was_given_by_hand(build, make_trainer, digits, tmp_path):
+    def card(trainer):
+        trainer.save_model()
+        return ModelCard.load(tmp_path / "out" / "README.md").data
+
+    trainer = make_trainer(build("vit"), train=of_the_hub("uoft-cs/cifar10", **CIFAR), max_steps=1, epsilon=0.0)
+    assert card(trainer).datasets == ["uoft-cs/cifar10"]
+    results = trainer.test(digits.test, ("clean",), n=4, full=False)
+    assert results["dataset"] == "digits"
+    other = card(trainer)  # which of the two?
+    assert other.datasets is None and {result.dataset_name for result in other.eval_results} == {"unknown"}
+    trainer.test(of_the_hub("uoft-cs/cifar10", **CIFAR), ("clean",), full=False)
+    assert {result.dataset_name for result in card(trainer).eval_results} == {"uoft-cs/cifar10"}
+    trainer.create_model_card(dataset_name="me/mine")
+    assert card(trainer).datasets == ["me/mine"]

@@ -67,8 +67,7 @@ class SameClasses:
     """
 
     def __init__(self, model: Any):
-        names = getattr(getattr(model, "config", None), "id2label", None) or {}
-        names = [str(name) for _, name in sorted(names.items(), key=lambda item: int(item[0]))]
+        names = class_names_of_model(model)
         self.owner, self.names = ("the model", names) if names and not has_no_names(names) else (None, [])
         self._numbered = names
 
@@ -100,6 +99,12 @@ class SameClasses:
             "Reorder the labels of the data set, or build the model with its names in their order "
             "(model.config.id2label)"
         )
+
+
+def class_names_of_model(model: Any) -> list[str]:
+    """The names in a model's config, by number; none where it has no config."""
+    names = getattr(getattr(model, "config", None), "id2label", None) or {}
+    return [str(name) for _, name in sorted(names.items(), key=lambda item: int(item[0]))]
 
 
 def class_names_of(dataset: Any) -> list[str] | None:

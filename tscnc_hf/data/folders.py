@@ -122,22 +122,24 @@ def _wrong_depth(folder: Path, image: str, path: list[str], level: int) -> str:
     )
 
 
-def refuse_shared_files(folder: Path, of_split: dict[str, Any]) -> None:
+def refuse_shared_files(source: str, of_split: dict[str, Any]) -> None:
     """
     ValueError where `datasets`, which looks for words anywhere in a path, reads a file into two splits, or files of a
     test into train as the word is not in lower case.
 
     Args:
-        of_split: split -> its files' paths.
+        source: the folder or the Hub id that they are of.
+        of_split: split -> its files' paths, on this machine or on the Hub ("hf://datasets/owner/name@revision/file").
     """
     where: dict[str, str] = {}
     for split, files in of_split.items():
         for file in map(str, files):
-            name = os.path.relpath(file, folder)
+            inside = re.match(r"hf://[^@]+@[^/]+/(.+)", file)
+            name = inside[1] if inside else os.path.relpath(file, source)
             if file in where:
                 raise ValueError(
-                    f"{name} would be in the splits {where[file]!r} and {str(split)!r} both, as its path has words "
-                    "of both. Rename the file or its folders."
+                    f"{name} of {source} would be in the splits {where[file]!r} and {str(split)!r} both, as its path "
+                    "has words of both. Rename the file or its folders."
                 )
             where[file] = str(split)
             words = re.split(r"[-._ 0-9/\\]+", name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +16,7 @@ from torch.utils.data import ConcatDataset, Subset
 from tscnc_hf.data.batches import LABEL_KEYS
 
 
+HUB_FILE = re.compile(r"hf://datasets/([^/@]+/[^/@]+)@")  # as `datasets` records where a file was
 PLACES = 64  # items that are looked at where looking at all would take long
 
 
@@ -60,6 +62,26 @@ def dataset_identity(dataset: Any) -> dict[str, Any]:
     if isinstance(dataset, list):
         found["pixels"] = digest(_array(item["pixel_values"]) for item in items if "pixel_values" in item)
     return found | ({"labels": digest(_array(label) for label in labels)} if len(labels) else {})
+
+
+def dataset_name(dataset: Any) -> str | None:
+    """
+    The name of a data set, as far as it knows one: the Hub id that `datasets` has read it from, else the name that its
+    builder has given it, or our own loader. Of a `Subset` or a `ConcatDataset` that of its parts, if it is one.
+    """
+    if isinstance(dataset, Subset):
+        return dataset_name(dataset.dataset)
+    if isinstance(dataset, ConcatDataset):
+        names = {dataset_name(part) for part in dataset.datasets}
+        return names.pop() if len(names) == 1 else None
+    info = getattr(dataset, "info", None)
+    for source in getattr(info, "download_checksums", None) or ():
+        if found := HUB_FILE.match(str(source)):
+            return found[1]
+    name = getattr(info, "dataset_name", None) or getattr(dataset, "data_name", None)
+    if not isinstance(name, str) or name == getattr(info, "builder_name", None):  # "imagefolder" is none
+        return None
+    return name
 
 
 def stored_labels(dataset: Any) -> np.ndarray | None:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -30,7 +30,10 @@ class EpochDataset(Dataset):
         augmentation_text: what that is, in words.
         seed: non-negative; with epoch and index, all that the augmentation depends on.
         epoch: set by `set_epoch`, 0 at first.
+        data_name: of the data set that they are from, None where nobody has said it.
     """
+
+    data_name: ClassVar[str | None] = None  # an attribute where it is known
 
     _crop_text: str  # what a "crop" of the class is
     _item_shape: tuple[int, ...]  # (c, h, w)
@@ -73,6 +76,10 @@ class EpochDataset(Dataset):
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def _named(self, part: Self) -> Self:
+        part.data_name = self.data_name
+        return part
 
     def _position(self, index: int) -> int:
         index = int(index)
@@ -144,7 +151,7 @@ class ImageTensorDataset(EpochDataset):
     def subset(self, indices: Iterable[int]) -> "ImageTensorDataset":
         """The images at `indices` (copied), in that order; augmented by their new indices, from epoch 0."""
         where = [self._position(index) for index in indices]
-        return replace(self, images=self.images[where], labels=self.labels[where])
+        return self._named(replace(self, images=self.images[where], labels=self.labels[where]))
 
 
 @dataclass(eq=False, repr=False)
@@ -223,7 +230,7 @@ class ImageStreamDataset(EpochDataset):
     def subset(self, indices: Iterable[int]) -> "ImageStreamDataset":
         """The images at `indices`, in that order; augmented by their new indices, from epoch 0."""
         where = [self._position(index) for index in indices]
-        return replace(self, labels=self.labels[where], indices=self.indices[where])
+        return self._named(replace(self, labels=self.labels[where], indices=self.indices[where]))
 
 
 def _bytes_of(stored: Any) -> bytes:

@@ -197,6 +197,7 @@ def load_test_data(
     if not in_memory and size is None:
         raise ValueError(f"images of {first_size[0]}x{first_size[1]} pixels need an image_size")
     made = rows.dataset(split, indices, decoder, size, in_memory, fit=fit)
+    made.data_name = name
     channels, *size = made[0]["pixel_values"].shape
     return TestData(made, rows.class_names, tuple(size), channels, name, "; ".join([origin, *rows.notes]))
 
@@ -309,10 +310,10 @@ def _load_splits(
     splits = image_folder_splits(folder) if folder.is_dir() else None
     saved = (folder / datasets.config.DATASET_STATE_JSON_FILENAME).exists()  # load_dataset says what to do
     try:
-        if splits is None and folder.is_dir() and not saved:
-            splits = _read_folder(folder)
+        if splits is None and saved:
+            splits = datasets.load_dataset(dataset)
         elif splits is None:
-            splits = datasets.load_dataset(dataset, revision=revision)
+            splits = _read(dataset, revision)
     except (FileNotFoundError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
         raise ValueError(
             f"data set {dataset!r} cannot be read: {error.__cause__ or error}. Give a Hub id, or a folder of parquet "
@@ -335,12 +336,20 @@ def _load_splits(
     return {split: splits[split] for split in used if split in splits}, name
 
 
-def _read_folder(folder: Path) -> dict[str, Any]:
-    """What `datasets.load_dataset` makes of a folder, no file of which is in two splits."""
+def _read(source: str, revision: str | None = None) -> dict[str, Any]:
+    """
+    What `datasets.load_dataset` makes of a folder or a Hub id. No file is in two splits, unless whoever published it
+    has said which is where.
+    """
     import datasets
 
-    builder = datasets.load_dataset_builder(str(folder))
-    refuse_shared_files(folder, builder.config.data_files or {})
+    builder = datasets.load_dataset_builder(source, revision=revision)
+    try:
+        refuse_shared_files(source, builder.config.data_files or {})
+    except ValueError:
+        module = datasets.load.dataset_module_factory(source, revision=revision)
+        if not module.builder_configs_parameters.metadata_configs:  # the head of README.md
+            raise
     builder.download_and_prepare()
     return builder.as_dataset()
 
@@ -408,6 +417,8 @@ def _digits():
 
 
 def _finish(made: dict[str, Any], class_names: list[str], name: str, origin: str, asked: dict[str, Any]) -> ImageData:
+    for part in made.values():
+        part.data_name = name
     sizes = {tuple(part[0]["pixel_values"].shape) for part in made.values()}
     if len(sizes) > 1:
         raise ValueError(f"train, validation and test images differ in size: {sorted(sizes)}. Give image_size.")

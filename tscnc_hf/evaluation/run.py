@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -13,6 +14,7 @@ from transformers.utils import logging
 
 from tscnc_hf.artifact.card.formatting import collapse_text
 from tscnc_hf.artifact.files.atomic import write_json
+from tscnc_hf.artifact.files.identity import RunIdentity, weights_digest
 from tscnc_hf.artifact.repository.opening import RESULTS_FILE, STATE_FOLDER
 from tscnc_hf.evaluation.measures.curve import default_epsilons, security_curve
 from tscnc_hf.evaluation.measures.examples import kept_examples
@@ -20,6 +22,7 @@ from tscnc_hf.evaluation.measures.lipschitz import evaluate_lipschitz
 from tscnc_hf.evaluation.measures.robustness import Robustness
 from tscnc_hf.evaluation.memory import announce
 from tscnc_hf.evaluation.page import write_page
+from tscnc_hf.evaluation.state import OtherEvaluation
 from tscnc_hf.method.reports.sparsity import sparsity_report
 from tscnc_hf.method.reports.spectrum import spectral_report
 
@@ -40,6 +43,25 @@ def as_published(model: nn.Module) -> Iterator[nn.Module]:
     finally:
         for name, value in patched.items():
             setattr(model, name, value)
+
+
+def other_weights(path: Path, model: nn.Module) -> str | None:
+    """What the weights are called that a file of results is of, None where these are the model's."""
+    try:
+        found = RunIdentity.from_dict(json.loads(path.read_text(encoding="utf-8")).get("identity")).weights.get(
+            "model"
+        )
+    except (ValueError, AttributeError):  # damaged, or of somebody else
+        return "unknown-weights"
+    return None if found == weights_digest(model) else str(found)[:8]
+
+
+def _refuse_others(path: Path, model: nn.Module) -> None:
+    if path.is_file() and other_weights(path, model):
+        raise OtherEvaluation(
+            f"{path} has results that are not of these weights, and would be overwritten; give another folder, or "
+            "remove that file"
+        )
 
 
 def card_figures(results: Mapping | None) -> dict:
@@ -92,7 +114,7 @@ def evaluate(
             before it starts, if `progress`.
         folder (*optional*): of results.json, and of state/, where what is finished is kept; None keeps nothing.
         mixed (`bool`): the folder may see evaluations of other weights, data and attacks; each is kept on its own.
-            By default, another one is refused where one was begun.
+            By default, another one is refused where one was begun, and so are other weights where there are results.
         page (`bool`): also write robustness.md and its figures there.
         class_names (*optional*): for the page.
         on_examples (*optional*): is given what `examples_figure` takes, or None where no image is classified
@@ -104,6 +126,8 @@ def evaluate(
         Otherwise, as `evaluate_robustness`.
     """
     folder = None if folder is None else Path(folder)
+    if folder is not None and not mixed:
+        _refuse_others(folder / RESULTS_FILE, model)
     same = {"seed": seed, "processing_class": processing_class}
     work = Robustness(
         model, dataset, attacks, epsilon=epsilon, norm=norm, n=n, batch_size=batch_size, progress=progress,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -20,7 +19,7 @@ from transformers.utils import PushInProgress
 from tscnc_hf.artifact.card.card import write_card
 from tscnc_hf.artifact.card.formatting import plain
 from tscnc_hf.artifact.files.atomic import write_json
-from tscnc_hf.artifact.files.identity import RunIdentity, code_identity, weights_digest
+from tscnc_hf.artifact.files.identity import code_identity, weights_digest
 from tscnc_hf.artifact.models.recorded_widths import recorded_widths, width_record
 from tscnc_hf.artifact.models.saving import save_sparse
 from tscnc_hf.artifact.packed.limit import storage_limit
@@ -28,7 +27,7 @@ from tscnc_hf.artifact.repository.opening import METHOD_FILE, RESULTS_FILE, fold
 from tscnc_hf.artifact.repository.push import push_folder
 from tscnc_hf.artifact.repository.recard import RUN_FACTS
 from tscnc_hf.evaluation.page import PAGE_FILES
-from tscnc_hf.evaluation.run import card_figures
+from tscnc_hf.evaluation.run import card_figures, other_weights
 from tscnc_hf.method.reports.sparsity import sparsity_report
 from tscnc_hf.method.reports.spectrum import spectral_report
 from tscnc_hf.training.config import TSCNCConfig
@@ -42,6 +41,7 @@ class Publisher:
         results: the final figures of the weights that are to be published (`TSCNCTrainer.test`), None where there are
             none yet.
         card_options: arguments of `write_card` that were given so far.
+        data_name: of the training images, None where nothing says it.
         trained_with: the options as of the end of training, None before and during one.
 
     Args:
@@ -56,6 +56,7 @@ class Publisher:
         self.folder = Path(args.output_dir)
         self.results: dict | None = None
         self.card_options: dict[str, Any] = {}
+        self.data_name: str | None = None
         self.trained_with: dict | None = None
 
     def options(self) -> dict[str, Any]:
@@ -97,7 +98,7 @@ class Publisher:
         """
         self._forget_others(model)
         path = folder / RESULTS_FILE
-        if path.is_file() and (other := _other_weights(path, model)):
+        if path.is_file() and (other := other_weights(path, model)):
             path.replace(folder / f"_results-of-{other}.json")  # which no push takes along
             for name in PAGE_FILES:
                 (folder / name).unlink(missing_ok=True)
@@ -114,7 +115,9 @@ class Publisher:
         sizes = folder_sizes(folder) if folder.is_dir() else {}
         if sizes:
             sizes["limit_bytes"] = storage_limit(read_tensors(folder))
-        defaults = {"dataset_name": None, "class_names": names, "sizes": sizes or None}
+        # a card names one data set: that of training, which is also that of its figures
+        same = self.results is None or self.results["dataset"] == self.data_name
+        defaults = {"dataset_name": self.data_name if same else None, "class_names": names, "sizes": sizes or None}
         defaults["own_widths"] = bool(recorded_widths(getattr(model, "config", None)))
         if "sparsity" not in options:
             defaults["sparsity"] = sparsity_report(model, self.options()["pruning_exclude"]).to_dict()
@@ -170,17 +173,6 @@ class Publisher:
         args = self.args
         usual = {"token": args.hub_token, "revision": args.hub_revision, "private": args.hub_private_repo}
         return {"message": message} | usual | {key: value for key, value in given.items() if value is not None}
-
-
-def _other_weights(path: Path, model: nn.Module) -> str | None:
-    """What the weights are called that results are of, None where these are the model's."""
-    try:
-        found = RunIdentity.from_dict(json.loads(path.read_text(encoding="utf-8")).get("identity")).weights.get(
-            "model"
-        )
-    except (ValueError, AttributeError):  # damaged, or of somebody else
-        return "unknown-weights"
-    return None if found == weights_digest(model) else str(found)[:8]
 
 
 def described(module: nn.Module) -> str:

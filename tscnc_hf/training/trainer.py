@@ -25,7 +25,7 @@ from tscnc_hf.artifact.models.saving import check_publishable, disk_state, refus
 from tscnc_hf.artifact.models.weights import has_weights
 from tscnc_hf.data.batches import collate, collate_unlabelled
 from tscnc_hf.data.class_names import SameClasses
-from tscnc_hf.data.identity import random_states_kept
+from tscnc_hf.data.identity import dataset_name, random_states_kept
 from tscnc_hf.data.streams import FirstItems, has_length, is_stream
 from tscnc_hf.evaluation.run import as_published, evaluate
 from tscnc_hf.method.adversarial.objectives import objective_terms
@@ -129,6 +129,7 @@ class TSCNCTrainer(ResumableTrainer):
             model.to(memory_format=torch.channels_last)
         self.adversary, self.compressor = Adversary(args, *normalised), Compressor(model, args)
         self.publisher = Publisher(args, *normalised)
+        self.publisher.data_name = dataset_name(train_dataset)
         given = (model, args, data_collator, train_dataset, eval_dataset, processing_class)
         metrics = Metrics(compute_metrics, args.batch_eval_metrics)
         metrics.check_best(
@@ -386,6 +387,7 @@ class TSCNCTrainer(ResumableTrainer):
         """
         args, publisher, gates = self.args, self.publisher, gate_report(self.model)
         self._classes.check(dataset, "test_dataset")
+        name = dataset_name(dataset)
         if is_stream(dataset):
             if n is None:
                 raise ValueError("a stream is tested on its first n images: give n")
@@ -411,7 +413,7 @@ class TSCNCTrainer(ResumableTrainer):
                 processing_class=self.processing_class,
                 exclude=publisher.options()["pruning_exclude"],
                 model_name=without_paths(self.hub_model_id or publisher.folder.resolve().name),
-                dataset_name=publisher.card_options.get("dataset_name"),
+                dataset_name=publisher.card_options.get("dataset_name") or name,
                 gates=gates.to_dict() if gates.rows else None,
                 full=full,
                 folder=args.output_dir,

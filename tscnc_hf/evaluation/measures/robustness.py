@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
@@ -16,12 +17,14 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
+from transformers.utils import logging
 
 from tscnc_hf import __version__
 from tscnc_hf.artifact.files.identity import RunIdentity, code_identity, weights_digest
 from tscnc_hf.artifact.models.loading import load_model
 from tscnc_hf.artifact.models.preprocessing import preprocessing
 from tscnc_hf.data.batches import check_items, collate
+from tscnc_hf.data.class_names import class_names_of, class_names_of_model, compare_class_names
 from tscnc_hf.data.identity import random_states_kept
 from tscnc_hf.evaluation.attacks import KNOWN_ATTACKS, Attack, check_fit, make_attack
 from tscnc_hf.evaluation.duration import estimate, estimate_text, timed
@@ -34,6 +37,8 @@ from tscnc_hf.evaluation.subset import drawn
 from tscnc_hf.method.adversarial.ball import check_norm
 from tscnc_hf.method.adversarial.pixels import attack_mode, pixel_logits, pixel_quantity
 
+
+logger = logging.get_logger(__name__)
 
 CHECKED = 64  # images, for hidden gradients
 
@@ -86,11 +91,13 @@ def evaluate_robustness(
 
     Raises:
         ValueError: unknown attack or norm, an attack that needs more classes, epsilon outside its range, no images, n
-            too large, labels that the model has no output for, a model that returns probabilities, a state folder of
-            another evaluation.
+            too large, labels that the model has no output for, class names as `compare_class_names` (others are a
+            warning), a model that returns probabilities, a state folder of another evaluation.
         ImportError: an attack needs a package that is not installed.
     """
     model, processing_class = _by_name(model, processing_class)
+    names, theirs = class_names_of_model(model), class_names_of(dataset)
+    warning = compare_class_names(names, theirs) if names and theirs else None
     dense_model, dense_processing_class = _by_name(dense_model, dense_processing_class)
     work = Robustness(
         model,
@@ -107,6 +114,8 @@ def evaluate_robustness(
         state_folder=state_folder,
         distributed=distributed,
     )
+    if warning and work.state.rank == 0:
+        logger.warning(warning)
     report = work.accuracies()
     if masking:
         report = replace(report, masking=work.checks(dense_model, dense_processing_class))
@@ -207,7 +216,7 @@ class Robustness:
         )
         bar = tqdm(total=n, initial=min(done, n), unit="img",
                    desc="Robust evaluation", disable=not self.progress or state.rank > 0)  # fmt: skip
-        in_parts = InParts()
+        in_parts, live = InParts(), sys.stderr.isatty()  # a log file would get a line for each part of a batch
         with attack_mode(self.model), bar:
             for index, batch in zip(todo, loader, strict=True):
                 x, y = batch["pixel_values"].to(self.device), batch["labels"].to(self.device)
@@ -218,10 +227,10 @@ class Robustness:
                     if guesses != found[index]:
                         state.write(_name(index), guesses)
                     found[index] = guesses
-                    bar.set_description(f"Robust evaluation: {part}" if part else "Robust evaluation")
-                bar.update(min(len(y) * state.world, n - bar.n))
+                    bar.set_description(f"Robust evaluation: {part}" if part else "Robust evaluation", refresh=live)
                 done = [result for result in found.values() if result is not None and names <= result.keys()]
-                bar.set_postfix({attack.name: f"{_share(done, attack.name):.1%}" for attack in made})
+                bar.set_postfix({attack.name: f"{_share(done, attack.name):.1%}" for attack in made}, refresh=False)
+                bar.update(min(len(y) * state.world, n - bar.n))
         if state.world > 1:
             found = dict(gather_object(list(found.items())))
         versions = {"tscnc_hf": __version__, "torch": torch.__version__, "transformers": version("transformers")}
