@@ -49,20 +49,26 @@ def of_two_towers(config_class, model_class):
     return model_class(config_class(vision_config=vision, text_config=tower | {"vocab_size": 16}, num_labels=5))
 
 
-def hf_swin():
-    shape = {"embed_dim": 16, "depths": [1, 1], "num_heads": [2, 4], "window_size": 4}
+def hf_swin(heads=(2, 4)):
+    shape = {"embed_dim": 16, "depths": [1, 1], "num_heads": list(heads), "window_size": 4}
     return SwinForImageClassification(SwinConfig(image_size=32, patch_size=4, num_labels=5, **shape))
 
 
 STAGES = {"depths": (1, 1, 1, 1), "dims": (8, 12, 16, 16)}
+LAYERS = {"layers": (1, 1, 1, 1), "embed_dims": (8, 16, 16, 16)}
+WIDE = {"depths": (1, 1, 1, 1), "embed_dim": (32, 32, 32, 32), "stem_width": (16, 16)}
 MODELS = {
     "hf_vit": hf_vit,
     "hf_swin": hf_swin,
+    "hf_swin of equal heads": lambda: hf_swin((4, 4)),
     "clip": lambda: of_two_towers(CLIPConfig, CLIPForImageClassification),
     "siglip": lambda: of_two_towers(SiglipConfig, SiglipForImageClassification),
     "convnext": lambda: wrapped("convnext_atto", **STAGES),
     "inception-next": lambda: wrapped("inception_next_atto", **STAGES),
     "seresnet18": lambda: wrapped("seresnet18", channels=[8, 8, 16, 16], layers=[1, 1, 1, 1]),
+    "vgg11_bn": lambda: wrapped("vgg11_bn", mlp_ratio=1 / 64),
+    "fastvit": lambda: wrapped("fastvit_t8", **LAYERS),
+    "maxvit": lambda: wrapped("maxvit_pico_rw_256", img_size=32, **WIDE),
     "resnest14d": lambda: wrapped("resnest14d", channels=[8, 8, 16, 16], layers=[1, 1, 1, 1]),
     "cait": lambda: wrapped("cait_xxs24_224", img_size=32, patch_size=8, embed_dim=24, depth=1, num_heads=4),
     "timm_vit": lambda: wrapped("vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=4),
