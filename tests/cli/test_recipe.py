@@ -6,7 +6,7 @@ import pytest
 from torch import distributed
 
 from recipes import ablation, vit_cifar10
-from tscnc_hf.cli.recipe import interruptible, one_line_errors, parse, resume_point
+from tscnc_hf.cli.recipe import DataArguments, interruptible, load_data, one_line_errors, parse, resume_point
 from tscnc_hf.training.resume.storage import StorageError
 from tscnc_hf.training.trainer import TSCNCTrainer
 
@@ -149,3 +149,10 @@ def test_what_all_processes_refuse_is_said_once(monkeypatch, capsys):
         distributed.destroy_process_group()
     monkeypatch.setenv("LOCAL_RANK", "0")
     assert refuse("no such data") == "error: no such data"
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_the_first_of_several_processes_prints(rank, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", rank)
+    load_data(DataArguments(dataset="digits", augmentation="none", train_limit=20), seed=0)
+    assert capsys.readouterr().out.count("Data: digits: 20 training") == (rank == "0")

@@ -38,3 +38,9 @@ def test_the_citation_is_valid_and_of_this_version():
         assert one["title"] and one["type"]
         assert one["authors"] and all({"name", "family-names"} & set(author) for author in one["authors"])
     assert [one["url"] for one in cited["references"]] == ["https://arxiv.org/abs/2503.20454"]
+
+
+def test_the_oldest_transformers_divides_the_loss_by_the_accumulated_steps():
+    """Up to 5.18 that of four micro-batches was four times the loss, without a word."""
+    floor = re.search(r'"transformers>=(\d+)\.(\d+)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert (int(floor[1]), int(floor[2])) >= (5, 19)
