@@ -146,6 +146,9 @@ def test_results_of_other_weights_are_not_overwritten(digits, tmp_path):
         assert (tmp_path / "results.json").read_bytes() == content and not (tmp_path / "state").exists()
     (tmp_path / "results.json").write_bytes(kept)
     assert figures(run_counted(digits, tmp_path, **few)[0]) == figures(mine)
+    (tmp_path / "results.json").write_bytes(b"{}")  # beside the state of mine
+    with pytest.raises(OtherEvaluation, match="results.json has results that are not of these weights"):
+        run_counted(digits, tmp_path, **few)
 
 
 def test_another_evaluation_is_refused_by_name_and_other_code_is_a_warning(digits, tmp_path):

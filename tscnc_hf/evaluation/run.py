@@ -22,7 +22,7 @@ from tscnc_hf.evaluation.measures.lipschitz import evaluate_lipschitz
 from tscnc_hf.evaluation.measures.robustness import Robustness
 from tscnc_hf.evaluation.memory import announce
 from tscnc_hf.evaluation.page import write_page
-from tscnc_hf.evaluation.state import OtherEvaluation
+from tscnc_hf.evaluation.state import IDENTITY_FILE, OtherEvaluation
 from tscnc_hf.method.reports.sparsity import sparsity_report
 from tscnc_hf.method.reports.spectrum import spectral_report
 
@@ -56,8 +56,8 @@ def other_weights(path: Path, model: nn.Module) -> str | None:
     return None if found == weights_digest(model) else str(found)[:8]
 
 
-def _refuse_others(path: Path, model: nn.Module) -> None:
-    if path.is_file() and other_weights(path, model):
+def _refuse_others(path: Path | None, model: nn.Module) -> None:
+    if path is not None and path.is_file() and other_weights(path, model):
         raise OtherEvaluation(
             f"{path} has results that are not of these weights, and would be overwritten; give another folder, or "
             "remove that file"
@@ -126,14 +126,18 @@ def evaluate(
         Otherwise, as `evaluate_robustness`.
     """
     folder = None if folder is None else Path(folder)
-    if folder is not None and not mixed:
-        _refuse_others(folder / RESULTS_FILE, model)
+    kept = None if folder is None or mixed else folder / RESULTS_FILE
+    begun = kept is not None and (folder / STATE_FOLDER / IDENTITY_FILE).is_file()
+    if not begun:  # else the state says first what differs
+        _refuse_others(kept, model)
     same = {"seed": seed, "processing_class": processing_class}
     work = Robustness(
         model, dataset, attacks, epsilon=epsilon, norm=norm, n=n, batch_size=batch_size, progress=progress,
         state_folder=None if folder is None else folder / STATE_FOLDER, mixed=mixed,
         distributed=distributed, writing=writing, **same,
     )  # fmt: skip
+    if begun:
+        _refuse_others(kept, model)
     state, epsilon = work.state, work.epsilon
     if progress and not state.begun:
         announce(work.estimate_text(full, FEW_IMAGES))
