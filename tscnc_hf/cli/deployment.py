@@ -75,7 +75,7 @@ def export_model(options: argparse.Namespace) -> dict[str, Any]:
     if options.output is None and not Path(options.model).is_dir():
         raise ValueError(f"{options.model} is on the Hub: say where the file goes with --output FILE")
     model, processor, size, folder = _opened(options)
-    mean, std, order = preprocessing(model, processor)
+    mean, std, order, _ = preprocessing(model, processor)
     said = {"scale": "pixels in [0, 1]", "mean": mean, "std": std, "height": size[1], "width": size[2]}
     said |= {} if order is None else {"channel_order": order}
     path = Path(options.output or folder / "model.onnx")

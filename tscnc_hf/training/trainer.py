@@ -64,8 +64,9 @@ class TSCNCTrainer(ResumableTrainer):
         model (`nn.Module` or `str`): a classifier of normalised images, or the name of one (folder or Hub id).
         args (`TSCNCConfig`): the options.
         train_dataset, eval_dataset: anything that gives {"pixel_values": (c, h, w) in [0, 1], "labels": int} items.
-        processing_class: the image processor, which says how pixels are normalised (may be left out when the model's
-            config says so, as timm's does). Saved with the model.
+        processing_class: the image processor, which says how the model's inputs are made of pixels: resized, cropped
+            and normalised, all of it inside of what is attacked (may be left out when the model's config says so, as
+            timm's does). Saved with the model.
         compute_metrics (`Callable`, *optional*): any that a Trainer takes. It gets the predictions of the clean
             images and then, where evaluation attacks, those of the adversarial ones, whose metrics are named
             `robust_...`. What it gives is added to our own metrics, and wins over one of the same name.
@@ -113,7 +114,7 @@ class TSCNCTrainer(ResumableTrainer):
                 "compiled training set torch_compile=True"
             )
         refuse_parts(model)
-        normalised = preprocessing(model, processing_class)
+        how = preprocessing(model, processing_class)
         data_collator = data_collator or collate
         check_datasets(model, train_dataset, eval_dataset, data_collator)
         self._classes = SameClasses(model)
@@ -123,12 +124,13 @@ class TSCNCTrainer(ResumableTrainer):
         if isinstance(model, PreTrainedModel):
             check_publishable(model)
         images = (train_dataset, eval_dataset, data_collator, processing_class)
-        processing_class, self._outputs, self._shape = check_images(model, normalised, args, *images)
+        processing_class, self._outputs, self._shape, seen = check_images(model, how, args, *images)
         args = with_dense_ends(model, args)
         if args.channels_last:
             model.to(memory_format=torch.channels_last)
-        self.adversary, self.compressor = Adversary(args, *normalised), Compressor(model, args)
-        self.publisher = Publisher(args, *normalised)
+        self.adversary, self.compressor = Adversary(args, *how), Compressor(model, args)
+        self.publisher = Publisher(args, *how)
+        self.publisher.image_size = seen and seen[1:]
         given = (model, args, data_collator, train_dataset, eval_dataset, processing_class)
         metrics = Metrics(compute_metrics, args.batch_eval_metrics)
         metrics.check_best(
@@ -157,7 +159,9 @@ class TSCNCTrainer(ResumableTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         x, y = inputs["pixel_values"], inputs["labels"]
-        self._shape = tuple(x.shape[1:]) if self._shape is None else self._shape  # of a stream
+        if self._shape is None:  # of a stream
+            self._shape = tuple(x.shape[1:])
+            self.publisher.image_size = self._shape[1:]
         inner = self.accelerator.unwrap_model(model, keep_torch_compile=True)
         # The attack runs on the module, the forward that trains on the wrapper: that one averages gradients.
         x_adv = self.attack(inner, x, y) if self.args.objective != "natural" else None

@@ -92,7 +92,7 @@ def test_classes_in_another_order_are_refused(tmp_path):
 
 @pytest.mark.parametrize("kind", ["timm", "convnext"])
 def test_another_image_size_is_written_down(kind, tmp_path):
-    model, processor, changes = load_for_finetuning(saved(kind, tmp_path / "old"), NAMES, (32, 32))
+    model, processor, changes = load_for_finetuning(saved(kind, tmp_path / "old"), NAMES, (32, 32), (32, 32))
     assert changes.endswith("images of 32x32, of 16x16 so far")
     model.save_pretrained(tmp_path / "new")
     processor.save_pretrained(tmp_path / "new")
@@ -104,8 +104,8 @@ def test_another_image_size_is_written_down(kind, tmp_path):
 
 
 def test_a_size_that_does_not_go_through_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="images of 32x32 pixels do not go through the model.*Leave image_size out"):
-        load_for_finetuning(saved("vit", tmp_path), NAMES, (32, 32))
+    with pytest.raises(ValueError, match="images of 32x32 pixels do not go through the model.*Leave input_size out"):
+        load_for_finetuning(saved("vit", tmp_path), NAMES, (8, 8), (32, 32))
 
 
 def test_weights_that_are_not_there_are_not_drawn_at_random(tmp_path):
@@ -200,8 +200,8 @@ def test_packed_models_get_no_new_head_but_advice(finetune, tmp_path):
 
 def test_a_model_of_larger_images_and_other_classes_is_pruned(finetune, tmp_path):
     folder, printed = finetune(saved("convnext", tmp_path / "model"), target_sparsity=0.5)
-    assert "new head for 10 classes in place of one for 3; images of 16x16" in printed
-    assert "images of 3x16x16 in 10 classes" in printed
+    said = "new head for 10 classes in place of one for 3; images of 8x8, resized to 16x16 (bicubic) for the model"
+    assert said in printed and "images of 3x8x8 in 10 classes" in printed
     model = AutoModelForImageClassification.from_pretrained(folder)
     assert list(model.config.id2label.values()) == DIGITS
     results = json.loads((folder / "results.json").read_text())["sparsity"]
