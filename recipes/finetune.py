@@ -33,6 +33,8 @@ def main(args: list[str] | None = None) -> None:
 
     set_cpu_threads(config.device, config.world_size, data_arguments.cpu_threads)
     name = model_arguments.model_name_or_path
+    if data_arguments.interpolation is not None:
+        raise SystemExit("error: interpolation is that of the model's image processor: leave it out")
     with one_line_errors():
         side, channels = input_format(name)
     data_arguments = replace(data_arguments, channels=channels or data_arguments.channels)

@@ -44,7 +44,8 @@ class DataArguments:
             resizes the images, inside of what is attacked. By default the model gets them as they are; a model that is
             fine-tuned, as its image processor makes them.
         interpolation (`str`, *optional*): of that resize, "nearest" (input_size a whole multiple of the image's),
-            "bilinear" or "bicubic"; by default that of the model's weights, or "bilinear".
+            "bilinear" or "bicubic"; by default that of the model's weights, or "bilinear". A model that is fine-tuned
+            has its own.
         channels (`str`, *optional*, defaults to `"auto"`): channels of the images, "rgb", "grey", or "auto", which is
             grey where the training images are.
         decode (`str`, *optional*, defaults to `"auto"`): when images are decoded, "once", into memory, "as-read", in
@@ -153,6 +154,7 @@ def load_data(arguments: DataArguments, seed: int, photos: int | tuple[int, int]
     """
     `ImageData` as the options say; `photos` is as there. An attack that does not exist ends here, before data is read.
     """
+    from tscnc_hf.artifact.models.building import check_input_size
     from tscnc_hf.data.loading import load_image_data
     from tscnc_hf.evaluation.attacks import make_attack
 
@@ -166,6 +168,7 @@ def load_data(arguments: DataArguments, seed: int, photos: int | tuple[int, int]
             seed=seed,
             photos=photos,
         )
+        check_input_size(data.image_size, arguments.input_size, arguments.interpolation or "bilinear")
     say(f"Data: {data.description}")
     return data
 

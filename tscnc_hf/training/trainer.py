@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from transformers.trainer_utils import HubStrategy, PredictionOutput
 from transformers.utils import logging
 
 from tscnc_hf.artifact.card.formatting import collapse_text, without_paths
-from tscnc_hf.artifact.files.identity import weights_digest
+from tscnc_hf.artifact.files.identity import RunIdentity, weights_digest
 from tscnc_hf.artifact.files.state import STATE_FILE, save_state
 from tscnc_hf.artifact.models.loading import holds_weights
 from tscnc_hf.artifact.models.preprocessing import preprocessing
@@ -131,6 +132,7 @@ class TSCNCTrainer(ResumableTrainer):
         self.adversary, self.compressor = Adversary(args, *how), Compressor(model, args)
         self.publisher = Publisher(args, *how)
         self.publisher.image_size = seen and seen[1:]
+        self._resize = None if self._shape is None else how.resize(*self._shape[1:])
         given = (model, args, data_collator, train_dataset, eval_dataset, processing_class)
         metrics = Metrics(compute_metrics, args.batch_eval_metrics)
         metrics.check_best(
@@ -147,6 +149,13 @@ class TSCNCTrainer(ResumableTrainer):
         self.clear_terms()
         if isinstance(model, PreTrainedModel):
             model.add_model_tags(list(self._tag_names))
+
+    def identity(self) -> RunIdentity:
+        """With what the preprocessing does to the size of the images, which is no option and changes the training."""
+        found = super().identity()
+        if self._resize is None:  # or it is a stream, of which nothing is known yet
+            return found
+        return replace(found, options={**found.options, "resized": self._resize.to_dict()})
 
     # ---- one step ----
 

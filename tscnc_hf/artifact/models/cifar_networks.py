@@ -1,7 +1,7 @@
 """
 The networks of published tables on images of 32 px, under names that timm knows: a 3x3 stem of stride 1 with no
-pooling behind it, 10 classes. They are timm's own classes with another stem, so their weights have timm's names. Importing
-this module registers them; `import tscnc_hf` sees to it that it is imported with timm.
+pooling behind it, 10 classes. They are timm's own classes with another stem, so their weights have timm's names.
+Importing this module registers them; `import tscnc_hf` sees to it that it is imported with timm.
 
 Whoever loads one needs `import tscnc_hf`: without it timm and transformers say that they do not know the architecture.
 What everybody can load is timm's `resnet18`, with images that its preprocessing resizes to 128 px.
