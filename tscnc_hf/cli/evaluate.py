@@ -248,10 +248,11 @@ def _check_images(model, processor, data) -> str:
         with torch.no_grad():
             pixel_logits(model, *how)(data.test[0]["pixel_values"][None])
     except (RuntimeError, AssertionError, ValueError) as error:
-        size = "x".join(map(str, data.image_size))
-        raise ValueError(
-            f"images of {size} pixels do not go through the model: {error}. Give the size it takes with --image_size"
-        ) from error
+        size, advice = "x".join(map(str, data.image_size)), "Give the size it takes with --image_size"
+        if resize is not None:
+            size += " pixels, which its image processor makes {}x{},".format(*resize.output)
+            advice = "The processor is of another model: correct preprocessor_config.json"
+        raise ValueError(f"images of {size} do not go through the model: {error}. {advice}") from error
     attacked = f"attacked at {data.image_size[0]}x{data.image_size[1]}"
     if resize is None:
         return attacked
