@@ -97,6 +97,24 @@ def test_gradients_are_those_of_finite_differences(resize, layout):
     assert inputs(pixels).shape[2:] == resize.output
 
 
+@pytest.mark.parametrize(
+    "resize, before",
+    [
+        (Resize(16, 16, "nearest"), True),
+        (Resize(16, 16, "nearest", (1, 2, 15, 14)), True),
+        (Resize(16, 16, "nearest", (1, 2, 16, 14)), False),  # a row of black
+        (Resize(8, 8, "nearest", (-1, 0, 8, 8)), False),
+        (Resize(11, 13, "bilinear"), False),
+    ],
+)
+def test_pixels_that_are_only_picked_may_be_normalised_before(resize, before):
+    pixels, how = torch.rand(2, 3, 8, 8), ([0.4, 0.5, 0.6], [0.2, 0.25, 0.3], [2, 1, 0])
+    assert resize.only_picks is before
+    first, then = resize(pixel_inputs(pixels, *how)), pixel_inputs(resize(pixels), *how)
+    assert torch.equal(first, then) is before
+    assert torch.equal(pixel_inputs(pixels, *how, lambda height, width: resize), then)
+
+
 @pytest.mark.parametrize("resize", [Resize(16, 16, "nearest"), Resize(11, 13, "bicubic")], ids=["nearest", "bicubic"])
 def test_autocast_and_compilation_change_no_pixel(resize):
     pixels = torch.rand(1, 3, 8, 8)

@@ -1,8 +1,9 @@
 """Images -> pixels in [0, 1] and labels: the embedded digits, any labelled image data set of the Hub, any folder."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,7 @@ def load_image_data(
 
     split, indices = parts["train"]
     decoder, first_size, grey = decoder_for(rows.some_images(split, indices), channels)
-    if size is None and photos is not None and not rows.keep_their_size(split, indices):
+    if size is None and photos is not None and not rows.keep_their_size(parts.values()):
         size = _check_size(photos)
     if in_memory == "auto":
         count = sum(len(indices) for _, indices in parts.values())
@@ -197,7 +198,7 @@ def load_test_data(
     split, _, indices, origin = _test_rows(rows.labels)
     indices = first_rows(indices, rows.labels[split], limit, "limit")
     decoder, first_size, _ = decoder_for(rows.some_images(split, indices), channels)
-    fit = None if rows.keep_their_size(split, indices) else fit
+    fit = None if rows.keep_their_size([(split, indices)]) else fit
     if fit is not None:
         stored, where = next(rows.some_images(split, indices))
         size = fit(decoder.open(stored, where)).shape[1:]
@@ -256,9 +257,9 @@ class _Rows:
             row = int(indices[place])
             yield self.images[split][row][self.column], f"image {row} of split {split!r}"
 
-    def keep_their_size(self, split: str, indices: np.ndarray) -> bool:
-        """Whether images are small ones of one size, as far as some of them tell."""
-        size = common_size(self.some_images(split, indices))
+    def keep_their_size(self, parts: Iterable[tuple[str, np.ndarray]]) -> bool:
+        """Whether the images of (split, rows) are small ones of one size, as far as some of them tell."""
+        size = common_size(chain.from_iterable(self.some_images(*part) for part in parts))
         return size is not None and max(size) <= MEMORY_SIDE
 
     def dataset(

@@ -39,6 +39,13 @@ class Resize(NamedTuple):
         """(h, w) of what comes out."""
         return (self.height, self.width) if self.crop is None else self.crop[2:]
 
+    @property
+    def only_picks(self) -> bool:
+        """Whether each pixel that comes out is one that went in: what is done to single pixels may be done before."""
+        top, left, height, width = self.crop or (0, 0, self.height, self.width)
+        inside = min(top, left) >= 0 and top + height <= self.height and left + width <= self.width
+        return self.interpolation == "nearest" and inside
+
     def __call__(self, pixels: Tensor) -> Tensor:
         """(b, c, h, w) -> (b, c, *output)."""
         height, width = pixels.shape[-2:]

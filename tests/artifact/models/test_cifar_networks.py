@@ -50,6 +50,9 @@ def test_stock_resnet18_at_128_px_has_the_same_stages_and_as_many_weights():
     assert own.layer1.state_dict().keys() == stock.layer1.state_dict().keys()
     macs = [flops_report(own, (1, 3, 32, 32)).macs, flops_report(stock, (1, 3, 128, 128)).macs]
     assert 1 < macs[1] / macs[0] < 1.08
+    with torch.device("meta"):
+        features = timm.create_model("resnet18", features_only=True)(torch.empty(1, 3, 128, 128))
+    assert [map.shape[-1] for map in features] == [64, 32, 16, 8, 4]  # the first before the pooling
 
 
 @pytest.mark.parametrize("name", SMALL)

@@ -111,11 +111,13 @@ def pixel_inputs(
     The inputs (b, c, H, W) that a model gets of images in [0, 1], float (b, c, h, w), differentiable in the pixels.
     Arguments: those of `Preprocessing`.
     """
-    if geometry is not None and (resize := geometry(*pixels.shape[-2:])) is not None:
-        pixels = resize(pixels)
+    resize = None if geometry is None else geometry(*pixels.shape[-2:])
+    late = resize is not None and resize.only_picks  # then the smaller image is normalised, with the same values
+    pixels = pixels if resize is None or late else resize(pixels)
     if order is not None:
         pixels = torch.stack([pixels[:, channel] for channel in order], dim=1)
-    return (pixels - _per_channel(tuple(mean), pixels.device)) / _per_channel(tuple(std), pixels.device)
+    inputs = (pixels - _per_channel(tuple(mean), pixels.device)) / _per_channel(tuple(std), pixels.device)
+    return resize(inputs) if late else inputs
 
 
 def pixel_logits(
