@@ -2,6 +2,7 @@
 
 import sys
 from importlib import import_module
+from importlib.util import find_spec
 
 import pytest
 import timm
@@ -30,6 +31,8 @@ def packages(tmp_path, monkeypatch):
 def test_after_the_other_one_and_once(packages):
     finders = len(sys.meta_path)
     import_after("first_package", "second_module")
+    found = find_spec("first_package")  # as transformers asks whether timm is there
+    assert found.loader.get_data(found.origin).startswith(b"ready = False")
     assert "first_package" not in sys.modules and "second_module" not in sys.modules
     first = import_module("first_package.part") and sys.modules["first_package"]
     assert sys.modules["second_module"].was_ready and len(sys.meta_path) == finders

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 from importlib.machinery import ModuleSpec
-from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
@@ -19,7 +18,7 @@ def import_after(name: str, module: str) -> None:
 
 
 class _Finder:
-    """Finds the package as it would be found without it, once, and is gone."""
+    """Finds the package as the other finders do, also for those who only ask whether it is there."""
 
     def __init__(self, name: str, module: str):
         self.name, self.module = name, module
@@ -27,18 +26,19 @@ class _Finder:
     def find_spec(self, fullname: str, path=None, target=None) -> ModuleSpec | None:
         if fullname != self.name:
             return None
-        sys.meta_path.remove(self)
-        spec = find_spec(fullname)
-        if spec is None or spec.loader is None:
-            sys.meta_path.insert(0, self)  # it is not installed, yet
-            return spec
-        spec.loader = _Loader(spec.loader, self.module)
+        others = (finder.find_spec(fullname, path, target) for finder in sys.meta_path if finder is not self)
+        spec = next(filter(None, others), None)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Loader(spec.loader, self)
         return spec
 
 
 class _Loader:
-    def __init__(self, loader: Any, module: str):
-        self.loader, self.module = loader, module
+    def __init__(self, loader: Any, finder: _Finder):
+        self.loader, self.finder = loader, finder
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.loader, name)
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self.loader.create_module(spec)
@@ -46,4 +46,6 @@ class _Loader:
     def exec_module(self, module: ModuleType) -> None:
         module.__spec__.loader = module.__loader__ = self.loader  # what others ask for its files
         self.loader.exec_module(module)
-        import_module(self.module)
+        if self.finder in sys.meta_path:
+            sys.meta_path.remove(self.finder)
+        import_module(self.finder.module)
