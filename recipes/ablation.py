@@ -76,10 +76,10 @@ def make_grid(config, data_arguments, arguments):
     def build():
         shape = (data.class_names, data.image_size, data.channels)
         if arguments.architecture == "vit":
-            return vit_from_config(*shape, **arguments.model_args)
-        return timm_model(arguments.architecture, *shape, model_args=arguments.model_args)
+            return vit_from_config(*shape, **arguments.model_args, **data_arguments.of_model)
+        return timm_model(arguments.architecture, *shape, model_args=arguments.model_args, **data_arguments.of_model)
 
-    about = {"architecture": arguments.architecture, "model_args": arguments.model_args}
+    about = {"architecture": arguments.architecture, "model_args": arguments.model_args} | data_arguments.of_model
     return Grid(
         config,
         build,

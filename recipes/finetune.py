@@ -5,8 +5,10 @@ Train any image classifier on, adversarially, prune it, test it and pack it: a f
     accelerate launch recipes/finetune.py --config recipes/configs/finetune.yaml --model_name_or_path you/sparse \\
         --target_sparsity 0 --keep_masks true
 
-Images are resized to what the model takes, unless --image_size says otherwise; a model of another number of classes
-gets a new head. Every option is in `--help`; the YAML file sets defaults, the command line wins.
+Images are attacked at the size that they have (or --image_size), and the model's image processor resizes them to
+what the model takes, inside of what is attacked; those that have no common size are brought to the model's before. A
+model of another number of classes gets a new head. Every option is in `--help`; the YAML file sets defaults, the
+command line wins.
 """
 
 from dataclasses import dataclass, field, replace
@@ -31,15 +33,19 @@ def main(args: list[str] | None = None) -> None:
 
     set_cpu_threads(config.device, config.world_size, data_arguments.cpu_threads)
     name = model_arguments.model_name_or_path
+    if data_arguments.interpolation is not None:
+        raise SystemExit("error: interpolation is that of the model's image processor: leave it out")
     with one_line_errors():
         side, channels = input_format(name)
-    given = {"image_size": data_arguments.image_size or side, "channels": channels or data_arguments.channels}
-    data_arguments = replace(data_arguments, **given)
-    data = load_data(data_arguments, config.seed)
+    data_arguments = replace(data_arguments, channels=channels or data_arguments.channels)
+    data = load_data(data_arguments, config.seed, photos=side)
+
+    input_size = data_arguments.input_size
+    input_size = (input_size, input_size) if isinstance(input_size, int) else input_size
 
     def build():
         with one_line_errors():
-            model, processor, changes = load_for_finetuning(name, data.class_names, data.image_size)
+            model, processor, changes = load_for_finetuning(name, data.class_names, data.image_size, input_size)
         say(f"Model: {name}, {changes}")
         return model, processor
 

@@ -39,6 +39,7 @@ def main(args: list[str] | None = None) -> None:
 
     def build():
         options = {"model_args": model_arguments.model_args, "pretrained": model_arguments.pretrained}
+        options |= data_arguments.of_model
         return timm_model(model_arguments.architecture, data.class_names, data.image_size, data.channels, **options)
 
     run(config, data_arguments, build, data)

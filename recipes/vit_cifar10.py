@@ -35,7 +35,8 @@ def main(args: list[str] | None = None) -> None:
     data = load_data(data_arguments, config.seed)
 
     def build():
-        return vit_from_config(data.class_names, data.image_size, data.channels, **vars(model_arguments))
+        options = vars(model_arguments) | data_arguments.of_model
+        return vit_from_config(data.class_names, data.image_size, data.channels, **options)
 
     run(config, data_arguments, build, data)
 

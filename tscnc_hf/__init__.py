@@ -2,6 +2,8 @@
 
 from importlib import import_module
 
+from tscnc_hf.imports import import_after
+
 
 __version__ = "0.1.0"
 
@@ -19,6 +21,8 @@ _PUBLIC = {
     "flops_report": "tscnc_hf.method.reports.flops",
     "sparse_compile": "tscnc_hf.inference.compiling",
 }
+import_after("timm", "tscnc_hf.artifact.models.cifar_networks")  # which registers them
+
 __all__ = ["__version__", *_PUBLIC]
 
 

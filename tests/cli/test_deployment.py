@@ -73,6 +73,8 @@ def test_export(folder, capsys, monkeypatch):
     assert asked["shape"] == (2, 3, 8, 8) and asked["path"] == folder / "model.onnx"
     assert asked["preprocessing"] == {
         "scale": "pixels in [0, 1]", "mean": [0.5] * 3, "std": [0.25] * 3, "height": 8, "width": 8,
+        "resize": {"image_processor": "ViTImageProcessor", "do_resize": True, "resample": 2,
+                   "size": {"height": 8, "width": 8}},
     }  # fmt: skip
 
 

@@ -91,18 +91,34 @@ def clean(results):
     return results["robustness"]["attacks"][0]["accuracy"]
 
 
-@pytest.mark.parametrize("kind", ["timm", "convnext", "mobilevit"])
+OUTPUT = {"timm": "12x12", "convnext": "12x12", "mobilevit": "12x10"}
+
+
+@pytest.mark.parametrize("kind", OUTPUT)
 def test_the_clean_accuracy_is_that_of_a_stock_pipeline(kind, tmp_path, capsys):
     model, images = saved(kind, tmp_path / "model"), pictures()
     labels = predicted_by_stock(model, images)
     assert len(set(labels)) > 1
     data = write(tmp_path / "data", images, [NAMES[label] for label in labels])  # one split, labels that are names
-    assert clean(run(model, data, tmp_path / "own")) == 1.0
+    results = run(model, data, tmp_path / "own")
+    assert clean(results) == 1.0 and results["robustness"]["image_size"] == [3, 30, 36]
     said = capsys.readouterr().out
-    assert "tested on split 'test'; resized and cropped as by the model's " in said
-    run(model, data, tmp_path / "other", image_size=[12, 14])
-    said = capsys.readouterr().out
-    assert "resized here, not by the model's image processor" in said and "12x14" in said
+    assert f"tested on split 'test'; attacked at 30x36, and resized to {OUTPUT[kind]} (bi" in said
+    run(model, data, tmp_path / "other", image_size=[16, 18])
+    assert f"attacked at 16x18, and resized to {OUTPUT[kind]} (bi" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", OUTPUT)
+@pytest.mark.parametrize("sizes", [[(36, 30), (37, 30), (38, 30)], [(120, 100)]], ids=["several", "large"])
+def test_photos_are_brought_to_the_model_s_size_before(kind, sizes, tmp_path, capsys):
+    images = [one.resize(sizes[i % len(sizes)]) for i, one in enumerate(pictures())]
+    model = saved(kind, tmp_path / "model")
+    labels = predicted_by_stock(model, images)
+    results = run(model, write(tmp_path / "data", images, labels), tmp_path / "own")
+    height, width = map(int, OUTPUT[kind].split("x"))
+    assert clean(results) == 1.0 and results["robustness"]["image_size"] == [3, height, width]
+    assert results["robustness"]["resized"] is None
+    assert f"attacked at {OUTPUT[kind]}, resized and cropped as by the model's " in capsys.readouterr().out
 
 
 def test_splits_and_rows_without_a_label(tmp_path, capsys):
@@ -122,6 +138,6 @@ def test_a_processor_of_another_size_than_the_model_takes(tmp_path, build):
     model, _ = build("vit")
     model.save_pretrained(tmp_path / "model")
     ConvNextImageProcessor(size={"shortest_edge": 12}).save_pretrained(tmp_path / "model")
-    with pytest.raises(SystemExit, match="images of 12x12 pixels do not go through the model: .*--image_size"):
+    said = "images of 8x8 pixels, which its image processor makes 12x12, do not go .*The processor is of another model"
+    with pytest.raises(SystemExit, match=said):
         run(str(tmp_path / "model"), "digits", tmp_path / "out", n=4)
-    run(str(tmp_path / "model"), "digits", tmp_path / "out", n=4, image_size=8)

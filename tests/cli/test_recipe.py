@@ -101,8 +101,9 @@ def test_checkpoints_of_an_earlier_run_end_a_recipe_before_its_twin_is_trained(s
     [
         (["--pruning_layer_floor", "0.5", "--target_sparsity", "0.95"], "a sparsity of 0.9"),
         (["--pruning_exclude", "nosuch"], "pruning_exclude names 'nosuch'"),
-        (["--patch_size", "3"], "patch_size=3 does not divide the image size 8"),
+        (["--patch_size", "3"], "patch_size=3 does not divide the input size 8"),
         (["--num_hidden_layers", "0"], "num_hidden_layers=0: give 1 or more"),
+        (["--input_size", "20", "--interpolation", "nearest"], 'interpolation="nearest" from 8x8 to 20x20'),
     ],
 )
 def test_wrong_options_end_a_recipe_before_its_twin_is_trained(options, message, start):

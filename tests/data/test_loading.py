@@ -11,8 +11,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from tscnc_hf.data.augmentation import centre_box, draw_crops_and_flips, random_box
-from tscnc_hf.data.decoding import ImageDecoder
-from tscnc_hf.data.loading import ImageStreamDataset, ImageTensorDataset, collate, load_image_data
+from tscnc_hf.data.decoding import ImageDecoder, to_planes
+from tscnc_hf.data.loading import ImageStreamDataset, ImageTensorDataset, collate, load_image_data, load_test_data
 from tscnc_hf.data.splits import stratified_split
 
 
@@ -210,6 +210,28 @@ def test_unequal_sizes_need_image_size(tmp_path):
     write_parquet(tmp_path / "e", "test", features=typed())
     with pytest.raises(ValueError, match="differ in size"):
         load_image_data(str(tmp_path / "e"))
+
+
+def test_photos_get_a_size_and_small_images_of_one_size_keep_theirs(tmp_path):
+    """Of training; and for a model's own way to bring images to a size (`fit`) likewise."""
+    made = {
+        "one": [picture(i, 8, 12) for i in range(20)],
+        "several": [picture(i, 8 + i % 3, 12) for i in range(20)],
+        "large": [picture(i, 97, 12) for i in range(20)],
+    }
+
+    def fit(image):
+        return to_planes(image.resize((5, 4)))
+
+    for name, images in made.items():
+        folder = write_parquet(tmp_path / name, images=list(map(encoded, images)), features=typed())
+        data, test = load_image_data(folder, photos=6, augmentation="none"), load_test_data(folder, fit=fit)
+        kept = name == "one"
+        assert data.image_size == ((8, 12) if kept else (6, 6))
+        assert test.image_size == ((8, 12) if kept else (4, 5)) and test.fitted is not kept
+        assert load_image_data(folder, photos=6, image_size=7, augmentation="none").image_size == (7, 7)
+    write_parquet(tmp_path / "one", "test", images=[encoded(picture(0, 9, 9))] * 20, features=typed())
+    assert load_image_data(str(tmp_path / "one"), photos=6, augmentation="none").image_size == (6, 6)
 
 
 def test_resize_keeps_the_aspect_ratio(tmp_path):

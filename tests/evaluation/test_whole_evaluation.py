@@ -25,6 +25,8 @@ from tscnc_hf.evaluation import run
 from tscnc_hf.evaluation.page import comparison_table
 from tscnc_hf.evaluation.run import evaluate
 from tscnc_hf.evaluation.state import EvaluationState, OtherEvaluation
+from tscnc_hf.method.adversarial.pixels import Preprocessing
+from tscnc_hf.method.resizing import Resize
 
 
 OPTIONS = {"attacks": ("clean", "pgd-2"), "epsilon": 0.03, "n": 24, "batch_size": 16, "progress": False}
@@ -33,6 +35,10 @@ STATE_LOGGER = logging.get_logger("tscnc_hf.evaluation.state")
 
 class Pixels:
     image_mean, image_std = [0.0], [1.0]
+
+
+# the first row of pixels is cut off
+CUT = Preprocessing([0.0], [1.0], None, lambda height, width: Resize(8, 8, "nearest", (1, 0, 8, 8)))
 
 
 class Counted(nn.Module):
@@ -57,7 +63,8 @@ class Counted(nn.Module):
 def run_counted(data, folder=None, fuse=None, **options) -> tuple[dict, int]:
     model = Counted(data)
     model.fuse = fuse
-    return evaluate(model, data.test, folder=folder, processing_class=Pixels, **(OPTIONS | options)), model.images
+    given = {"processing_class": Pixels} | OPTIONS | options
+    return evaluate(model, data.test, folder=folder, **given), model.images
 
 
 def figures(results: dict) -> dict:
@@ -158,6 +165,7 @@ def test_another_evaluation_is_refused_by_name_and_other_code_is_a_warning(digit
         ({"attacks": ("clean", "pgd-3")}, "another attacks .pgd-2 only there, pgd-3 only now.;"),
         ({"n": 12}, "another n .n: 24 there, 12 now.;"),
         ({"seed": 3}, "another seed .seed: 0 there, 3 now.;"),
+        ({"processing_class": CUT}, "another geometry"),
     ):
         with pytest.raises(OtherEvaluation, match=named):
             run_counted(digits, tmp_path, **options)

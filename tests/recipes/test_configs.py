@@ -37,7 +37,10 @@ RUNS = {
     "vit_cifar10": ("vit_cifar10", "cifar10", {"hidden_size": 32, "num_hidden_layers": 1}),
     "timm_cifar10": ("timm_cifar10", "cifar10", {"model_args": json.dumps(TINY_RESNET), "target_sparsity": 0}),
     "finetune": ("finetune", "cifar10", {"model_name_or_path": "timm_cifar10"}),  # dense, as the config's header says
-    "timm_cifar100": ("timm_cifar10", "cifar100", {"model_args": json.dumps(TINY_RESNET)}),
+    "timm_cifar100": (
+        "timm_cifar10", "cifar100",
+        {"model_args": json.dumps(TINY_RESNET), "input_size": 64, "interpolation": "nearest"},
+    ),
     "timm_imagefolder": ("timm_cifar10", "folder", TINY_TIMM | NO_WORKERS),
     "imagenet_resnet50": ("timm_cifar10", "imagenet", TINY_TIMM | {"image_size": 64} | NO_WORKERS),
     "imagenet_vit_s16": (

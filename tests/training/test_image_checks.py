@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from transformers import ViTImageProcessor
 
 from tscnc_hf.data.batches import collate
 from tscnc_hf.evaluation.measures.robustness import evaluate_robustness
-from tscnc_hf.method.adversarial.pixels import Normalisation, logits_of
+from tscnc_hf.method.adversarial.pixels import Preprocessing, logits_of
 from tscnc_hf.training.image_checks import check_images
 from tscnc_hf.training.trainer import TSCNCTrainer
 
@@ -196,7 +197,8 @@ def test_one_image_left_for_a_batch_norm(make_config):
 
 
 def test_evaluation_images_of_another_size(build, make_config):
-    model, processor = build("vit")
+    model, _ = build("vit")
+    processor = SimpleNamespace(image_mean=[0.5], image_std=[0.25])  # of values only
     with pytest.raises(ValueError, match="eval_dataset: images of 3x12x12 do not go through the model: "):
         TSCNCTrainer(model, make_config(), None, Items([1] * 4), Items([1] * 4, 12), processing_class=processor)
     with pytest.raises(ValueError, match="train_dataset: images of 3x12x12 do not go through the model: "):
@@ -206,7 +208,8 @@ def test_evaluation_images_of_another_size(build, make_config):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_images_go_through_a_model_of_any_dtype(dtype, build, make_config):
-    model, processor = build("vit")
+    model, _ = build("vit")
+    processor = SimpleNamespace(image_mean=[0.5], image_std=[0.25])  # of values only
     with pytest.raises(ValueError, match="train_dataset: images of 3x12x12 do not go through the model: "):
         TSCNCTrainer(model.to(dtype), make_config(), None, Items([1] * 4, 12), processing_class=processor)
 
@@ -231,7 +234,8 @@ def test_a_size_that_was_not_trained_on_is_said(make_config, caplog):
         assert run.test(Items([1, 2], 12), "clean", full=False)["robustness"]["image_size"] == [3, 12, 12]
         assert said in caplog.text
     run.create_model_card()
-    assert "The images have 12x12 pixels." in (Path(run.args.output_dir) / "README.md").read_text()
+    said = "The images have 12x12 pixels, and the model's own preprocessing resizes them to 8x8 (bilinear)."
+    assert said in (Path(run.args.output_dir) / "README.md").read_text()
     trainer(make_config, Items([1] * 4), Items([1] * 4, 12))
     assert "eval_dataset: images are 3x12x12, and" in caplog.text
 
@@ -240,7 +244,7 @@ def test_checks_leave_random_numbers_and_statistics_alone(make_config):
     model = network(norm=True)
     options = (make_config(objective="natural"), Items([1] * 4), None, collate, PROCESSOR)
     before = torch.random.get_rng_state()
-    check_images(model, Normalisation([0.5], [0.25]), *options)
+    check_images(model, Preprocessing([0.5], [0.25]), *options)
     assert torch.equal(before, torch.random.get_rng_state()) and model[2].num_batches_tracked == 0 and model.training
 
 

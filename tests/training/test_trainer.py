@@ -596,8 +596,8 @@ def test_a_model_given_as_a_folder_comes_with_its_processor(kind, build, make_co
     processor.save_pretrained(tmp_path / "model")
     trainer = TSCNCTrainer(str(tmp_path / "model"), make_config(), train_dataset=digits.train.subset(range(32)))
     assert_same(copy_state(trainer.model), copy_state(model))
-    assert trainer.adversary.mean == ([0.1, 0.2, 0.3] if kind == "vit" else [0.5] * 3)
-    assert trainer.adversary.std == ([0.4, 0.5, 0.6] if kind == "vit" else [0.25] * 3)
+    assert trainer.adversary.preprocessing.mean == ([0.1, 0.2, 0.3] if kind == "vit" else [0.5] * 3)
+    assert trainer.adversary.preprocessing.std == ([0.4, 0.5, 0.6] if kind == "vit" else [0.25] * 3)
     assert trainer.processing_class is not None
     trainer.train()
     assert zeros(trainer.model) == round(0.9 * size(trainer.model))

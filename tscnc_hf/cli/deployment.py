@@ -69,14 +69,15 @@ def export_model(options: argparse.Namespace) -> dict[str, Any]:
     """{"written": the file} and what `export_onnx` gives."""
     import torch
 
-    from tscnc_hf.artifact.models.preprocessing import preprocessing
+    from tscnc_hf.artifact.models.preprocessing import ModelGeometry, acts, preprocessing
     from tscnc_hf.inference.runtimes.exporting import export_onnx
 
     if options.output is None and not Path(options.model).is_dir():
         raise ValueError(f"{options.model} is on the Hub: say where the file goes with --output FILE")
     model, processor, size, folder = _opened(options)
-    mean, std, order = preprocessing(model, processor)
+    mean, std, order, _ = preprocessing(model, processor)
     said = {"scale": "pixels in [0, 1]", "mean": mean, "std": std, "height": size[1], "width": size[2]}
     said |= {} if order is None else {"channel_order": order}
+    said |= {"resize": ModelGeometry(model, processor).identity} if acts(processor) else {}
     path = Path(options.output or folder / "model.onnx")
     return {"written": str(path)} | export_onnx(model, torch.randn(2, *size), path, said)

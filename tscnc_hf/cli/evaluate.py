@@ -27,8 +27,10 @@ class EvaluationArguments:
             train.
         drop_unlabelled (`bool`, *optional*, defaults to `False`): leave out images whose label is negative or missing,
             and say how many.
-        image_size (`list[int]`, *optional*): resize to this side, or height and width, in pixels; by default images
-            are resized and cropped as the model's image processor does.
+        image_size (`list[int]`, *optional*): resize the images to this side, or height and width, in pixels, before
+            all else. Images are attacked at the size that they have, and the model's image processor resizes and crops
+            them inside of what is attacked; those that have none in common, or one above 96 pixels, are brought to the
+            model's by it before, and attacked there.
         attacks (`list[str]`, *optional*, defaults to `["clean", "fgsm", "pgd-20", "apgd"]`): of clean, fgsm, pgd-K,
             pgd-KxR, cw-K, apgd, apgd-dlr, square and autoattack; see `make_attack`.
         epsilon (`str`, *optional*, defaults to `"8/255"`): radius in pixel units, e.g. "8/255".
@@ -151,9 +153,9 @@ def evaluate_model(arguments: EvaluationArguments) -> dict:
             full=arguments.full,
             seed=arguments.seed,
             batch_size=arguments.batch_size,
-            processing_class=processor,
+            processing_class=_of_data(model, processor, data),
             dense_model=dense,
-            dense_processing_class=of_dense,
+            dense_processing_class=None if dense is None else _of_data(dense, of_dense, data),
             model_name=name,
             dataset_name=data.name,
             folder=folder,
@@ -213,31 +215,45 @@ def _load_data(arguments: EvaluationArguments, model, processor, say: Callable[[
         arguments.dataset,
         image_column=arguments.image_column,
         label_column=arguments.label_column,
-        image_size=None if fit else arguments.image_size or size,
+        image_size=arguments.image_size or (None if fit else size),
         fit=fit,
         channels=channels or "auto",
         test_split=arguments.test_split,
         drop_unlabelled=arguments.drop_unlabelled,
         class_names=names,
     )
-    _check_images(model, processor, data)
-    say(f"Images: {data.description}; " + (fit.text if fit else "resized here, not by the model's image processor"))
+    say(f"Images: {data.description}; {_check_images(model, processor, data)}{f', {fit.text}' if data.fitted else ''}")
     if warning := compare_class_names(names, data.class_names):
         say(warning)
     return data
 
 
-def _check_images(model, processor, data) -> None:
-    """ValueError where images of this size do not go through the model."""
+def _of_data(model, processor, data):
+    """How the model's inputs are made of the images of `data`: those that the processor has made need no resize."""
+    from tscnc_hf.artifact.models.preprocessing import preprocessing
+
+    how = preprocessing(model, processor)
+    return how._replace(geometry=None) if data.fitted else how
+
+
+def _check_images(model, processor, data) -> str:
+    """What is done to the size of the images, in words; ValueError where they do not go through the model."""
     import torch
 
-    from tscnc_hf.artifact.models.loading import logits_fn
+    from tscnc_hf.method.adversarial.pixels import pixel_logits
 
+    how = _of_data(model, processor, data)
+    resize = how.resize(*data.image_size)
     try:
         with torch.no_grad():
-            logits_fn(model, processor)(data.test[0]["pixel_values"][None])
+            pixel_logits(model, *how)(data.test[0]["pixel_values"][None])
     except (RuntimeError, AssertionError, ValueError) as error:
-        size = "x".join(map(str, data.image_size))
-        raise ValueError(
-            f"images of {size} pixels do not go through the model: {error}. Give the size it takes with --image_size"
-        ) from error
+        size, advice = "x".join(map(str, data.image_size)), "Give the size it takes with --image_size"
+        if resize is not None:
+            size += " pixels, which its image processor makes {}x{},".format(*resize.output)
+            advice = "The processor is of another model: correct preprocessor_config.json"
+        raise ValueError(f"images of {size} do not go through the model: {error}. {advice}") from error
+    attacked = f"attacked at {data.image_size[0]}x{data.image_size[1]}"
+    if resize is None:
+        return attacked
+    return f"{attacked}, and resized to {resize.output[0]}x{resize.output[1]} ({resize.interpolation}) for the model"

@@ -128,7 +128,10 @@ def _parser() -> argparse.ArgumentParser:
     card.add_argument("--overwrite", action="store_true", help="also a README.md that this library did not write")
     for name in ("bench", "export"):
         made[name].add_argument(
-            "--image-size", type=_positive, metavar="N", help="side in pixels. Default: the model's"
+            "--image-size",
+            type=_positive,
+            metavar="N",
+            help="side of what the model gets, in pixels. Default: its own",
         )
     bench = made["bench"]
     bench.add_argument(

@@ -39,7 +39,14 @@ class DataArguments:
             train.
         drop_unlabelled (`bool`, *optional*, defaults to `False`): leave out images whose label is negative or missing,
             and say how many.
-        image_size (`list[int]`, *optional*): resize to this side, or height and width, in pixels.
+        image_size (`list[int]`, *optional*): resize the images of the data set to this side, or height and width, in
+            pixels; they are trained on and attacked at that size. By default the size that they have.
+        input_size (`list[int]`, *optional*): side, or height and width, of what the model gets: its own preprocessing
+            resizes the images, inside of what is attacked. By default the model gets them as they are; a model that is
+            fine-tuned, as its image processor makes them.
+        interpolation (`str`, *optional*): of that resize, "nearest" (input_size a whole multiple of the image's),
+            "bilinear" or "bicubic"; by default that of the model's weights, or "bilinear". A model that is fine-tuned
+            has its own.
         channels (`str`, *optional*, defaults to `"auto"`): channels of the images, "rgb", "grey", or "auto", which is
             grey where the training images are.
         decode (`str`, *optional*, defaults to `"auto"`): when images are decoded, "once", into memory, "as-read", in
@@ -71,6 +78,8 @@ class DataArguments:
     test_split: str | None = None
     drop_unlabelled: bool = False
     image_size: list[int] | None = None
+    input_size: list[int] | None = None
+    interpolation: str | None = field(default=None, metadata={"choices": ("nearest", "bilinear", "bicubic")})
     channels: str = field(default="auto", metadata={"choices": ("rgb", "grey", "auto")})
     decode: str = field(default="auto", metadata={"choices": tuple(DECODE)})
     augmentation: str = field(default="crop-flip", metadata={"choices": ("none", "flip", "crop", "crop-flip")})
@@ -85,7 +94,15 @@ class DataArguments:
 
     def __post_init__(self):
         check_numbers(self)
-        self.image_size = side_or_pair(self.image_size)
+        self.image_size, self.input_size = side_or_pair(self.image_size), side_or_pair(self.input_size)
+        if self.interpolation is not None and self.input_size is None:
+            raise ValueError(f"interpolation={self.interpolation!r} has no effect without input_size")
+
+    @property
+    def of_model(self) -> dict:
+        """Arguments of `timm_model` and `vit_from_config`: those that were given."""
+        given = {"input_size": self.input_size, "interpolation": self.interpolation}
+        return {name: value for name, value in given.items() if value is not None}
 
 
 def parse(model_arguments: type, args: list[str] | None = None) -> tuple[TSCNCConfig, DataArguments, object]:
@@ -134,8 +151,11 @@ def interruptible() -> Iterator[None]:
         raise SystemExit(INTERRUPTED_STATUS) from None
 
 
-def load_data(arguments: DataArguments, seed: int):
-    """`ImageData` as the options say. An attack that does not exist ends here, before data is read."""
+def load_data(arguments: DataArguments, seed: int, photos: int | tuple[int, int] | None = None):
+    """
+    `ImageData` as the options say; `photos` is as there. An attack that does not exist ends here, before data is read.
+    """
+    from tscnc_hf.artifact.models.building import check_input_size
     from tscnc_hf.data.loading import load_image_data
     from tscnc_hf.evaluation.attacks import make_attack
 
@@ -147,7 +167,9 @@ def load_data(arguments: DataArguments, seed: int):
             **{name: getattr(arguments, name) for name in OF_DATA},
             in_memory=DECODE[arguments.decode],
             seed=seed,
+            photos=photos,
         )
+        check_input_size(data.image_size, arguments.input_size, arguments.interpolation or "bilinear")
     say(f"Data: {data.description}")
     return data
 

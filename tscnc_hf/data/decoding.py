@@ -107,6 +107,12 @@ def decoder_for(images: Iterator[tuple[Any, str]], channels: str) -> tuple[Image
     return ImageDecoder(chosen, only_grey=channels == "auto" and grey), (image.height, image.width), grey
 
 
+def common_size(images: Iterator[tuple[Any, str]]) -> tuple[int, int] | None:
+    """(h, w) of some images of a data set, each as stored and as messages call it; None where they differ."""
+    sizes = {ImageDecoder().open(*image).size for image in images}
+    return sizes.pop()[::-1] if len(sizes) == 1 else None
+
+
 def _mode(stored: Any) -> str:
     content, path = (stored.get("bytes"), stored.get("path")) if isinstance(stored, dict) else (stored, None)
     with Image.open(path if content is None else io.BytesIO(content)) as image:

@@ -1,8 +1,9 @@
 """Images -> pixels in [0, 1] and labels: the embedded digits, any labelled image data set of the Hub, any folder."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from tscnc_hf.data.augmentation import check_augmentation
 from tscnc_hf.data.batches import collate
 from tscnc_hf.data.class_names import some_names
 from tscnc_hf.data.columns import encode_labels, find_columns, labelled_rows, normal_name, read_labels
-from tscnc_hf.data.decoding import CHANNELS, Fit, decode_rows, decoder_for
+from tscnc_hf.data.decoding import CHANNELS, Fit, common_size, decode_rows, decoder_for
 from tscnc_hf.data.folders import image_folder_splits, refuse_shared_files
 from tscnc_hf.data.identity import spread
 from tscnc_hf.data.image_datasets import ImageStreamDataset, ImageTensorDataset
@@ -70,6 +71,7 @@ def load_image_data(
     revision: str | None = None,
     test_split: str | None = None,
     drop_unlabelled: bool = False,
+    photos: int | tuple[int, int] | None = None,
 ) -> ImageData:
     """Load images and labels. The same rows land in train, validation and test in every run, whatever the seed.
 
@@ -100,6 +102,7 @@ def load_image_data(
         revision: commit, branch or tag of a Hub data set.
         test_split: the split to test on, where the choice above is not the one meant: ImageNet's `test` has no labels.
         drop_unlabelled: leave out rows whose label is negative or missing; the description says how many.
+        photos: the `image_size` of images that have none in common, or one above 96 pixels, where none was given.
 
     Raises:
         ValueError: an argument, a column, a label or an image that cannot be used; the message says which and why.
@@ -119,6 +122,8 @@ def load_image_data(
 
     split, indices = parts["train"]
     decoder, first_size, grey = decoder_for(rows.some_images(split, indices), channels)
+    if size is None and photos is not None and not rows.keep_their_size(parts.values()):
+        size = _check_size(photos)
     if in_memory == "auto":
         count = sum(len(indices) for _, indices in parts.values())
         in_memory = _fits_in_memory(count, size or first_size, decoder)
@@ -147,6 +152,7 @@ class TestData:
     Attributes:
         test: data set of `{"pixel_values": float32 (c, h, w) in [0, 1], "labels": int64 ()}`.
         class_names, image_size, channels, name, description: as of `ImageData`.
+        fitted: whether the images are as `fit` made them.
     """
 
     test: ImageTensorDataset | ImageStreamDataset
@@ -155,6 +161,7 @@ class TestData:
     channels: int
     name: str
     description: str
+    fitted: bool = False
 
 
 def load_test_data(
@@ -176,7 +183,8 @@ def load_test_data(
     Args:
         dataset, image_column, label_column, image_size, channels, revision, test_split, drop_unlabelled: as there; a
             data set with one split is tested on that, unless it is `train`.
-        fit: from an image (PIL, mode RGB or L) to its pixels, uint8 (c, h, w), in place of `image_size`.
+        fit: from an image (PIL, mode RGB or L) to its pixels, uint8 (c, h, w), in place of `image_size`, where the
+            images have no size in common, or one above 96 pixels. Others keep the size that they have.
         limit: the first n rows, chosen as by `test_limit` there.
         class_names: of the model. Labels of a data set without train that are strings are looked up in them.
 
@@ -190,6 +198,7 @@ def load_test_data(
     split, _, indices, origin = _test_rows(rows.labels)
     indices = first_rows(indices, rows.labels[split], limit, "limit")
     decoder, first_size, _ = decoder_for(rows.some_images(split, indices), channels)
+    fit = None if rows.keep_their_size([(split, indices)]) else fit
     if fit is not None:
         stored, where = next(rows.some_images(split, indices))
         size = fit(decoder.open(stored, where)).shape[1:]
@@ -199,7 +208,8 @@ def load_test_data(
     made = rows.dataset(split, indices, decoder, size, in_memory, fit=fit)
     made.data_name = name
     channels, *size = made[0]["pixel_values"].shape
-    return TestData(made, rows.class_names, tuple(size), channels, name, "; ".join([origin, *rows.notes]))
+    about = (tuple(size), channels, name, "; ".join([origin, *rows.notes]))
+    return TestData(made, rows.class_names, *about, fitted=fit is not None)
 
 
 class _Rows:
@@ -247,6 +257,11 @@ class _Rows:
         for place in spread(len(indices), LOOKED_AT):
             row = int(indices[place])
             yield self.images[split][row][self.column], f"image {row} of split {split!r}"
+
+    def keep_their_size(self, parts: Iterable[tuple[str, np.ndarray]]) -> bool:
+        """Whether the images of (split, rows) are small ones of one size, as far as some of them tell."""
+        size = common_size(chain.from_iterable(self.some_images(*part) for part in parts))
+        return size is not None and max(size) <= MEMORY_SIDE
 
     def dataset(
         self, split: str, indices: np.ndarray, decoder: Any, size: tuple[int, int] | None, in_memory: bool,

@@ -11,6 +11,7 @@ from tscnc_hf.artifact.card.formatting import (
     collapse_text,
     format_number,
     format_pixels,
+    resize_text,
     settings_text,
 )
 from tscnc_hf.artifact.card.robustness_figures import curve_figure, examples_figure
@@ -43,7 +44,7 @@ def _page(results: Mapping, class_names: Sequence[str] | None) -> str:
         f"# Robustness of {results['model']}",
         f"{report.n} test images of {results['dataset']}; {threat['norm']} perturbations within "
         f"{format_pixels(threat['epsilon'])}, seed {threat['seed']}. White-box attacks, 95 % "
-        "Wilson intervals.",
+        f"Wilson intervals.{_sizes(report)}",
         report.to_markdown(),
         "## Are gradients hidden?\n\n" + report.masking_markdown(),
     ]
@@ -58,6 +59,15 @@ def _page(results: Mapping, class_names: Sequence[str] | None) -> str:
     settings = "\n".join(f"* {attack_label(a.name)}: {settings_text(a.parameters)}" for a in attacks)
     parts += [f"## Settings\n\n{settings}", ", ".join(f"{name} {value}" for name, value in report.versions.items())]
     return "\n\n".join(parts) + "\n"
+
+
+def _sizes(report: RobustnessReport) -> str:
+    """At which size the attacker acts, as a sentence."""
+    if report.image_size is None:
+        return ""
+    height, width = report.image_size[1:]
+    resized = f", which are resized to {resize_text(report.resized)} for the model" if report.resized else ""
+    return f" The attacker changes images of {height}x{width} pixels{resized}."
 
 
 def comparison_table(results: Mapping[str, Mapping]) -> str:

@@ -12,7 +12,15 @@ from tscnc_hf.method.adversarial.awp import moved, weight_perturbation
 from tscnc_hf.method.adversarial.folding import FoldedCopy, folded_copy
 from tscnc_hf.method.adversarial.noise import PlacedNoise
 from tscnc_hf.method.adversarial.pgd import craft, pgd
-from tscnc_hf.method.adversarial.pixels import LogitsFn, attack_mode, parameter_dtype, pixel_logits
+from tscnc_hf.method.adversarial.pixels import (
+    Geometry,
+    LogitsFn,
+    Preprocessing,
+    attack_mode,
+    parameter_dtype,
+    pixel_inputs,
+    pixel_logits,
+)
 from tscnc_hf.method.matrices import weight_matrices
 from tscnc_hf.method.sharding import is_sharded
 from tscnc_hf.training.config import TSCNCConfig
@@ -27,18 +35,19 @@ class Adversary:
 
     Args:
         args (`TSCNCConfig`): the options.
-        mean, std, order: how the model's inputs are made of pixels, as in `Normalisation`.
+        mean, std, order, geometry: how the model's inputs are made of pixels, as in `Preprocessing`.
     """
 
     def __init__(
-        self, args: TSCNCConfig, mean: Sequence[float], std: Sequence[float], order: Sequence[int] | None = None
-    ):
-        self.args, self.mean, self.std, self.order = args, mean, std, order
+        self, args: TSCNCConfig, mean: Sequence[float], std: Sequence[float], order: Sequence[int] | None = None,
+        geometry: Geometry | None = None,
+    ):  # fmt: skip
+        self.args, self.preprocessing = args, Preprocessing(mean, std, order, geometry)
         self._folded: FoldedCopy | bool | None = None  # None: not tried yet, False: nothing to fold
 
     def logits(self, model: Callable) -> LogitsFn:
         """From pixels in [0, 1], (b, c, h, w), to float32 logits (b, k); `model` is one, or a function like one."""
-        return pixel_logits(model, self.mean, self.std, self.order)
+        return pixel_logits(model, *self.preprocessing)
 
     def epsilon_at(self, step: int, max_steps: int) -> float:
         """The radius in a step, in pixel units: a pure function of it (`epsilon_warmup`)."""
@@ -106,7 +115,8 @@ class Adversary:
         if not self.args.fold_batch_norm or is_sharded(model):  # a copy would have to gather each step
             return model
         if self._folded is None:
-            self._folded = folded_copy(model, x[:2].to(parameter_dtype(model))) or False
+            inputs = pixel_inputs(x[:2], *self.preprocessing)
+            self._folded = folded_copy(model, inputs.to(parameter_dtype(model))) or False
         elif self._folded:
             self._folded.refresh()
         return self._folded.model if self._folded else model

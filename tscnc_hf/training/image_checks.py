@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from tscnc_hf.artifact.models.finetuning import fitted
+from tscnc_hf.artifact.models.finetuning import described
 from tscnc_hf.data.batches import NotFinite, check_range
 from tscnc_hf.data.identity import random_states_kept
-from tscnc_hf.method.adversarial.pixels import Normalisation, attack_mode, pixel_logits
+from tscnc_hf.method.adversarial.pixels import Preprocessing, attack_mode, pixel_logits
 from tscnc_hf.training.checks import check_labels
 from tscnc_hf.training.config import TSCNCConfig
 
@@ -25,22 +25,22 @@ SEARCHED = 10.0  # seconds, for what a message is clearer with
 
 
 def check_images(
-    model: nn.Module, normalised: Normalisation, args: TSCNCConfig, train_dataset, eval_dataset, collator: Callable,
+    model: nn.Module, preprocessing: Preprocessing, args: TSCNCConfig, train_dataset, eval_dataset, collator: Callable,
     processor: object | None,
-) -> tuple[object | None, int | None, tuple[int, ...] | None]:  # fmt: skip
+) -> tuple[object | None, int | None, tuple[int, ...] | None, tuple[int, ...] | None]:  # fmt: skip
     """
     Two images of each data set go through the collator and one through the model. Data sets without numbered items
     are left to the batches to come.
 
     Returns:
-        The image processor to save with the model, which makes of an image what is trained on (`fitted`), the number
-        of the model's outputs, None where nothing was sent through it, and the shape (c, h, w) of the training images,
-        None where it is not known yet.
+        The image processor to save with the model, which makes of an image what is trained on (`described`), the
+        number of the model's outputs, None where nothing was sent through it, and the shapes (c, h, w) of the training
+        images and of the first that there were of any data set, each None where it is not known yet.
 
     Raises:
-        ValueError: images that do not go through the model, or not as they are normalised; labels that the model has
-            no output for; soft labels where class ids are needed; a last batch of one image, whose statistics a batch
-            norm cannot have.
+        ValueError: images that do not go through the model, or are resized in a way that cannot be reproduced; labels
+            that the model has no output for; soft labels where class ids are needed; a last batch of one image, whose
+            statistics a batch norm cannot have.
     """
     outputs, seen, trained = getattr(getattr(model, "config", None), "num_labels", None), None, None
     with random_states_kept():
@@ -50,7 +50,7 @@ def check_images(
                 continue
             images = batch["pixel_values"]
             try:
-                found, alone = _send_one(model, normalised, images)
+                found, alone = _send_one(model, preprocessing, images)
                 outputs = found if outputs is None else outputs
                 _check_batch(dataset, batch, outputs, args, role)
                 if alone and role == "train_dataset":
@@ -62,10 +62,10 @@ def check_images(
                 trained = seen if role == "train_dataset" else None
             warn_of_size(trained, images, role)
         if seen is not None:
-            processor, changed = fitted(model, processor, seen)
-            if changed:
-                logger.warning(changed[0].upper() + changed[1:])
-    return processor, outputs, trained
+            processor, said = described(model, processor, preprocessing, seen)
+            if said:
+                logger.warning(said[0].upper() + said[1:])
+    return processor, outputs, trained, seen
 
 
 def warn_of_size(trained: tuple[int, ...] | None, images: Tensor, role: str) -> None:
@@ -144,13 +144,16 @@ def _first_batch(dataset, collator: Callable) -> Mapping[str, Tensor] | None:
     return collator(items)
 
 
-def _send_one(model: nn.Module, normalised: Normalisation, images: Tensor) -> tuple[int | None, str | None]:
+def _send_one(model: nn.Module, preprocessing: Preprocessing, images: Tensor) -> tuple[int | None, str | None]:
     """The number of outputs, and the name of a batch norm that sees one value a channel of an image; or None."""
-    shape, channels = "x".join(map(str, images.shape[1:])), max(len(normalised.mean), len(normalised.std))
+    shape, channels = "x".join(map(str, images.shape[1:])), max(len(preprocessing.mean), len(preprocessing.std))
     if channels not in (1, images.shape[1]):
         raise ValueError(
             f"images have {images.shape[1]} channels, and inputs are normalised with {channels} means and deviations"
         )
+    resize = preprocessing.resize(*images.shape[2:])
+    if resize is not None:
+        shape += f", resized to {resize.output[0]}x{resize.output[1]},"
     weight, alone = next(model.parameters(), None), []
     if weight is None or weight.device.type == "meta":
         return None, None
@@ -162,7 +165,7 @@ def _send_one(model: nn.Module, normalised: Normalisation, images: Tensor) -> tu
     hooks = [norm.register_forward_pre_hook(look(name)) for name, norm in norms]
     try:
         with attack_mode(model), torch.no_grad():
-            logits = pixel_logits(model, *normalised)(images[:1].to(weight.device))
+            logits = pixel_logits(model, *preprocessing)(images[:1].to(weight.device))
     except (RuntimeError, AssertionError, ValueError, IndexError) as error:
         if isinstance(error, NotImplementedError) and weight.dtype != torch.float32:
             return None, None  # this device lacks an operation in that precision; the one that trains may have it

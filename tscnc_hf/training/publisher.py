@@ -20,6 +20,7 @@ from tscnc_hf.artifact.card.card import write_card
 from tscnc_hf.artifact.card.formatting import plain
 from tscnc_hf.artifact.files.atomic import write_json
 from tscnc_hf.artifact.files.identity import code_identity, weights_digest
+from tscnc_hf.artifact.models.preprocessing import RESIZE
 from tscnc_hf.artifact.models.recorded_widths import recorded_widths, width_record
 from tscnc_hf.artifact.models.saving import save_sparse
 from tscnc_hf.artifact.packed.limit import storage_limit
@@ -28,6 +29,7 @@ from tscnc_hf.artifact.repository.push import push_folder
 from tscnc_hf.artifact.repository.recard import RUN_FACTS
 from tscnc_hf.evaluation.page import PAGE_FILES
 from tscnc_hf.evaluation.run import card_figures, other_weights
+from tscnc_hf.method.adversarial.pixels import Geometry, Preprocessing
 from tscnc_hf.method.reports.sparsity import sparsity_report
 from tscnc_hf.method.reports.spectrum import spectral_report
 from tscnc_hf.training.config import TSCNCConfig
@@ -43,21 +45,24 @@ class Publisher:
         card_options: arguments of `write_card` that were given so far.
         data_name: of the training images, None where nothing says it.
         trained_with: the options as of the end of training, None before and during one.
+        image_size: (h, w) of the images that are trained on and attacked; None where it is not known yet.
 
     Args:
         args (`TSCNCConfig`): the options.
-        mean, std, order: how the model's inputs are made of pixels, as in `Normalisation`.
+        mean, std, order, geometry: how the model's inputs are made of pixels, as in `Preprocessing`.
     """
 
     def __init__(
-        self, args: TSCNCConfig, mean: Sequence[float], std: Sequence[float], order: Sequence[int] | None = None
-    ):
-        self.args, self.mean, self.std, self.order = args, mean, std, order
+        self, args: TSCNCConfig, mean: Sequence[float], std: Sequence[float], order: Sequence[int] | None = None,
+        geometry: Geometry | None = None,
+    ):  # fmt: skip
+        self.args, self.preprocessing = args, Preprocessing(mean, std, order, geometry)
         self.folder = Path(args.output_dir)
         self.results: dict | None = None
         self.card_options: dict[str, Any] = {}
         self.data_name: str | None = None
         self.trained_with: dict | None = None
+        self.image_size: tuple[int, int] | None = None
 
     def options(self) -> dict[str, Any]:
         """The options that are published: those that the weights were trained with, whatever was set since."""
@@ -68,11 +73,17 @@ class Publisher:
         self.trained_with = copy.deepcopy(self.options())
 
     def describe_(self, model: nn.Module) -> None:
-        """Write the options and the normalisation into the model's config, where it has one."""
+        """Write the options and the preprocessing into the model's config, where it has one."""
         if isinstance(model, PreTrainedModel):
-            normalised = {"image_mean": list(self.mean), "image_std": list(self.std)}
-            normalised |= {} if self.order is None else {"channel_order": list(self.order)}
-            model.config.tscnc = self.options() | normalised | width_record(model.config)
+            how, size = self.preprocessing, self.image_size
+            said = {"image_mean": list(how.mean), "image_std": list(how.std)}
+            said |= {} if how.order is None else {"channel_order": list(how.order)}
+            if size is None:
+                before = getattr(model.config, "tscnc", None) or {}
+                said |= {RESIZE: before[RESIZE]} if RESIZE in before else {}
+            elif (resize := how.resize(*size)) is not None:
+                said[RESIZE] = {"image_size": list(size), "resize": resize.to_dict()}
+            model.config.tscnc = self.options() | said | width_record(model.config)
 
     def write_extras(self, folder: Path, model: nn.Module) -> None:
         """What a folder has beside the dense model: the packed weights and readable options; no pickle."""

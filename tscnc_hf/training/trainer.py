@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from transformers.trainer_utils import HubStrategy, PredictionOutput
 from transformers.utils import logging
 
 from tscnc_hf.artifact.card.formatting import collapse_text, without_paths
-from tscnc_hf.artifact.files.identity import weights_digest
+from tscnc_hf.artifact.files.identity import RunIdentity, weights_digest
 from tscnc_hf.artifact.files.state import STATE_FILE, save_state
 from tscnc_hf.artifact.models.loading import holds_weights
 from tscnc_hf.artifact.models.preprocessing import preprocessing
@@ -64,8 +65,9 @@ class TSCNCTrainer(ResumableTrainer):
         model (`nn.Module` or `str`): a classifier of normalised images, or the name of one (folder or Hub id).
         args (`TSCNCConfig`): the options.
         train_dataset, eval_dataset: anything that gives {"pixel_values": (c, h, w) in [0, 1], "labels": int} items.
-        processing_class: the image processor, which says how pixels are normalised (may be left out when the model's
-            config says so, as timm's does). Saved with the model.
+        processing_class: the image processor, which says how the model's inputs are made of pixels: resized, cropped
+            and normalised, all of it inside of what is attacked (may be left out when the model's config says so, as
+            timm's does). Saved with the model.
         compute_metrics (`Callable`, *optional*): any that a Trainer takes. It gets the predictions of the clean
             images and then, where evaluation attacks, those of the adversarial ones, whose metrics are named
             `robust_...`. What it gives is added to our own metrics, and wins over one of the same name.
@@ -113,7 +115,7 @@ class TSCNCTrainer(ResumableTrainer):
                 "compiled training set torch_compile=True"
             )
         refuse_parts(model)
-        normalised = preprocessing(model, processing_class)
+        how = preprocessing(model, processing_class)
         data_collator = data_collator or collate
         check_datasets(model, train_dataset, eval_dataset, data_collator)
         self._classes = SameClasses(model)
@@ -123,13 +125,15 @@ class TSCNCTrainer(ResumableTrainer):
         if isinstance(model, PreTrainedModel):
             check_publishable(model)
         images = (train_dataset, eval_dataset, data_collator, processing_class)
-        processing_class, self._outputs, self._shape = check_images(model, normalised, args, *images)
+        processing_class, self._outputs, self._shape, seen = check_images(model, how, args, *images)
         args = with_dense_ends(model, args)
         if args.channels_last:
             model.to(memory_format=torch.channels_last)
-        self.adversary, self.compressor = Adversary(args, *normalised), Compressor(model, args)
-        self.publisher = Publisher(args, *normalised)
+        self.adversary, self.compressor = Adversary(args, *how), Compressor(model, args)
+        self.publisher = Publisher(args, *how)
         self.publisher.data_name = dataset_name(train_dataset)
+        self.publisher.image_size = seen and seen[1:]
+        self._resize = None if self._shape is None else how.resize(*self._shape[1:])
         given = (model, args, data_collator, train_dataset, eval_dataset, processing_class)
         metrics = Metrics(compute_metrics, args.batch_eval_metrics)
         metrics.check_best(
@@ -147,6 +151,13 @@ class TSCNCTrainer(ResumableTrainer):
         if isinstance(model, PreTrainedModel):
             model.add_model_tags(list(self._tag_names))
 
+    def identity(self) -> RunIdentity:
+        """With what the preprocessing does to the size of the images, which is no option and changes the training."""
+        found = super().identity()
+        if self._resize is None:  # or it is a stream, of which nothing is known yet
+            return found
+        return replace(found, options={**found.options, "resized": self._resize.to_dict()})
+
     # ---- one step ----
 
     def training_step(self, *args, **kwargs):
@@ -158,7 +169,9 @@ class TSCNCTrainer(ResumableTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         x, y = inputs["pixel_values"], inputs["labels"]
-        self._shape = tuple(x.shape[1:]) if self._shape is None else self._shape  # of a stream
+        if self._shape is None:  # of a stream
+            self._shape = tuple(x.shape[1:])
+            self.publisher.image_size = self._shape[1:]
         inner = self.accelerator.unwrap_model(model, keep_torch_compile=True)
         # The attack runs on the module, the forward that trains on the wrapper: that one averages gradients.
         x_adv = self.attack(inner, x, y) if self.args.objective != "natural" else None

@@ -6,11 +6,13 @@ import timm
 import torch
 from PIL import Image
 from torch import nn
-from transformers import AutoImageProcessor, AutoModelForImageClassification
+from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTForImageClassification
 
 from tscnc_hf.artifact.models.building import timm_model, vit_from_config
 from tscnc_hf.artifact.models.config import input_format
 from tscnc_hf.artifact.models.loading import load_model, logits_fn
+from tscnc_hf.artifact.models.preprocessing import preprocessing
+from tscnc_hf.method.adversarial.pixels import pixel_inputs
 
 
 NAMES = ["red panda", "owl", "fox"]
@@ -145,8 +147,8 @@ def test_arguments_that_timm_refuses(name, model_args):
 @pytest.mark.parametrize(
     ("size", "options", "message"),
     [
-        ((8, 6), {}, "patch_size=4 does not divide the image size 8x6"),
-        ((8, 8), {"patch_size": 3}, "patch_size=3 does not divide the image size 8"),
+        ((8, 6), {}, "patch_size=4 does not divide the input size 8x6"),
+        ((8, 8), {"patch_size": 3}, "patch_size=3 does not divide the input size 8"),
         (
             (8, 8),
             {"hidden_size": 32, "num_attention_heads": 3},
@@ -157,6 +159,45 @@ def test_arguments_that_timm_refuses(name, model_args):
 def test_sizes_that_do_not_fit(size, options, message):
     with pytest.raises(ValueError, match=message):
         vit_from_config(NAMES, size, **options)
+
+
+def test_a_model_may_get_another_size_than_images_have():
+    """Of both builders the image processor says so; a ViT of timm is told the size of its input."""
+    timm_vit = {"patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}
+    made = (
+        vit_from_config(NAMES, (8, 8), patch_size=8, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+                        input_size=32, interpolation="nearest"),
+        timm_model("vit_tiny_patch16_224", NAMES, (8, 8), model_args=timm_vit, input_size=32, interpolation="nearest"),
+        timm_model("resnet18", NAMES, (8, 8), model_args={"channels": [8] * 4}, input_size=(32, 32),
+                   interpolation="nearest"),
+    )  # fmt: skip
+    image = uint8_images(count=1)[0]
+    pixels = torch.from_numpy(image).permute(2, 0, 1)[None].float() / 255
+    for model, processor in made:
+        inputs = processor(Image.fromarray(image), return_tensors="pt")["pixel_values"]
+        assert inputs.shape == (1, 3, 32, 32) and input_format(model, processor) == (32, "rgb")
+        ours = pixel_inputs(pixels, *preprocessing(model, processor))
+        # transformers normalises values of 0 to 255, and rounds once otherwise; timm's do exactly the same
+        assert (ours - inputs).abs().max() <= (1e-6 if isinstance(model, ViTForImageClassification) else 0)
+        with torch.no_grad():
+            logits = model.eval()(pixel_values=ours).logits
+            assert torch.equal(logits_fn(model, processor)(pixels), logits)
+
+
+@pytest.mark.parametrize(
+    ("input_size", "interpolation", "message"),
+    [
+        (32, "lanczos", "interpolation='lanczos' is unknown; allowed are nearest, bilinear, bicubic"),
+        (20, "nearest", "from 8x8 to 20x20: which pixel is the nearest differs from library to library"),
+        ((32, 20), "nearest", "from 8x8 to 32x20"),
+        (0, "bilinear", "input_size=0; give a side"),
+        ((8, 8, 8), "bilinear", r"input_size=\(8, 8, 8\); give a side"),
+    ],
+)
+def test_an_input_size_that_cannot_be(input_size, interpolation, message):
+    for build in (vit_from_config, lambda *given, **options: timm_model("resnet18", *given, **options)):
+        with pytest.raises(ValueError, match=message):
+            build(NAMES, (8, 8), input_size=input_size, interpolation=interpolation)
 
 
 @pytest.mark.parametrize("size", [(32, 32), (32, 48)])
@@ -195,5 +236,5 @@ def test_a_vit_of_oblong_images_and_patches(tmp_path):
     inputs = AutoImageProcessor.from_pretrained(tmp_path)(Image.fromarray(image), return_tensors="pt")
     with torch.no_grad():
         torch.testing.assert_close(logits_fn(model, processor)(pixels), stock(**inputs).logits)
-    with pytest.raises(ValueError, match=r"patch_size=\(4, 8\) does not divide the image size 8x12"):
+    with pytest.raises(ValueError, match=r"patch_size=\(4, 8\) does not divide the input size 8x12"):
         vit_from_config(NAMES, (8, 12), patch_size=(4, 8), **sizes)

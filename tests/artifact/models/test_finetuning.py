@@ -21,6 +21,7 @@ from tscnc_hf.artifact.models.building import timm_model, vit_from_config
 from tscnc_hf.artifact.models.config import input_format
 from tscnc_hf.artifact.models.finetuning import load_for_finetuning
 from tscnc_hf.artifact.models.loading import load_model, logits_fn
+from tscnc_hf.artifact.models.preprocessing import preprocessing
 
 
 RECIPE = Path(__file__).parents[3] / "recipes" / "finetune.py"
@@ -92,7 +93,7 @@ def test_classes_in_another_order_are_refused(tmp_path):
 
 @pytest.mark.parametrize("kind", ["timm", "convnext"])
 def test_another_image_size_is_written_down(kind, tmp_path):
-    model, processor, changes = load_for_finetuning(saved(kind, tmp_path / "old"), NAMES, (32, 32))
+    model, processor, changes = load_for_finetuning(saved(kind, tmp_path / "old"), NAMES, (32, 32), (32, 32))
     assert changes.endswith("images of 32x32, of 16x16 so far")
     model.save_pretrained(tmp_path / "new")
     processor.save_pretrained(tmp_path / "new")
@@ -103,9 +104,26 @@ def test_another_image_size_is_written_down(kind, tmp_path):
     assert inputs.shape == (1, 3, 32, 32)
 
 
+@pytest.mark.parametrize("kind", ["vit", "timm", "convnext"])
+def test_a_model_of_larger_images_is_fine_tuned_against_an_attacker_of_small_ones(kind, tmp_path):
+    """Its image processor is the one it had; gradients reach the image of 8x8."""
+    _, before = load_model(folder := saved(kind, tmp_path))
+    model, processor, changes = load_for_finetuning(folder, NAMES, (8, 8))
+    assert ", resized to 16x16 (bi" in changes and changes.endswith("for the model")
+    assert processor.to_dict() == before.to_dict() and input_format(model, processor) == (16, "rgb")
+    pixels = torch.rand(2, 3, 8, 8, requires_grad=True)
+    assert torch.autograd.grad(logits_fn(model, processor)(pixels)[:, 0].sum(), pixels)[0].shape == (2, 3, 8, 8)
+    if kind == "convnext":  # which would enlarge and crop also those that have its size
+        model, processor, changes = load_for_finetuning(folder, NAMES, (16, 16))
+        image = to_pil_image(torch.randint(0, 256, (3, 16, 16), dtype=torch.uint8))
+        assert preprocessing(model, processor).resize(16, 16) is None and changes.endswith("images of 16x16")
+        assert preprocessing(*load_model(folder)).resize(16, 16).crop is not None
+        assert processor(image, return_tensors="pt")["pixel_values"].shape == (1, 3, 16, 16)
+
+
 def test_a_size_that_does_not_go_through_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="images of 32x32 pixels do not go through the model.*Leave image_size out"):
-        load_for_finetuning(saved("vit", tmp_path), NAMES, (32, 32))
+    with pytest.raises(ValueError, match="images of 32x32 pixels do not go through the model.*Leave input_size out"):
+        load_for_finetuning(saved("vit", tmp_path), NAMES, (8, 8), (32, 32))
 
 
 def test_weights_that_are_not_there_are_not_drawn_at_random(tmp_path):
@@ -200,8 +218,8 @@ def test_packed_models_get_no_new_head_but_advice(finetune, tmp_path):
 
 def test_a_model_of_larger_images_and_other_classes_is_pruned(finetune, tmp_path):
     folder, printed = finetune(saved("convnext", tmp_path / "model"), target_sparsity=0.5)
-    assert "new head for 10 classes in place of one for 3; images of 16x16" in printed
-    assert "images of 3x16x16 in 10 classes" in printed
+    said = "new head for 10 classes in place of one for 3; images of 8x8, resized to 16x16 (bicubic) for the model"
+    assert said in printed and "images of 3x8x8 in 10 classes" in printed
     model = AutoModelForImageClassification.from_pretrained(folder)
     assert list(model.config.id2label.values()) == DIGITS
     results = json.loads((folder / "results.json").read_text())["sparsity"]

@@ -1,12 +1,14 @@
 """What attacks feed a model is what its image processor feeds it: by class, with other settings, or it is refused."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 import transformers
 from PIL import Image
 from torch import nn
-from transformers import TimmWrapperImageProcessor, ViTConfig
+from transformers import TimmWrapperConfig, TimmWrapperForImageClassification, TimmWrapperImageProcessor, ViTConfig
 
 from tscnc_hf.artifact.models.loading import logits_fn
 from tscnc_hf.artifact.models.preprocessing import ModelGeometry, preprocessing
@@ -29,34 +31,57 @@ def pixels_of(image):
     return torch.from_numpy(array[None] if array.ndim == 2 else array.transpose(2, 0, 1))[None]
 
 
-def made_by(processor, image):
-    """The processor's own output, its resize and crop left out."""
-    off = {name: False for name in ("do_resize", "do_center_crop", "do_pad") if hasattr(processor, name)}
-    return processor(images=image, return_tensors="pt", **off)["pixel_values"]
+ROUNDED = 1.2 / 255  # in pixel units: image libraries round 8-bit images after each direction of a resize
 
 
-def assert_same(processor, channels=3):
-    image = noise(channels=channels)
+def assert_same(processor, channels=3, size=(40, 36)):
+    """Images of 40x36, resized and cropped, as the processor itself makes them."""
+    image = noise(*size, channels=channels)
     ours = logits_fn(Inputs(), processor)(pixels_of(image))
-    theirs = made_by(processor, image).float().flatten(1)
+    theirs = processor(images=image, return_tensors="pt")["pixel_values"].float().flatten(1)
     assert theirs.std() > 0.01
-    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * float(theirs.abs().max().clamp(min=1)))
+    how = preprocessing(Inputs(), processor)
+    resize, least = how.resize(*size), 1e-5 * float(theirs.abs().max().clamp(min=1))
+    allowed = least if resize is None or resize.interpolation == "nearest" else ROUNDED / min(map(abs, how.std))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=allowed)
 
 
 CLASSIFIERS = [
     "Beit", "Bit", "CLIP", "ConvNext", "DeiT", "EfficientNet", "LevitImage", "MobileNetV1", "MobileNetV2", "MobileViT",
-    "PoolFormer", "Pvt", "Segformer", "Siglip", "TextNet", "ViT", "PPLCNet", "Perceiver",
+    "PoolFormer", "Pvt", "Segformer", "Siglip", "TextNet", "ViT", "PPLCNet",
 ]  # fmt: skip
+
+
+def smaller(processor):
+    """Sizes an eighth of what they are."""
+    for name in ("size", "crop_size"):
+        if said := getattr(processor, name, None):
+            setattr(processor, name, {key: value // 8 for key, value in dict(said).items() if value})
+    if hasattr(processor, "resize_short"):
+        processor.resize_short //= 8
+    return processor
 
 
 @pytest.mark.parametrize("name", CLASSIFIERS)
 @pytest.mark.parametrize("backend", ["", "Pil"])
-def test_every_image_processor_of_classifiers_as_it_is(name, backend):
+def test_every_image_processor_of_classifiers(name, backend):
     found = getattr(transformers, f"{name.removesuffix('Image')}ImageProcessor{backend}", None)
     if found is None:
         assert backend == "Pil"
         return
-    assert_same(found())
+    assert_same(smaller(found()))
+
+
+@pytest.mark.parametrize("name", ["ViT", "DeiT", "ConvNext", "LevitImage"])
+def test_at_the_sizes_that_they_have(name):
+    assert_same(getattr(transformers, f"{name.removesuffix('Image')}ImageProcessor")())
+
+
+def test_a_crop_before_the_resize_is_refused_by_name():
+    how = preprocessing(Inputs(), smaller(transformers.PerceiverImageProcessor()))  # its values are as any other's
+    with pytest.raises(ValueError, match="PerceiverImageProcessor makes 28x28 of an image of 40x36, and by no resize"):
+        how.resize(40, 36)
+    assert how._replace(geometry=None).resize(40, 36) is None
 
 
 @pytest.mark.parametrize(
@@ -78,7 +103,8 @@ def test_every_image_processor_of_classifiers_as_it_is(name, backend):
     ],
 )
 def test_other_settings(name, options):
-    assert_same(getattr(transformers, f"{name}ImageProcessor")(**options))
+    processor = getattr(transformers, f"{name}ImageProcessor")(**options)
+    assert_same(processor if "size" in options or "crop_size" in options else smaller(processor))
 
 
 def test_grey_images():
@@ -93,14 +119,61 @@ def test_a_processor_of_images_and_text():
     assert preprocessing(Inputs(), holder).order == [2, 1, 0]
 
 
-@pytest.mark.parametrize("crop_pct", [1.0, 0.875])
-def test_timm(crop_pct):
-    data = {"input_size": [3, 24, 24], "mean": [0.1, 0.2, 0.3], "std": [0.3, 0.2, 0.1], "crop_pct": crop_pct}
+@pytest.mark.parametrize("size", [(24, 24), (40, 33), (12, 9)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"crop_pct": 1.0},
+        {"crop_pct": 0.875},
+        {"crop_pct": 0.9, "interpolation": "bicubic"},
+        {"crop_pct": 0.8, "crop_mode": "squash"},
+        {"crop_pct": 0.875, "input_size": [3, 24, 18]},
+    ],
+)
+def test_timm(options, size):
+    data = {"input_size": [3, 24, 24], "mean": [0.1, 0.2, 0.3], "std": [0.3, 0.2, 0.1], "interpolation": "bilinear"}
+    processor = TimmWrapperImageProcessor(data | options, architecture="resnet18")
+    assert_same(processor, size=size)
+
+
+def test_nearest_to_what_is_no_whole_multiple_is_refused_where_libraries_disagree():
+    data = {"input_size": [3, 36, 30], "interpolation": "nearest", "crop_pct": 1.0}
     processor = TimmWrapperImageProcessor(data, architecture="resnet18")
-    image = noise(24, 24)
-    ours = logits_fn(Inputs(), processor)(pixels_of(image))
-    values = (np.asarray(image, dtype=np.float32) / 255 - data["mean"]) / data["std"]
-    torch.testing.assert_close(ours, torch.from_numpy(values.transpose(2, 0, 1)).float().flatten()[None])
+    with pytest.raises(ValueError, match="36x30 of an image of 24x20, .*nearest is the same in all libraries"):
+        logits_fn(Inputs(), processor)(pixels_of(noise(24, 20)))
+    assert_same(processor, size=(18, 15))
+
+
+def test_nearest_by_a_whole_multiple_is_exact_and_the_others_are_as_documented():
+    data = {"input_size": [3, 96, 96], "mean": [0.5] * 3, "std": [0.25] * 3, "crop_pct": 1.0}
+    image, off = noise(24, 24), {}
+    for interpolation in ("nearest", "bilinear", "bicubic"):
+        processor = TimmWrapperImageProcessor(data | {"interpolation": interpolation}, architecture="resnet18")
+        theirs = processor(images=image, return_tensors="pt")["pixel_values"].flatten(1)
+        ours = logits_fn(Inputs(), processor)(pixels_of(image))
+        off[interpolation] = float((ours - theirs).abs().max()) * 0.25 * 255
+    assert off["nearest"] == 0
+    assert 0.5 < off["bilinear"] < 1.1 and 0.5 < off["bicubic"] < 1.2  # of 255: they round twice, attacks do not
+
+
+def test_the_config_of_a_timm_model_is_its_image_processor():
+    config = TimmWrapperConfig(
+        architecture="resnet18", model_args={"channels": [8] * 4, "layers": [1] * 4}, num_labels=10,
+        pretrained_cfg={"input_size": [3, 64, 64], "interpolation": "nearest", "crop_pct": 1.0, "mean": [0.1] * 3,
+                        "std": [0.3] * 3},
+    )  # fmt: skip
+    model = TimmWrapperForImageClassification(config).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    pixels, stock = pixels_of(noise(16, 16)), TimmWrapperImageProcessor(config.pretrained_cfg, architecture="resnet18")
+    with torch.no_grad():
+        expected = model(stock(images=noise(16, 16), return_tensors="pt")["pixel_values"]).logits
+        assert torch.equal(logits_fn(model)(pixels), expected)
+        assert torch.equal(logits_fn(model, stock)(pixels), expected)
+        says = SimpleNamespace(image_mean=[0.1] * 3, image_std=[0.3] * 3)  # of values only
+        assert torch.equal(logits_fn(model, says)(pixels), expected)
+        as_they_are = preprocessing(model, stock)._replace(geometry=None)
+        assert logits_fn(model, as_they_are)(pixels).sub(expected).abs().max() > 1e-3
 
 
 class Standardised(transformers.ViTImageProcessor):
@@ -155,5 +228,6 @@ def test_the_processor_of_an_image_classifier_is_used_at_its_own_size():
     made = fit(image)
     assert made.shape == (3, 12, 10) and made.dtype == np.uint8
     theirs = processor(images=image, return_tensors="pt")["pixel_values"].flatten(1)
-    ours = logits_fn(model, processor)(torch.from_numpy(made)[None] / 255)
+    fitted = preprocessing(model, processor)._replace(geometry=None)
+    ours = logits_fn(model, fitted)(torch.from_numpy(made)[None] / 255)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)

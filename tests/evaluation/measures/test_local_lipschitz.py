@@ -1,12 +1,16 @@
 """`evaluate_lipschitz`: a data set in, plain figures out, the model untouched."""
 
 import json
+import math
 
 import pytest
 import torch
 from torch import nn
 
 from tscnc_hf.evaluation.measures.lipschitz import evaluate_lipschitz
+from tscnc_hf.method.adversarial.pixels import Preprocessing
+from tscnc_hf.method.reports.lipschitz import lipschitz_product
+from tscnc_hf.method.resizing import Resize
 
 
 @pytest.fixture
@@ -32,6 +36,22 @@ def test_normalisation_counts_and_the_report_is_plain(linear):
     norm = torch.linalg.matrix_norm(linear[1].weight, 2).item()
     assert 10 ** plain["product_log10"] == pytest.approx(norm, rel=1e-5)
     assert f"median over 7 images | {plain['local_median']:.4g} |" in report.to_markdown()
+
+
+def test_the_resize_in_front_of_the_model_is_a_factor_of_the_product():
+    """Nearest by 4 repeats each pixel 16 times: what a layer makes of it is up to 4 times as large."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 4, stride=4, bias=False), nn.Flatten(), nn.Linear(4 * 4 * 4, 5))
+    resize = Resize(16, 16, "nearest")
+    how = Preprocessing([0.5], [0.25], None, lambda height, width: resize)
+    report = evaluate_lipschitz(model, images(3), processing_class=how, steps=2)
+    assert list(report.product.bounds) == ["resize", "0.weight", "2.weight"] and report.product.bounds["resize"] == 4
+    assert report.product.log10 == pytest.approx(lipschitz_product(model).log10 + math.log10(4))
+    with torch.no_grad():
+        model[0].weight.fill_(0.1)  # reads all 16 copies of a pixel alike: both bounds are met
+    stretch = model[0](resize(torch.eye(48).reshape(48, 3, 4, 4))).flatten(1)
+    product = 4 * lipschitz_product(model[0]).bounds["weight"]
+    assert torch.linalg.matrix_norm(stretch, 2).item() == pytest.approx(product, rel=1e-5)
 
 
 def test_twice_the_same_and_nothing_is_left_behind(linear):

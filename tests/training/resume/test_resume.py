@@ -11,8 +11,9 @@ from transformers import Trainer
 
 from tests.trainers import never_collapsed
 from tscnc_hf.artifact.files.identity import RunIdentity
+from tscnc_hf.artifact.models.building import timm_model
 from tscnc_hf.data.loading import load_image_data
-from tscnc_hf.training.resume.checkpoints import FILE_LIST
+from tscnc_hf.training.resume.checkpoints import FILE_LIST, ResumeError
 from tscnc_hf.training.resume.compatible import IDENTITY_FILE, check_identity, decisive_options
 from tscnc_hf.training.trainer import TSCNCTrainer
 
@@ -235,6 +236,23 @@ def test_other_data_than_that_of_the_checkpoint_is_refused_and_named(
         trainer.train(resume_from_checkpoint=True)
     assert "checkpoint-8 was trained with" in str(refused.value) and named in str(refused.value)
     assert trainer.state.global_step == 0
+
+
+def test_another_size_of_inputs_than_that_of_the_checkpoint_is_refused_and_named(make_config, tmp_path):
+    data = load_image_data("digits", augmentation="none", train_limit=32)
+    small = {"model_args": {"channels": [8] * 4, "layers": [1] * 4}}
+
+    def trainer(**options):
+        model, processor = timm_model("resnet18", data.class_names, data.image_size, **small, **options)
+        how = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1, "target_sparsity": 0}
+        args = make_config(output_dir=str(tmp_path), **how)
+        return TSCNCTrainer(model, args, train_dataset=data.train, processing_class=processor)
+
+    trainer(input_size=16, interpolation="nearest").train()
+    with pytest.raises(ResumeError, match="trained with .*resized.height=16 .now None."):
+        trainer().train(resume_from_checkpoint=True)
+    with pytest.raises(ResumeError, match="resized.interpolation='nearest' .now 'bilinear'."):
+        trainer(input_size=16).train(resume_from_checkpoint=True)
 
 
 @pytest.fixture(scope="module")

@@ -44,6 +44,13 @@ def attack_label(name: str) -> str:
     return {"autoattack": "AutoAttack"}.get(name, name.upper() if re.match(r"a?pgd|fgsm|cw\b|fab", name) else name)
 
 
+def resize_text(resize: Mapping[str, Any]) -> str:
+    """`Resize.to_dict()` as words: "128x128 (nearest)"."""
+    height, width = resize["crop"][2:] if resize.get("crop") else (resize["height"], resize["width"])
+    cut = f", cut from {resize['height']}x{resize['width']}" if resize.get("crop") else ""
+    return f"{height}x{width} ({resize['interpolation']}{cut})"
+
+
 def settings_text(parameters: Mapping[str, Any]) -> str:
     """The parameters of an attack as words: "steps 20, step size 0.0125 (3.19/255), random start yes"."""
     words = []

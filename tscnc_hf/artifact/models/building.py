@@ -15,10 +15,38 @@ from transformers import (
 )
 
 from tscnc_hf.artifact.models.config import label_fields
+from tscnc_hf.artifact.models.geometry import PIL_NUMBERS
+from tscnc_hf.method.resizing import INTERPOLATIONS
 
 
 # Statistics of natural images to one digit; batch norm or the first layer absorbs the rest.
 MEAN, STD = 0.5, 0.25
+
+
+def check_input_size(
+    image_size: tuple[int, int], input_size: int | Sequence[int] | None, interpolation: str
+) -> tuple[int, int]:
+    """
+    (h, w) of what a model is to get of images of `image_size`.
+
+    Raises:
+        ValueError: an unknown interpolation, or nearest to what is no whole multiple: libraries then disagree on which
+            pixel is the nearest.
+    """
+    if interpolation not in INTERPOLATIONS:
+        raise ValueError(f"interpolation={interpolation!r} is unknown; allowed are {', '.join(INTERPOLATIONS)}")
+    if input_size is None:
+        return tuple(image_size)
+    size = (input_size, input_size) if isinstance(input_size, int) else tuple(input_size)
+    if len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
+        raise ValueError(f"input_size={input_size!r}; give a side or (height, width), in pixels, above 0")
+    if interpolation == "nearest" and any(new % old for new, old in zip(size, image_size, strict=True)):
+        raise ValueError(
+            f'interpolation="nearest" from {image_size[0]}x{image_size[1]} to {size[0]}x{size[1]}: which pixel is the '
+            "nearest differs from library to library unless the size is a whole multiple. Give an input_size that is, "
+            'or "bilinear"'
+        )
+    return size
 
 
 def vit_from_config(
@@ -32,26 +60,32 @@ def vit_from_config(
     num_attention_heads: int = 3,
     mlp_ratio: float = 2.0,
     dropout: float = 0.0,
+    input_size: int | tuple[int, int] | None = None,
+    interpolation: str = "bilinear",
 ) -> tuple[ViTForImageClassification, ViTImageProcessor]:
     """
     A `ViTForImageClassification` with fresh weights, and its image processor.
 
     Args:
-        image_size (`tuple[int, int]`): height and width in pixels.
-        patch_size (`int` or `tuple[int, int]`): side, or height and width, of a patch in pixels.
+        image_size (`tuple[int, int]`): (h, w) of the images, which is where they are attacked.
+        patch_size (`int` or `tuple[int, int]`): side, or height and width, of a patch in pixels of the input.
+        input_size (*optional*): side, or (h, w), of what the model gets: its image processor resizes images to this
+            size. By default that of the images.
+        interpolation (`str`): of that resize: "nearest", "bilinear" or "bicubic".
 
     Raises:
-        ValueError: a size below 1; the patch size does not divide the image, or the heads the hidden size.
+        ValueError: a size below 1; the patch size does not divide the input, or the heads the hidden size; an
+            interpolation that no attack can go through (`check_input_size`).
     """
     patch = (patch_size, patch_size) if isinstance(patch_size, int) else tuple(patch_size)
     sizes = {"patch_size": min(patch), "hidden_size": hidden_size, "num_hidden_layers": num_hidden_layers}
     for name, value in (sizes | {"num_attention_heads": num_attention_heads}).items():
         if value < 1:
             raise ValueError(f"{name}={value}: give 1 or more")
-    height, width = image_size
+    height, width = check_input_size(image_size, input_size, interpolation)
     if height % patch[0] or width % patch[1]:
         size = height if height == width else f"{height}x{width}"
-        raise ValueError(f"patch_size={patch_size} does not divide the image size {size}")
+        raise ValueError(f"patch_size={patch_size} does not divide the input size {size}")
     if hidden_size % num_attention_heads:
         raise ValueError(f"num_attention_heads={num_attention_heads} does not divide hidden_size={hidden_size}")
     config = ViTConfig(
@@ -67,8 +101,9 @@ def vit_from_config(
         **label_fields(class_names),
     )
     processor = ViTImageProcessor(
-        size={"height": height, "width": width}, image_mean=[MEAN] * channels, image_std=[STD] * channels
-    )
+        size={"height": height, "width": width}, image_mean=[MEAN] * channels, image_std=[STD] * channels,
+        resample=PIL_NUMBERS[interpolation],
+    )  # fmt: skip
     return ViTForImageClassification(config), processor
 
 
@@ -80,19 +115,28 @@ def timm_model(
     *,
     model_args: dict | None = None,
     pretrained: bool = False,
+    input_size: int | tuple[int, int] | None = None,
+    interpolation: str | None = None,
 ) -> tuple[TimmWrapperForImageClassification, TimmWrapperImageProcessor]:
     """
     Any timm model inside transformers' wrapper, and its image processor.
 
     Args:
-        name (`str`): timm's name of the architecture, e.g. "resnet18".
+        name (`str`): timm's name of the architecture, e.g. "resnet18", or one of
+            `tscnc_hf.artifact.models.cifar_networks`.
+        image_size: (h, w) of the images, which is where they are attacked.
         model_args (`dict`, *optional*): keyword arguments of `timm.create_model`, stored in config.json. `img_size` is
             added where the model takes it and is usually of another.
         pretrained (`bool`): download timm's weights (needs the network) instead of timm's own initialisation. Their
             licence, and where they are from, is then what a card says.
+        input_size (*optional*): side, or (h, w), of what the model gets: its image processor, and everybody's that
+            config.json is read by, resizes images to this size. By default that of the images.
+        interpolation (`str`, *optional*): of that resize: "nearest", "bilinear" or "bicubic". By default that of
+            timm's weights, or "bilinear".
 
     Raises:
-        ValueError: timm does not know the name (similar names are listed), or refuses the arguments.
+        ValueError: timm does not know the name (similar names are listed), or refuses the arguments; an interpolation
+            that no attack can go through (`check_input_size`).
     """
     model_args = dict(model_args or {})
     if channels != 3:
@@ -101,17 +145,18 @@ def timm_model(
         similar = ", ".join(timm.list_models(f"*{name[:6]}*")[:8])
         raise ValueError(f"timm has no model named {name!r}" + (f"; similar: {similar}" if similar else ""))
     usual = timm.get_pretrained_cfg(name)
+    size = check_input_size(image_size, input_size, interpolation or "bilinear")
     sizes = [{}]
-    if "img_size" not in model_args and usual is not None and tuple(usual.input_size[-2:]) != tuple(image_size):
-        sizes.insert(0, {"img_size": image_size[0] if image_size[0] == image_size[1] else list(image_size)})
-    for size in sizes:
+    if "img_size" not in model_args and usual is not None and tuple(usual.input_size[-2:]) != size:
+        sizes.insert(0, {"img_size": size[0] if size[0] == size[1] else list(size)})
+    for own in sizes:
         try:
-            options = model_args | size
+            options = model_args | own
             source = timm.create_model(name, pretrained=pretrained, num_classes=len(class_names), **options)
             model_args = options
             break
         except (TypeError, ValueError, AssertionError, KeyError) as error:
-            if isinstance(error, TypeError) and size:
+            if isinstance(error, TypeError) and own:
                 continue  # it takes images of any size
             raise ValueError(
                 f"timm's {name} does not take model_args={options}: {type(error).__name__} {error}"
@@ -124,10 +169,14 @@ def timm_model(
         for key in {"mean", "std"} & preprocessing.keys():  # of three channels, whose weights timm has added up
             if len(values := preprocessing[key]) != channels:
                 preprocessing[key] = [sum(values) / len(values)] * channels
+    if size == tuple(image_size):  # images are taken as they are, also where timm's evaluation of the weights crops
+        preprocessing["crop_pct"] = 1.0
+    if interpolation is not None:
+        preprocessing["interpolation"] = interpolation
     config = TimmWrapperConfig(
         architecture=name,
         model_args=model_args,
-        pretrained_cfg=preprocessing | {"input_size": [channels, *image_size]},
+        pretrained_cfg=preprocessing | {"input_size": [channels, *size]},
         **label_fields(class_names),
     )
     model = TimmWrapperForImageClassification(config)

@@ -17,16 +17,21 @@ from transformers import (
 
 from tscnc_hf.artifact.models.config import input_format, label_fields, read_config
 from tscnc_hf.artifact.models.loading import load_model
-from tscnc_hf.artifact.models.preprocessing import acts, image_processor, leaves_alone, preprocessing
+from tscnc_hf.artifact.models.preprocessing import acts, agrees, image_processor, preprocessing
 from tscnc_hf.data.class_names import has_no_names, refuse_another_order
-from tscnc_hf.method.adversarial.pixels import Normalisation
+from tscnc_hf.method.adversarial.pixels import Preprocessing
 
 
 def load_for_finetuning(
-    name_or_folder: str, class_names: Sequence[str], image_size: tuple[int, int]
+    name_or_folder: str,
+    class_names: Sequence[str],
+    image_size: tuple[int, int],
+    input_size: tuple[int, int] | None = None,
 ) -> tuple[PreTrainedModel, object, str]:
     """
-    A classifier with its weights, for the classes and the image size of a data set.
+    A classifier with its weights, for the classes and the image size of a data set. Its image processor stays as it
+    is, and resizes the images inside of what is attacked, unless they have the size that it makes: then it leaves them
+    alone.
 
     A model with another number of classes, or without a head, gets a new one. One with as many keeps it: under its own
     names where the data set only numbers its classes, otherwise under those of the data set.
@@ -34,8 +39,9 @@ def load_for_finetuning(
     Args:
         name_or_folder (`str`): Hub id or folder, dense or packed.
         class_names (`Sequence[str]`): of the data set.
-        image_size: (h, w) of its images. Where the model took another so far, its config and its image processor are
-            changed to say so.
+        image_size: (h, w) of its images, at which they are attacked.
+        input_size (*optional*): (h, w) of what the model gets from now on, for those that take images of several
+            sizes: its config and its image processor are changed to say so.
 
     Returns:
         The model, its image processor, and one sentence on the head and the size.
@@ -65,77 +71,114 @@ def load_for_finetuning(
         model.config.update(label_fields(class_names))
     before, channels = input_format(model, processor)
     channels = 1 if channels == "grey" else 3
+    if input_size is None:
+        resize = preprocessing(model, processor).resize(*image_size)
+        made = image_size if resize is None else resize.output
+    else:
+        made = tuple(input_size)
     try:
         with torch.no_grad():  # the model comes in eval mode
-            model(pixel_values=torch.zeros(1, channels, *image_size))
+            model(pixel_values=torch.zeros(1, channels, *made))
     except (ValueError, RuntimeError, AssertionError) as error:
         raise ValueError(
-            f"images of {image_size[0]}x{image_size[1]} pixels do not go through the model: {error} Leave image_size "
-            "out: images are then resized to what the model takes"
+            f"images of {made[0]}x{made[1]} pixels do not go through the model: {error} Leave input_size out: the "
+            "model's image processor then resizes images to what it takes"
         ) from error
+    if made == image_size or input_size is not None:
+        processor, _ = fitted(model, processor, (channels, *made))
     size = f"images of {image_size[0]}x{image_size[1]}"
-    processor, _ = fitted(model, processor, (channels, *image_size))
+    if resize := preprocessing(model, processor).resize(*image_size):
+        size += f", resized to {made[0]}x{made[1]} ({resize.interpolation}) for the model"
     before = (before, before) if isinstance(before, int) else before
-    if before not in (None, image_size):
-        size += f", of {before[0]}x{before[1]} so far"
+    if before not in (None, made):
+        size += f", which took {before[0]}x{before[1]} so far" if resize else f", of {before[0]}x{before[1]} so far"
     return model, processor, f"{head}; {size}"
+
+
+def described(
+    model: nn.Module, processor: object | None, how: Preprocessing, shape: tuple[int, int, int]
+) -> tuple[object | None, str]:
+    """
+    The image processor to publish with a model that gets images of `shape` (c, h, w) as `how` says, and what one
+    should know, in one sentence, "" where there is nothing. Of a timm model in transformers' wrapper, config.json is
+    all that anybody reads, and is changed to say the same.
+
+    Raises:
+        ValueError: it cannot say so.
+    """
+    resize, said = how.resize(*shape[1:]), ""
+    if resize is not None:
+        said = (
+            f"images are {shape[1]}x{shape[2]}, and are attacked at that size; the model gets them resized to "
+            f"{resize.output[0]}x{resize.output[1]} ({resize.interpolation}), as by its image processor"
+        )
+    if not (isinstance(model, TimmWrapperForImageClassification) and model.config.pretrained_cfg):
+        return processor, said
+    made, changed = _of_timm(model.config, how, shape, type(image_processor(processor)).__name__)
+    return (None if processor is None else made), "; ".join(filter(None, (said, changed)))
 
 
 def fitted(model: nn.Module, processor: object | None, shape: tuple[int, int, int]) -> tuple[object, str]:
     """
-    The image processor to publish with a model that is trained on images of `shape` (c, h, w) as they are, and what
-    was changed in one sentence ("" where nothing was): one that leaves such images alone. Where the one given would
-    resize or crop them, this is a copy with another size, and the model's config says that size, too, if its weights
-    fit any. Of a timm model in transformers' wrapper, config.json is all that anybody reads.
+    The image processor of a model that is to get images of `shape` (c, h, w) as they are, and what was changed in one
+    sentence ("" where nothing was). Where the one given would resize or crop them, this is a copy with another size,
+    and the model's config says that size, too, if its weights fit any. Of a timm model in transformers' wrapper,
+    config.json is all that anybody reads.
 
     Raises:
         ValueError: no image processor does to such images what this one does to their values; see `preprocessing`.
     """
     (_, height, width), name = shape, type(image_processor(processor)).__name__
+    how = preprocessing(model, processor)._replace(geometry=None)
     if isinstance(model, TimmWrapperForImageClassification) and model.config.pretrained_cfg:
-        made, changed = _of_timm(model.config, preprocessing(model, processor), shape, name)
+        made, changed = _of_timm(model.config, how, shape, name)
         return (None if processor is None else made), changed
     one = image_processor(processor)
-    if not acts(one) or leaves_alone(one, normalised := preprocessing(model, one), shape):
+    if not acts(one) or agrees(one, how, shape):
         return processor, ""
     made = _of_size(one, height, width)
-    if not leaves_alone(made, normalised, shape) and normalised.order is None:
-        mean, std = (list(values) for values in normalised[:2])  # its class cannot make such images, this can
+    if not agrees(made, how, shape) and how.order is None:
+        mean, std = (list(values) for values in how[:2])  # its class cannot make such images, this can
         made = ViTImageProcessor(size={"height": height, "width": width}, image_mean=mean, image_std=std)
-    if not leaves_alone(made, normalised, shape):
+    if not agrees(made, how, shape):
         raise ValueError(
             f"the image processor {name} does not leave images of {height}x{width} as they are, whatever its size: "
             "resize the images to what it makes"
         )
     if hasattr(getattr(model, "config", None), "image_size"):
         _say_size_(model, height, width)
-    return made, _resized(name, height, width)
-
-
-def _resized(name: str, height: int, width: int) -> str:
-    return (
-        f"images are {height}x{width}, and are trained on and attacked as they are; the image processor {name} would "
-        f"resize or crop them: the one that is saved with the model makes {height}x{width}"
-    )
+    return made, f"the image processor {name} makes {height}x{width} from now on"
 
 
 def _of_timm(
-    config: TimmWrapperConfig, normalised: Normalisation, shape: tuple[int, int, int], name: str
+    config: TimmWrapperConfig, how: Preprocessing, shape: tuple[int, int, int], name: str
 ) -> tuple[object, str]:
     made = TimmWrapperImageProcessor(config.pretrained_cfg, architecture=config.architecture)
-    if leaves_alone(made, normalised, shape):
+    if agrees(made, how, shape):
         return made, ""
-    if normalised.order is not None:
+    if how.order is not None:
         raise ValueError(
             f"the image processor {name} changes the order of channels, which the config of a timm model cannot say: "
             "nobody would load the model as it was trained. Pass one that does not, or none"
         )
-    mean, std = ((values * shape[0])[: shape[0]] for values in normalised[:2])
-    own = {"input_size": list(shape), "mean": mean, "std": std, "crop_pct": 1.0, "crop_mode": "center"}
-    config.pretrained_cfg = config.pretrained_cfg | own
-    return TimmWrapperImageProcessor(config.pretrained_cfg, architecture=config.architecture), (
-        f"the model's pretrained_cfg described other inputs than images of {shape[1]}x{shape[2]}, as they are, with "
-        f"mean {mean} and standard deviation {std}, which it is trained on: it describes these now"
+    mean, std = ((values * shape[0])[: shape[0]] for values in how[:2])
+    resize = how.resize(*shape[1:])
+    height, width = shape[1:] if resize is None else resize.output
+    share = 1.0 if resize is None else min(height / resize.height, width / resize.width)
+    own = {"input_size": [shape[0], height, width], "mean": mean, "std": std, "crop_pct": share}
+    own |= {} if resize is None else {"interpolation": resize.interpolation}
+    for mode in ("center", "squash"):
+        said = config.pretrained_cfg | own | {"crop_mode": mode}
+        made = TimmWrapperImageProcessor(said, architecture=config.architecture)
+        if agrees(made, how, shape):
+            config.pretrained_cfg = said
+            return made, (
+                f"the model's pretrained_cfg described other inputs than {height}x{width} with mean {mean} and "
+                f"standard deviation {std}, which it is trained on: it describes these now"
+            )
+    raise ValueError(
+        f"what the image processor {name} does to images of {shape[1]}x{shape[2]} the config of a timm model cannot "
+        "say: nobody would load the model as it was trained. Pass none: timm's own then resizes them"
     )
 
 

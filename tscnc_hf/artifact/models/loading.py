@@ -45,11 +45,13 @@ HOW_TO_PACK = "Make one with tscnc_hf.save_sparse(model, folder)"
 
 def logits_fn(model: nn.Module, processing_class: object | None = None) -> LogitsFn:
     """
-    A function from pixels in [0, 1], float (b, c, h, w), to float32 logits (b, k), normalisation inside.
+    A function from pixels in [0, 1], float (b, c, h, w), to float32 logits (b, k), with the whole preprocessing
+    inside: resize, crop and normalisation, as the image processor does them. So an attack on it changes the image
+    itself, at the image's own size.
 
     Raises:
         ValueError: neither the image processor nor the model's config says how inputs are normalised, or the image
-            processor does what cannot be reproduced (`preprocessing`).
+            processor does what cannot be reproduced (`preprocessing`; of its resize that is found when images come).
     """
     return pixel_logits(model, *preprocessing(model, processing_class))
 

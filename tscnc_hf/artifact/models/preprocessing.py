@@ -1,4 +1,4 @@
-"""What an image processor really does to an image, found by sending one through it: its values, and its geometry."""
+"""What an image processor really does to an image, found by sending one through it: its values, and its size."""
 
 from __future__ import annotations
 
@@ -9,8 +9,12 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import nn
+from transformers import TimmWrapperForImageClassification, TimmWrapperImageProcessor
 
-from tscnc_hf.method.adversarial.pixels import Normalisation, normalisation
+from tscnc_hf.artifact.models.geometry import distance, measured
+from tscnc_hf.method.adversarial.pixels import Geometry, Preprocessing, normalisation
+from tscnc_hf.method.resizing import Resize
+from tscnc_hf.method.wrappers import unwrapped
 
 
 TOLERANCE = 1e-5  # of the largest value: both compute in float32
@@ -19,23 +23,116 @@ OF_VALUES = {
     "do_rescale", "do_normalize", "do_flip_channel_order", "do_convert_rgb", "do_grayscale", "do_map_pixels",
     "do_color_quantize",
 }  # fmt: skip
+RESIZE = "resize"  # in `config.tscnc`
 SIDE = 32  # of the image that is sent: without the geometry any will do
 
 
-def preprocessing(model: nn.Module, processing_class: object | None = None) -> Normalisation:
+def preprocessing(model: nn.Module, processing_class: object | None = None) -> Preprocessing:
     """
-    How the model's inputs are made of pixels: what `normalisation` finds, if one image that goes through the image
-    processor, without its resize and crop, comes out so. A processor that does more is reproduced where an input
-    channel is a multiple of one channel of the image plus a constant: other factors and offsets, another order of
-    channels, a mean that is subtracted from values of 0 to 255.
+    How the model's inputs are made of pixels: what the image processor does to an image of any size, found by sending
+    one through it. Without one, the config of a timm model in transformers' wrapper says all, as it does for stock
+    transformers; other configs say how inputs are normalised (`normalisation`), and those of this library what was
+    done to images of the size trained on. A plain module of timm takes images as they are.
+
+    Its values: what `normalisation` finds, if an image that goes through without resize and crop comes out so. A
+    processor that does more is reproduced where an input channel is a multiple of one channel of the image plus a
+    constant: other factors and offsets, another order of channels, a mean that is subtracted from values of 0 to 255.
+
+    Its geometry: a resize to some size (nearest, bilinear or bicubic; see `Resize` for how exactly) and a centre crop.
+    It is looked at when the first image of a size comes; ValueError then where it is something else.
+
+    Args:
+        processing_class: the image processor; anything that is not called with images says how they are normalised,
+            and a `Preprocessing` is what it says.
 
     Raises:
-        ValueError: the processor does something else, such as making patches or mixing channels, or no image goes
-            through it; or nothing says how inputs are normalised.
+        ValueError: the processor does something else to values, such as making patches or mixing channels, or no image
+            goes through it; or nothing says how inputs are normalised.
     """
+    if isinstance(processing_class, Preprocessing):
+        return processing_class
     processor = image_processor(processing_class)
+    of_config = _of_config(model)
     if not acts(processor):
-        return normalisation(model, processing_class)
+        said = normalisation(model, processing_class)
+        if of_config is not None:
+            own = preprocessing(model, of_config)
+            return said._replace(geometry=own.geometry)
+        return said._replace(geometry=_recorded(model))
+    found = _values(model, processor)
+    return found._replace(geometry=_geometry(processor, found, _channels(model, processor)))
+
+
+def _of_config(model: nn.Module) -> TimmWrapperImageProcessor | None:
+    """What stock transformers makes of the config of a timm model."""
+    model = unwrapped(model)
+    if isinstance(model, TimmWrapperForImageClassification) and model.config.pretrained_cfg:
+        return TimmWrapperImageProcessor(model.config.pretrained_cfg, architecture=model.config.architecture)
+    return None
+
+
+def _recorded(model: nn.Module) -> Geometry | None:
+    """Of a config that this library wrote: what was done to the images of one size."""
+    kept = (getattr(getattr(unwrapped(model), "config", None), "tscnc", None) or {}).get(RESIZE)
+    if kept is None:
+        return None
+    size, resize = tuple(kept["image_size"]), Resize.from_dict(kept["resize"])
+
+    def geometry(height: int, width: int) -> Resize:
+        if (height, width) != size:
+            raise ValueError(
+                f"the model's config says how images of {size[0]}x{size[1]} are resized, and these are "
+                f"{height}x{width}: pass the image processor as processing_class"
+            )
+        return resize
+
+    return geometry
+
+
+def _geometry(processor: object, how: Preprocessing, channels: int) -> Geometry:
+    found: dict[tuple[int, int], Resize | None] = {}
+
+    def geometry(height: int, width: int) -> Resize | None:
+        if (height, width) not in found:
+            found[height, width] = _resize_of(processor, how, (height, width), channels)
+        return found[height, width]
+
+    return geometry
+
+
+def _resize_of(processor: object, how: Preprocessing, size: tuple[int, int], channels: int) -> Resize | None:
+    """
+    Raises:
+        ValueError: an image of this size does not go through, or is changed in another way than a `Resize` does.
+    """
+    name, (height, width) = type(processor).__name__, size
+    image = _noise(height, width, channels)
+    given = _stacked(image)
+    try:
+        made = _pixel_values(processor, image).double()
+    except Exception as error:  # whatever a processor raises
+        raise ValueError(
+            f"the image processor {name} cannot process an image of {height}x{width} ({type(error).__name__}: {error})"
+        ) from error
+    if made.shape == given.shape and _agree(_apply(how, given), made):
+        return None
+    resize = measured(_settings(processor), how, given, made, TOLERANCE) if made.ndim == 3 else float("inf")
+    if isinstance(resize, float):
+        output = "x".join(map(str, made.shape[1:]))
+        raise ValueError(
+            f"the image processor {name} makes {output} of an image of {height}x{width}, and by no resize (nearest, "
+            f"bilinear, bicubic) and centre crop that attacks could go through: the closest is {255 * resize:.1f}/255 "
+            f"off. Bring the images to {output} first (image_size), or pass an image processor that only resizes, "
+            "crops at the centre, rescales and normalises; nearest is the same in all libraries for whole multiples"
+        )
+    return resize
+
+
+def _settings(processor: object) -> dict[str, object]:
+    return dict(getattr(processor, "data_config", None) or processor.to_dict())
+
+
+def _values(model: nn.Module, processor: object) -> Preprocessing:
     name, channels = type(processor).__name__, _channels(model, processor)
     image = _noise(SIDE, SIDE, channels)
     darker = image.point(lambda value: value // 3)  # which an offset of the image's own mean would give away
@@ -68,7 +165,7 @@ def preprocessing(model: nn.Module, processing_class: object | None = None) -> N
             "reproduce it. Pass an image processor that only resizes, crops, rescales and normalises"
         )
     alike = len(set(found.mean)) == 1 and len(set(found.std)) == 1 and found.order is None
-    return Normalisation(found.mean[:1], found.std[:1]) if alike else found
+    return Preprocessing(found.mean[:1], found.std[:1]) if alike else found
 
 
 def image_processor(processing_class: object | None) -> object | None:
@@ -81,12 +178,15 @@ def acts(processor: object) -> bool:
     return callable(processor) and not isinstance(processor, type)
 
 
-def leaves_alone(processor: object, normalised: Normalisation, shape: tuple[int, int, int]) -> bool:
-    """Whether images of `shape` (c, h, w) come out of an image processor at their size, normalised and no more."""
+def agrees(processor: object, how: Preprocessing, shape: tuple[int, int, int]) -> bool:
+    """Whether images of `shape` (c, h, w) come out of an image processor as `how` says."""
     channels, *size = shape
-    image = _noise(*size, channels)
-    made, given = _pixel_values(image_processor(processor), image), _stacked(image)
-    return made.shape == given.shape and _agree(_apply(normalised, given), made)
+    image, resize = _noise(*size, channels), how.resize(*size)
+    made, given = _pixel_values(image_processor(processor), image).double(), _stacked(image)
+    if resize is None:
+        return made.shape == given.shape and _agree(_apply(how, given), made)
+    off, allowed = distance(resize, how, given, made, TOLERANCE)
+    return off <= allowed
 
 
 class ModelGeometry:
@@ -103,10 +203,10 @@ class ModelGeometry:
 
     def __init__(self, model: nn.Module, processing_class: object):
         self.processor = image_processor(processing_class)
-        mean, std, order = preprocessing(model, processing_class)
+        mean, std, order, _ = preprocessing(model, processing_class)
         self._mean, self._std = (np.asarray(values, dtype=np.float64)[:, None, None] for values in (mean, std))
         self._order = None if order is None else np.argsort(order)
-        says = getattr(self.processor, "data_config", None) or self.processor.to_dict()
+        says = _settings(self.processor)
         kept = ("size", "crop_size", "crop_pct", "crop_mode", "resample", "interpolation", "input_size", "do_resize")
         made = {name: says[name] for name in (*kept, "do_center_crop", "do_pad") if says.get(name) is not None}
         self.identity = {"image_processor": type(self.processor).__name__} | {k: _json(v) for k, v in made.items()}
@@ -171,7 +271,7 @@ def _stacked(image: Image.Image) -> torch.Tensor:
     return torch.from_numpy(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1))
 
 
-def _apply(how: Normalisation, pixels: torch.Tensor) -> torch.Tensor | None:
+def _apply(how: Preprocessing, pixels: torch.Tensor) -> torch.Tensor | None:
     if not {len(how.mean), len(how.std)} <= {1, len(pixels)}:
         return None
     mean, std = (torch.tensor(values, dtype=torch.float64).view(-1, 1, 1) for values in how[:2])
@@ -182,7 +282,7 @@ def _agree(ours: torch.Tensor | None, theirs: torch.Tensor) -> bool:
     return ours is not None and bool((ours - theirs).abs().max() <= TOLERANCE * theirs.abs().max().clamp(min=1.0))
 
 
-def _measured(pixels: torch.Tensor, made: torch.Tensor) -> Normalisation | None:
+def _measured(pixels: torch.Tensor, made: torch.Tensor) -> Preprocessing | None:
     """The multiple and the constant of each channel, by least squares; None where one depends on none or several."""
     columns = torch.cat([pixels.flatten(1), torch.ones(1, pixels[0].numel(), dtype=torch.float64)]).T
     solution = torch.linalg.lstsq(columns, made.double().flatten(1).T).solution  # (channels + 1, channels)
@@ -193,4 +293,4 @@ def _measured(pixels: torch.Tensor, made: torch.Tensor) -> Normalisation | None:
         return None
     mean = [round(value, 9) + 0.0 for value in (-constants / chosen).tolist()]
     std = [float(f"{value:.7g}") for value in (1 / chosen).tolist()]
-    return Normalisation(mean, std, None if order.tolist() == sorted(order.tolist()) else order.tolist())
+    return Preprocessing(mean, std, None if order.tolist() == sorted(order.tolist()) else order.tolist())

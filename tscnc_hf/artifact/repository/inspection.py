@@ -17,9 +17,11 @@ from tscnc_hf.artifact.card.formatting import (
     format_percent,
     format_pixels,
     number,
+    resize_text,
     without_paths,
 )
 from tscnc_hf.artifact.files.tensor_file import dtype_name
+from tscnc_hf.artifact.models.preprocessing import RESIZE
 from tscnc_hf.artifact.models.recorded_widths import recorded_widths
 from tscnc_hf.artifact.packed.limit import count_minus_zeros, storage_limit
 from tscnc_hf.artifact.repository.opening import (
@@ -63,6 +65,8 @@ def inspect_model(
         "spectrum": {"matrices", "lost_ranks", and the summary of `SpectralReport`},
         "sizes": {"dense_bytes", "sparse_bytes", "limit_bytes"}: of the two files, and what a lossless file needs at
         least (`storage_limit`), "minus_zeros": how many weights are -0.0, which a packed file keeps as 0.0,
+        "images": {"attacked_at": (h, w) of the images that were trained on or attacked, "resized": `Resize.to_dict()`
+        of what the model's preprocessing does to them, or None},
         "metrics": [{"name", "value", ...}], "metrics_from": the file that they are from,
         "target": {"sparsity", "scope", "rows": [{"name", "shape", "numel", "kept", "rows", "live_rows"}]},
         "collapsed": what the results say, "method": options of the run, "gates", "narrowed": layers that are narrower
@@ -99,6 +103,10 @@ def inspect_model(
             found.get(name, {}).pop("rows", None)
     found["sizes"] = repository.sizes | {"limit_bytes": storage_limit(tensors)}
     found["minus_zeros"] = count_minus_zeros(tensors.values()) or None
+    robustness, recorded = results.get("robustness") or {}, (getattr(config, "tscnc", None) or {}).get(RESIZE) or {}
+    if size := (robustness.get("image_size") or [0])[1:] or recorded.get("image_size"):
+        resize = robustness.get("resized") or recorded.get("resize")
+        found["images"] = {"attacked_at": size, "resized": resize}
     found["metrics"], found["metrics_from"] = _known_metrics(repository.folder, results)
     found |= {
         "collapsed": results.get("collapsed"),
@@ -165,6 +173,9 @@ def summary_rows(found: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("zeros", f"{sparsity['sparsity']:.2%} of {sparsity['prunable']:,} prunable weights"),
         ("", f"{sparsity['parameter_sparsity']:.2%} of {sparsity['parameters']:,} parameters"),
     ]
+    if images := found.get("images"):
+        resized = f", and resized to {resize_text(images['resized'])} for the model" if images["resized"] else ""
+        rows.append(("images", f"attacked at {'x'.join(map(str, images['attacked_at']))}{resized}"))
     computed = sparsity.get("computed") or {}
     for why in dict.fromkeys(computed.values()):
         rows.append(("not counted", f"{sum(other == why for other in computed.values())} layers: {why}"))

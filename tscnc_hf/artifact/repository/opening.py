@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from tscnc_hf.artifact.models.config import CONFIG_FILE, class_of, config_digest, read_config
 from tscnc_hf.artifact.models.loading import TWO_MODELS, build_exactly
+from tscnc_hf.artifact.models.preprocessing import RESIZE
 from tscnc_hf.artifact.models.recorded_widths import KEY
 from tscnc_hf.artifact.models.weights import INDEX_FILE, WEIGHTS_FILE, has_weights, read_weights, same_tensors
 from tscnc_hf.artifact.packed.file import SPARSE_FILE, read_sparse_file
@@ -156,7 +157,8 @@ def read_json(path: Path) -> dict:
 def method_settings(folder: Path, config: Any) -> dict:
     """The options that a model was trained with, from tscnc_config.json or `config.tscnc`; {} where nobody says."""
     recorded = getattr(config, "tscnc", None) or {}
-    return read_json(folder / METHOD_FILE) or {key: value for key, value in recorded.items() if key != KEY}
+    ours = {key: value for key, value in recorded.items() if key not in (KEY, RESIZE)}
+    return read_json(folder / METHOD_FILE) or ours
 
 
 def read_tensors(folder: Path) -> dict[str, torch.Tensor]:

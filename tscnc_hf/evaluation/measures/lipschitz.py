@@ -13,6 +13,7 @@ from torch import nn
 
 from tscnc_hf.artifact.models.preprocessing import preprocessing
 from tscnc_hf.data.batches import check_items, collate
+from tscnc_hf.data.identity import random_states_kept
 from tscnc_hf.evaluation.memory import halving
 from tscnc_hf.evaluation.state import EvaluationState
 from tscnc_hf.evaluation.subset import drawn
@@ -25,7 +26,7 @@ from tscnc_hf.method.reports.lipschitz import LipschitzProduct, lipschitz_produc
 class LipschitzReport:
     """
     Attributes:
-        product: of the layers' operator norms (l2), from the weights alone.
+        product: of the layers' operator norms (l2), and of the resize in front of them where there is one.
         local: per image, a lower bound of the local Lipschitz constant (l1 of logits over L-infinity of pixels).
         epsilon, steps: radius in pixel units and gradient steps with which `local` was searched.
     """
@@ -82,7 +83,7 @@ def evaluate_lipschitz(
         n (`int`): as many images, drawn with the seed, or all where there are fewer.
         steps (`int`): gradient steps of the search; costs steps forwards and backwards of n images.
         seed, batch_size (`int`): the starts of the search depend on both; halved by itself where memory runs out.
-        processing_class (*optional*): image processor that says how inputs are normalised, unless the config does.
+        processing_class (*optional*): image processor that says how inputs are made of pixels, unless the config does.
         state (*optional*): where what was found is kept, and which processes share the images.
 
     Raises:
@@ -94,9 +95,16 @@ def evaluate_lipschitz(
     if size == 0 or n < 1:
         raise ValueError(f"n={n} of a data set of {size} images: at least one image is needed")
     device = next(model.parameters()).device
-    forward = pixel_logits(model, *preprocessing(model, processing_class))
+    how = preprocessing(model, processing_class)
+    forward = pixel_logits(model, *how)
     places, state = sorted(drawn(size, n, seed)), EvaluationState() if state is None else state
     n = len(places)
+
+    def gain() -> float | None:
+        with random_states_kept():
+            size = collate([dataset[places[0]]])["pixel_values"].shape[2:]
+        resize = how.resize(*size)
+        return None if resize is None else resize.gain(*size)
 
     def ascend(batch: range, number: int, part: range) -> list[float]:
         x = collate([dataset[places[place]] for place in part])["pixel_values"].to(device)
@@ -113,7 +121,7 @@ def evaluate_lipschitz(
                 part = range(start, min(start + share, batch.stop))
                 name = f"lipschitz-{batch_size}-{part.start}-{part.stop}"
                 pieces[name] = partial(ascend, batch, first // batch_size, part)
-        product = {"lipschitz-product": lambda: lipschitz_product(model).to_dict()}
+        product = {"lipschitz-product": lambda: lipschitz_product(model, gain()).to_dict()}
         found = state.share(pieces | product, doing="Searching local Lipschitz constants")
         plain = found["lipschitz-product"]
         product = LipschitzProduct(float(plain["log10"]), plain["bounds"], tuple(plain["unknown"]))

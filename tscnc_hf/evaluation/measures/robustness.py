@@ -35,7 +35,7 @@ from tscnc_hf.evaluation.memory import InParts, announce, halving
 from tscnc_hf.evaluation.state import FORMAT, EvaluationState, OtherEvaluation, data_identity
 from tscnc_hf.evaluation.subset import drawn
 from tscnc_hf.method.adversarial.ball import check_norm
-from tscnc_hf.method.adversarial.pixels import attack_mode, pixel_logits, pixel_quantity
+from tscnc_hf.method.adversarial.pixels import Preprocessing, attack_mode, pixel_logits, pixel_quantity
 
 
 logger = logging.get_logger(__name__)
@@ -68,7 +68,8 @@ def evaluate_robustness(
     Args:
         model (`nn.Module`, or its folder or Hub id): a classifier of normalised images; left as it was (modes,
             statistics, gradients). By name it comes with its image processor.
-        dataset: gives {"pixel_values": (c, h, w) in [0, 1], "labels": int} items.
+        dataset: gives {"pixel_values": (c, h, w) in [0, 1], "labels": int} items, at the size at which the attacker
+            acts: what the image processor resizes is resized inside of what is attacked.
         attacks (`Sequence[str]` or `str`): one or several, see `make_attack`. The default is what a plain install can
             run; for figures to publish add "autoattack".
         epsilon (`float` or `str`): radius in pixel units.
@@ -78,7 +79,8 @@ def evaluate_robustness(
             changed.
         batch_size (`int`): images attacked together; halved by itself where memory runs out. Changes no count of the
             attacks that are ours (those of pyautoattack draw for a whole batch).
-        processing_class (*optional*): image processor that says how inputs are normalised, unless the config does.
+        processing_class (*optional*): image processor that says how inputs are made of pixels, unless the config does;
+            or a `Preprocessing`.
         device (*optional*): defaults to where the model is.
         progress (`bool`): show a progress bar with the time left, and say what comes after it.
         state_folder (*optional*): what each attack (each part of "autoattack") found on a batch is kept there, and so
@@ -170,8 +172,8 @@ class Robustness:
         rank, world = _processes(device) if distributed else (0, 1)
         self.device = PartialState().device if world > 1 else device
         model.to(self.device)
-        self.processing_class, self.normalised = processing_class, preprocessing(model, processing_class)
-        self.forward = pixel_logits(model, *self.normalised)
+        self.processing_class, self.preprocessing = processing_class, preprocessing(model, processing_class)
+        self.forward = pixel_logits(model, *self.preprocessing)
         if state_folder is not None and mixed:
             state_folder = Path(state_folder) / self.identity.digest()
         identity = None if state_folder is None else self.identity
@@ -190,7 +192,7 @@ class Robustness:
     def identity(self) -> RunIdentity:
         """Of whatever decides the accuracies."""
         options = self.threat_model | {"format": FORMAT, "batch_size": self.batch_size}
-        options |= {name: value for name, value in self.normalised._asdict().items() if value is not None}
+        options |= self._how(self.preprocessing)
         code, parameters = code_identity(), {}
         for attack in self.attacks:
             parameters[attack.name] = dict(attack.parameters)
@@ -235,7 +237,8 @@ class Robustness:
             found = dict(gather_object(list(found.items())))
         versions = {"tscnc_hf": __version__, "torch": torch.__version__, "transformers": version("transformers")}
         report = _report([found[index] for index in range(len(batches))], made, self.threat_model, versions)
-        report = replace(report, image_size=self._image_size())
+        resize = self.preprocessing.resize(*self.image_size[1:])
+        report = replace(report, image_size=self.image_size, resized=None if resize is None else resize.to_dict())
         if report.collapsed is not None or len(report.per_class) > 1 or not self._constant():
             return report
         return replace(report, collapsed={"constant": True})
@@ -251,9 +254,17 @@ class Robustness:
         found = estimate(self.attacks, self.n, gradient, forward, **sizes, lipschitz=self.norm == "linf")
         return estimate_text(found, full and self.attacked)
 
-    def _image_size(self) -> list[int]:
+    @cached_property
+    def image_size(self) -> list[int]:
+        """[c, h, w] of the images."""
         with random_states_kept():
             return list(collate([self.dataset[self.places[0]]])["pixel_values"].shape[1:])
+
+    def _how(self, how: Preprocessing) -> dict:
+        """What is done to these images, plain JSON types; nothing of a resize that is none."""
+        said, resize = how._asdict(), how.resize(*self.image_size[1:])
+        said["geometry"] = None if resize is None else resize.to_dict()
+        return {name: value for name, value in said.items() if value is not None}
 
     def _constant(self) -> bool:
         """Whether the logits are the same for some images: of one class, which naming it for all of them is right."""
@@ -273,10 +284,10 @@ class Robustness:
         options, of = {"epsilon": self.epsilon, "norm": self.norm, "seed": self.seed}, None
         if dense_model is not None:
             processor = self.processing_class if dense_processing_class is None else dense_processing_class
-            dense_normalised = preprocessing(dense_model, processor)
-            options["dense_fn"] = pixel_logits(dense_model.to(self.device), *dense_normalised)
+            how = preprocessing(dense_model, processor)
+            options["dense_fn"] = pixel_logits(dense_model.to(self.device), *how)
             if self.state.folder is not None:
-                of = {"model": weights_digest(dense_model), "normalised": dense_normalised}
+                of = {"model": weights_digest(dense_model), "preprocessing": self._how(how)}
         batch = self._some()
         x, y = batch["pixel_values"].to(self.device), batch["labels"].to(self.device)
 

@@ -74,7 +74,9 @@ class RobustnessReport:
             found), or clean where there are none.
         collapsed: what `collapse` says of the clean images; {"constant": True} where all logits are the same and the
             images are of one class.
-        image_size: [c, h, w] of the images, as they went through the model.
+        image_size: [c, h, w] of the images, which is where the attacker acts.
+        resized: `Resize.to_dict()` of what the model's preprocessing does to their size inside of what is attacked;
+            None where the model gets them as they are.
     """
 
     threat_model: dict
@@ -88,6 +90,7 @@ class RobustnessReport:
     confusion: dict[int, dict[int, int]] = field(default_factory=dict, repr=False)
     collapsed: dict | None = None
     image_size: list[int] | None = None
+    resized: dict | None = None
 
     def __getitem__(self, name: str) -> AttackResult:
         if self.worst_case is not None and name == self.worst_case.name:
@@ -119,6 +122,7 @@ class RobustnessReport:
             },
             collapsed=plain.get("collapsed"),
             image_size=plain.get("image_size"),
+            resized=plain.get("resized"),
         )
 
     def to_markdown(self) -> str:

@@ -1,4 +1,4 @@
-"""Pixels in [0, 1] on one side, logits on the other: normalisation belongs to the model's side of every attack."""
+"""Pixels in [0, 1] on one side, logits on the other: preprocessing belongs to the model's side of every attack."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from tscnc_hf.method.resizing import Resize
 from tscnc_hf.method.wrappers import unwrapped
 
 
 LogitsFn = Callable[[Tensor], Tensor]
+Geometry = Callable[[int, int], Resize | None]
 
 
 def pixel_quantity(name: str, value: float | str, norm: str = "linf") -> float:
@@ -45,23 +47,31 @@ def pixel_quantity(name: str, value: float | str, norm: str = "linf") -> float:
     return number
 
 
-class Normalisation(NamedTuple):
+class Preprocessing(NamedTuple):
     """
-    What a model's inputs are of an image: input channel c is (pixels[order[c]] - mean[c]) / std[c].
+    What a model's inputs are of an image in [0, 1]: it is resized and cropped, then input channel c is
+    (pixels[order[c]] - mean[c]) / std[c].
 
     Attributes:
         mean, std: one value a channel, or one for all, in pixel units.
         order: the image's channel behind each input channel; None where they are as in the image (RGB).
+        geometry: from the (height, width) of an image to its `Resize`, or None where it goes in as it is. None where
+            every image does.
     """
 
     mean: list[float]
     std: list[float]
     order: list[int] | None = None
+    geometry: Geometry | None = None
+
+    def resize(self, height: int, width: int) -> Resize | None:
+        """What is done to the size of such an image; None where nothing is."""
+        return None if self.geometry is None else self.geometry(height, width)
 
 
-def normalisation(model: nn.Module, processing_class: object | None = None) -> Normalisation:
+def normalisation(model: nn.Module, processing_class: object | None = None) -> Preprocessing:
     """
-    How the model's inputs are said to be normalised. An image processor may do otherwise: see
+    How the model's inputs are said to be normalised, no word of their size. An image processor may do otherwise: see
     `tscnc_hf.artifact.models.preprocessing`.
 
     Looked up in this order: the image processor (`image_mean`, `image_std`, or timm's `data_config`),
@@ -73,7 +83,7 @@ def normalisation(model: nn.Module, processing_class: object | None = None) -> N
     """
     model = unwrapped(model)
     if getattr(processing_class, "do_normalize", None) is False:
-        return Normalisation([0.0], [1.0])
+        return Preprocessing([0.0], [1.0])
     config, own = getattr(model, "config", None), ("image_mean", "image_std")
     sources = [{name: getattr(processing_class, name, None) for name in own}]
     sources += [getattr(processing_class, "data_config", None)]
@@ -82,7 +92,7 @@ def normalisation(model: nn.Module, processing_class: object | None = None) -> N
     for source in filter(None, sources):
         mean, std = (source.get(name, source.get(f"image_{name}")) for name in ("mean", "std"))
         if mean is not None and std is not None:
-            return Normalisation(_listed(mean), _listed(std), source.get("channel_order"))
+            return Preprocessing(_listed(mean), _listed(std), source.get("channel_order"))
     raise ValueError(
         f"cannot tell how {type(model).__name__} normalises its input: pass processing_class= an image processor with "
         "image_mean and image_std (mean 0, std 1 if the model takes pixels in [0, 1] as they are)"
@@ -93,27 +103,42 @@ def _listed(values: float | Sequence[float]) -> list[float]:
     return [float(values)] if isinstance(values, (int, float)) else list(values)
 
 
+def pixel_inputs(
+    pixels: Tensor, mean: Sequence[float], std: Sequence[float], order: Sequence[int] | None = None,
+    geometry: Geometry | None = None,
+) -> Tensor:  # fmt: skip
+    """
+    The inputs (b, c, H, W) that a model gets of images in [0, 1], float (b, c, h, w), differentiable in the pixels.
+    Arguments: those of `Preprocessing`.
+    """
+    resize = None if geometry is None else geometry(*pixels.shape[-2:])
+    late = resize is not None and resize.only_picks  # then the smaller image is normalised, with the same values
+    pixels = pixels if resize is None or late else resize(pixels)
+    if order is not None:
+        pixels = torch.stack([pixels[:, channel] for channel in order], dim=1)
+    inputs = (pixels - _per_channel(tuple(mean), pixels.device)) / _per_channel(tuple(std), pixels.device)
+    return resize(inputs) if late else inputs
+
+
 def pixel_logits(
-    model: Callable, mean: Sequence[float], std: Sequence[float], order: Sequence[int] | None = None
-) -> LogitsFn:
+    model: Callable, mean: Sequence[float], std: Sequence[float], order: Sequence[int] | None = None,
+    geometry: Geometry | None = None,
+) -> LogitsFn:  # fmt: skip
     """
     Wrap a classifier as a function of pixels.
 
     Args:
-        model (`nn.Module`, or a function like one): takes normalised images (b, c, h, w), which a module gets in the
-            dtype of its parameters; returns logits (b, k) or an output with `.logits`.
-        mean, std (`Sequence[float]`): per channel (or one value for all), in pixel units.
-        order (`Sequence[int]`, *optional*): the image's channel behind each of the model's; see `Normalisation`.
+        model (`nn.Module`, or a function like one): takes what `pixel_inputs` makes of images, which a module gets in
+            the dtype of its parameters; returns logits (b, k) or an output with `.logits`.
+        mean, std, order, geometry: how inputs are made of pixels, as in `Preprocessing`.
 
     Returns:
         A function from pixels in [0, 1], float (b, c, h, w), to float32 logits (b, k), differentiable in the pixels.
     """
-    mean, std, order = tuple(mean), tuple(std), None if order is None else list(order)
+    how = (tuple(mean), tuple(std), None if order is None else list(order), geometry)
 
     def forward(pixels: Tensor) -> Tensor:
-        pixels = pixels if order is None else torch.stack([pixels[:, channel] for channel in order], dim=1)
-        offset, scale = _per_channel(mean, pixels.device), _per_channel(std, pixels.device)
-        inputs = (pixels - offset) / scale
+        inputs = pixel_inputs(pixels, *how)
         if isinstance(model, nn.Module) and (dtype := parameter_dtype(model)) is not None:
             inputs = inputs.to(dtype)
         # fp32 at least: the sign of a half-precision loss gradient can underflow to zero

@@ -26,7 +26,8 @@ class LipschitzProduct(Report):
     """
     Attributes:
         log10: decimal logarithm of the product of `bounds`; minus infinity when a layer is all zero.
-        bounds: layer -> upper bound of its operator norm (l2 to l2).
+        bounds: layer -> upper bound of its operator norm (l2 to l2); "resize": of what the preprocessing does to the
+            size of images, where it does something.
         unknown: layers without a bound, which count as 1.
     """
 
@@ -36,20 +37,25 @@ class LipschitzProduct(Report):
 
 
 @torch.no_grad()
-def lipschitz_product(model: nn.Module) -> LipschitzProduct:
+def lipschitz_product(model: nn.Module, resize_gain: float | None = None) -> LipschitzProduct:
     """
     The product of the operator norms of all layers with weights: linear, convolution, batch norm in evaluation mode.
 
     For a chain of such layers with 1-Lipschitz functions between them (ReLU, average pooling) this bounds the l2
-    Lipschitz constant of the whole, as a function of what the first layer sees. Residual sums, attention and
+    Lipschitz constant of the whole, as a function of normalised images at their own size. Residual sums, attention and
     layer norm are not in it: for such networks it compares a model with itself, before and after, and bounds nothing.
 
     A convolution's norm is at most sigma_1 of its (outputs, inputs * kernel) matrix times the square root of how often
     an input position is read, prod ceil(k / s) for kernel k and stride s (ours; the usual patch-counting argument).
+
+    Args:
+        resize_gain (*optional*): `Resize.gain` of the resize in front of the model, a factor of its own: nearest by k
+            in both directions repeats each pixel k * k times and so stretches by k.
     """
+    bounds = {} if resize_gain is None else {"resize": resize_gain}
     found = {r.name: _operator_norm_bound(r.module, full_tensor(r.weight)) for r in weight_matrices(model)}
     unknown = (*(name for name, bound in found.items() if bound is None), *computed_weights(model))
-    bounds = {name: bound for name, bound in found.items() if bound is not None}
+    bounds |= {name: bound for name, bound in found.items() if bound is not None}
     for name, module in model.named_modules():
         if isinstance(module, _BatchNorm) and module.running_var is not None:
             factor = (module.running_var.double() + module.eps).rsqrt()
