@@ -27,6 +27,7 @@ from tscnc_hf.method.pruning.pruner import Pruner
 from tscnc_hf.method.pruning.schedule import sparsity_at
 from tscnc_hf.method.pruning.unit_allocation import unit_allocation
 from tscnc_hf.method.sharding import copy_whole_, is_sharded, reshard_, share_buffers_
+from tscnc_hf.method.shrinkage import learning_rates, shrink_
 from tscnc_hf.method.units.gates import (
     attach_gates,
     clamp_gates_,
@@ -92,15 +93,20 @@ class Compressor:
 
     # ---- around an optimizer step ----
 
-    def begin(self, step: int, max_steps: int, planned: int | None = None) -> None:
+    def begin(
+        self, step: int, max_steps: int, planned: int | None = None, optimizer: torch.optim.Optimizer | None = None
+    ) -> None:
         """
         Training begins, or goes on after `step` steps. At step 0 nothing is left of a training before. Where the run
         was `planned` to have more steps, so that its schedule was not over and now is, the next step ends it.
 
         Raises:
             ScheduleError: it is too short for a gradual schedule, or to end one.
+            ValueError: the optimizer has no learning rates for TSC apart from the gradient.
         """
         self._schedule(max_steps)
+        if self._decoupled and optimizer is not None:
+            learning_rates(_inner(optimizer), self.pruner.trained.values())
         before = max_steps if planned is None else planned
         self._overdue = False
         self._overdue = step > 0 and self.masks_frozen(step, max_steps) and not self.masks_frozen(step, before)
@@ -140,12 +146,13 @@ class Compressor:
         args = self.args
         reshard_(model)  # after a forward some weights are rounded to the dtype it was computed in
         on_weights = args.tsc_on == "weights"
+        in_loss = on_weights and not self._decoupled
         now = step % args.cnc_interval == 0
         records = [record for record in weight_matrices(model) if record.weight.requires_grad]
         terms = constraint_terms(
             records,
             {record.name: self.scales[record.name] for record in records if record.name in self.scales},
-            tsc_weight=args.tsc_weight if on_weights else 0.0,
+            tsc_weight=args.tsc_weight if in_loss else 0.0,
             tsc_a=args.tsc_a,
             cnc_weight=args.cnc_weight * args.cnc_interval if now else 0.0,
             cnc_ridge=args.cnc_ridge,
@@ -180,6 +187,8 @@ class Compressor:
         if args.world_size > 1:  # each has its images' statistics: all attack, average, evaluate and save the first's
             share_buffers_(self.model)
         pruner.after_step()
+        if self._decoupled and not getattr(optimizer, "step_was_skipped", False):  # as one is after an overflow
+            self._shrink(_inner(optimizer))
         if args.target_sparsity > 0:
             start, end = self._schedule(max_steps)
             last = step == end or self._overdue
@@ -194,6 +203,19 @@ class Compressor:
         clamp_gates_(self.model)
         if self.average is not None:
             self.average.update(self.model, step, pruner.local_masks)
+
+    @property
+    def _decoupled(self) -> bool:
+        """Whether TSC is a step of its own, not a term of the loss."""
+        return self.args.tsc_decoupled and self.args.tsc_weight > 0
+
+    def _shrink(self, optimizer: torch.optim.Optimizer) -> None:
+        """TSC apart from the gradient, at each weight's own learning rate."""
+        args, pruner, pruned = self.args, self.pruner, self.pruner.pruned
+        trained = pruner.trained
+        rates = learning_rates(optimizer, [pruner.weights[name] for name in trained])
+        for (name, tensor), rate in zip(trained.items(), rates, strict=True):
+            shrink_(tensor, rate * args.tsc_weight, self.scales[name], args.tsc_a, pruned.get(name))
 
     def _frozen_text(self) -> str:
         weights = list(weight_matrices(self.model))
