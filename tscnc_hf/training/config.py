@@ -14,6 +14,7 @@ from typing import Annotated, Any, get_origin
 from accelerate.utils import str_to_bool
 from transformers import TrainingArguments
 
+from tscnc_hf.artifact.card.formatting import without_paths
 from tscnc_hf.method.adversarial.ball import NORMS
 from tscnc_hf.method.adversarial.objectives import OBJECTIVES
 from tscnc_hf.method.adversarial.pgd import ADVERSARIES
@@ -29,6 +30,7 @@ from tscnc_hf.training.numbers import check_numbers
 
 UNSTRUCTURED = "unstructured"
 LESS_IS_BETTER = ("condition_number", "rank_deficient", "collapsed")  # endings of metrics
+OWN_DENSE, DENSE_TWIN = "dense", "dense-twin"  # teachers without a folder of their own
 UNITS = {"units": KINDS} | {kind: (kind,) for kind in KINDS}
 # numbers that an option may be: stated in its annotation
 INSIDE = {
@@ -44,6 +46,13 @@ USED_WITH = {
     'tsc_on="gates"': (
         ("gate_layers", "gate_learning_rate", "gate_drop_rate", "gate_l0", "gate_l2"),
         lambda args: args.tsc_on == "gates",
+    ),
+    "distill_weight, and target_sparsity or keep_masks=True": (
+        ("teacher", "distill_temperature"),
+        lambda args: args.distill_weight > 0 and (args.target_sparsity > 0 or args.keep_masks),
+    ),
+    "target_sparsity above 0 or keep_masks=True": (
+        ("distill_weight",), lambda args: args.target_sparsity > 0 or args.keep_masks,
     ),
     'tsc_on="weights"': (("tsc_decoupled",), lambda args: args.tsc_on == "weights"),
     "awp_gamma above 0": (("awp_start",), lambda args: args.awp_gamma > 0),
@@ -156,6 +165,15 @@ class TSCNCConfig(TrainingArguments):
         pruning_dense_last (`bool`, *optional*, defaults to `False`): leave the last prunable weight dense.
         keep_masks (`bool`, *optional*, defaults to `False`): the model is sparse already and its zeros stay.
 
+    Parameters that control distillation (while a network is pruned and fine-tuned, not in dense training):
+        teacher (`str`, *optional*): the dense robust network whose predictions are followed, a folder or Hub id,
+            "dense" (the run's own network as it is when pruning begins: with pruning_start=0 the one that it was
+            given, which is to be trained already), or in recipes "dense-twin" (of compare_dense).
+        distill_weight (`float`, *optional*, defaults to 0): coefficient of the divergence from the teacher's
+            predictions for clean images, of which 5/6 are of adversarial and 1/6 of clean images; costs a forward of
+            the teacher, and with objective "pgd-at" the clean images' forward and backward.
+        distill_temperature (`float`, *optional*, defaults to 1): temperature of both predictions, > 0.
+
     Parameters that control the rest:
         channels_last (`bool`, *optional*, defaults to `False`): memory format for convolutional networks, 1.2 to 1.4
             times as fast.
@@ -218,6 +236,10 @@ class TSCNCConfig(TrainingArguments):
     pruning_dense_last: bool = False
     keep_masks: bool = False
 
+    teacher: str | None = None
+    distill_weight: Annotated[float, "[0, infinity)"] = 0.0
+    distill_temperature: Annotated[float, "(0, infinity)"] = 1.0
+
     channels_last: bool = False
     fold_batch_norm: bool = True
 
@@ -269,6 +291,8 @@ class TSCNCConfig(TrainingArguments):
             raise ValueError(
                 f"{name}={getattr(self, name)!r} has no effect without {condition}: set that, or leave {name} out"
             )
+        if self.distill_weight > 0:
+            self._check_teacher()
         if self.pruning_end < self.pruning_start:
             raise ValueError(
                 f"pruning_end={self.pruning_end} lies before pruning_start={self.pruning_start}; both are fractions "
@@ -311,6 +335,18 @@ class TSCNCConfig(TrainingArguments):
                     f"pruning_structure={self.pruning_structure!r}, which keeps one unit of each group anyway"
                 )
 
+    def _check_teacher(self) -> None:
+        if not self.teacher:
+            raise ValueError(
+                f"distill_weight={self.distill_weight} needs a teacher: a folder, a Hub id or {OWN_DENSE!r}, the "
+                "run's own network as it is when pruning begins"
+            )
+        if self.teacher == OWN_DENSE and self.keep_masks:
+            raise ValueError(
+                f"teacher={OWN_DENSE!r} is the network before anything is pruned, and with keep_masks=True it is "
+                "sparse from the beginning: give the folder of a dense one"
+            )
+
     def changed(self, **options: Any) -> TSCNCConfig:
         """A copy with other options; those that have no effect with them are what they are by default."""
         other = copy.copy(self)
@@ -336,6 +372,7 @@ class TSCNCConfig(TrainingArguments):
         )  # fmt: skip
         hidden = ("remove_unused_columns", "logging_nan_inf_filter", "ddp_find_unused_parameters")
         plain, usual = self.to_dict(), {f.name: f.default for f in fields(type(self))}
+        plain["teacher"] = plain["teacher"] and without_paths(plain["teacher"])
         changed = [name for name in seldom if name in plain and plain[name] not in (usual[name], {})]
         return {name: plain[name] for name in (*own, *upstream, *changed) if name not in hidden}
 

@@ -45,7 +45,7 @@ def check_images(
     outputs, seen, trained = getattr(getattr(model, "config", None), "num_labels", None), None, None
     with random_states_kept():
         for role, dataset in _parts(train_dataset, eval_dataset):
-            batch = _first_batch(dataset, collator)
+            batch = first_batch(dataset, collator)
             if batch is None:
                 continue
             images = batch["pixel_values"]
@@ -136,7 +136,8 @@ def _parts(train_dataset, eval_dataset) -> Iterator[tuple[str, Any]]:
             yield role, part
 
 
-def _first_batch(dataset, collator: Callable) -> Mapping[str, Tensor] | None:
+def first_batch(dataset, collator: Callable) -> Mapping[str, Tensor] | None:
+    """Two images of a data set; None of one without numbered items."""
     try:
         items = [dataset[0], dataset[min(1, len(dataset) - 1)]]
     except (TypeError, NotImplementedError, KeyError):  # None, or a stream

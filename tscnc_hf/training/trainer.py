@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from transformers.trainer_utils import HubStrategy, PredictionOutput
 from transformers.utils import logging
 
 from tscnc_hf.artifact.card.formatting import collapse_text, without_paths
-from tscnc_hf.artifact.files.identity import weights_digest
+from tscnc_hf.artifact.files.identity import RunIdentity, weights_digest
 from tscnc_hf.artifact.files.state import STATE_FILE, save_state
 from tscnc_hf.artifact.models.loading import holds_weights
 from tscnc_hf.artifact.models.preprocessing import preprocessing
@@ -38,11 +39,12 @@ from tscnc_hf.training.checks import check_datasets, check_finite_weights, check
 from tscnc_hf.training.class_weights import balanced_weights, image_weights
 from tscnc_hf.training.compressor import Compressor, with_dense_ends
 from tscnc_hf.training.config import TSCNCConfig
-from tscnc_hf.training.image_checks import CheckedBatches, check_images, warn_of_size
+from tscnc_hf.training.image_checks import CheckedBatches, check_images, first_batch, warn_of_size
 from tscnc_hf.training.metrics import Metrics, given, observed, spectral_metrics
 from tscnc_hf.training.publisher import Publisher, failed_pushes
 from tscnc_hf.training.resume.fsdp import check_sharding
 from tscnc_hf.training.resume.resumable import ResumableTrainer
+from tscnc_hf.training.teacher import Teacher
 
 
 logger = logging.get_logger(__name__)
@@ -52,12 +54,14 @@ class TSCNCTrainer(ResumableTrainer):
     """
     Adversarial training with the TSCNC constraints and gradual pruning.
 
-    The loss of a step is the sum of named terms (`natural_loss`, `robust_loss`, `tsc_loss`, `cnc_loss`), each in the
-    log. Masks are applied right after every optimizer step. `evaluate` reports `eval_accuracy`, `eval_robust_accuracy`
-    and the condition numbers together; the best model is chosen only among checkpoints that have reached the target.
+    The loss of a step is the sum of named terms (`natural_loss`, `robust_loss`, `distill_loss`, `tsc_loss`,
+    `cnc_loss`), each in the log. Masks are applied right after every optimizer step. `evaluate` reports
+    `eval_accuracy`, `eval_robust_accuracy` and the condition numbers together; the best model is chosen only among
+    checkpoints that have reached the target.
 
     Attributes:
-        adversary (`Adversary`), compressor (`Compressor`), publisher (`Publisher`): which do the work.
+        adversary (`Adversary`), compressor (`Compressor`), publisher (`Publisher`), teacher (`Teacher`): which do the
+            work.
         class_weights (`Tensor`, *optional*): (classes,), of the terms of the objective; None where all are 1.
 
     Args:
@@ -129,6 +133,9 @@ class TSCNCTrainer(ResumableTrainer):
             model.to(memory_format=torch.channels_last)
         self.adversary, self.compressor = Adversary(args, *normalised), Compressor(model, args)
         self.publisher = Publisher(args, *normalised)
+        with random_states_kept():
+            first = first_batch(train_dataset, data_collator) if args.distill_weight > 0 else None
+        self.teacher = Teacher(args, model, self._outputs, first and first["pixel_values"])
         given = (model, args, data_collator, train_dataset, eval_dataset, processing_class)
         metrics = Metrics(compute_metrics, args.batch_eval_metrics)
         metrics.check_best(
@@ -162,8 +169,10 @@ class TSCNCTrainer(ResumableTrainer):
         # The attack runs on the module, the forward that trains on the wrapper: that one averages gradients.
         x_adv = self.attack(inner, x, y) if self.args.objective != "natural" else None
 
+        taught = self.taught(x)
+
         def objective(function: Callable) -> dict[str, Tensor]:
-            return self.objective(function, x, x_adv, y)
+            return self.objective(function, x, x_adv, y, taught)
 
         def average(gradient: Tensor) -> Tensor:
             return self.accelerator.reduce(gradient, "mean")
@@ -189,11 +198,19 @@ class TSCNCTrainer(ResumableTrainer):
         place = self._place(self._micro_batch, self._train_batch_size)
         return self.adversary.attack(model, x, y, place, self.state.global_step, self.state.max_steps)
 
-    def objective(self, model: Callable, x: Tensor, x_adv: Tensor | None, y: Tensor) -> dict[str, Tensor]:
-        """The terms of the objective; `model` is the model, or a function like it."""
+    def taught(self, x: Tensor) -> Tensor | None:
+        """The teacher's logits (b, k) of clean pixels; None in a step that follows no teacher."""
+        return self.teacher.taught(x, self.state.global_step, self.state.max_steps)
+
+    def objective(
+        self, model: Callable, x: Tensor, x_adv: Tensor | None, y: Tensor, taught: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """The terms of the objective, and of the teacher; `model` is the model, or a function like it."""
         options = {"beta": self.args.trades_beta, "label_smoothing": self.args.label_smoothing_factor}
-        if self.class_weights is not None:
-            options["weights"] = image_weights(self.class_weights, y)
+        weights = None if self.class_weights is None else image_weights(self.class_weights, y)
+        options["weights"] = weights
+        if taught is not None:
+            options["also"] = lambda clean, adversarial: self.teacher.terms(taught, clean, adversarial, weights)
         return objective_terms(self.args.objective, self.adversary.logits(model), x, x_adv, y, **options)
 
     def constraints(self, model: nn.Module) -> dict[str, Tensor]:
@@ -235,7 +252,9 @@ class TSCNCTrainer(ResumableTrainer):
     def start_step(self, optimizer) -> None:
         self._micro_batch = 0
         self._steps += 1
-        self.compressor.before_step(self.state.global_step, self.state.max_steps, optimizer)
+        step, max_steps = self.state.global_step, self.state.max_steps
+        self.teacher.before_step(step, max_steps, self.compressor, self.adversary.logits)  # before anything is pruned
+        self.compressor.before_step(step, max_steps, optimizer)
 
     def clear_terms(self) -> None:
         self._term_sums, self._steps = {}, 0  # since the last log
@@ -449,6 +468,13 @@ class TSCNCTrainer(ResumableTrainer):
 
     # ---- saving, loading, publishing ----
 
+    def identity(self) -> RunIdentity:
+        """As of `ResumableTrainer`; a teacher is known by its weights, wherever they lie."""
+        found = super().identity()
+        if self.teacher.digest is None:
+            return found
+        return replace(found, options={**found.options, "teacher": self.teacher.digest})
+
     def train(self, *args, **kwargs):
         self.publisher.forget_results()  # of other weights, from now on
         self._trained, self._published = True, None
@@ -495,7 +521,7 @@ class TSCNCTrainer(ResumableTrainer):
                 self.publisher.write_results(folder, model)
                 self._published = weights_digest(model) if folder == published else self._published
         if is_checkpoint:
-            state = compressor.state()
+            state = compressor.state() | self.teacher.state()
             if self.args.should_save:
                 save_state(state, folder / STATE_FILE)
             return
@@ -507,6 +533,7 @@ class TSCNCTrainer(ResumableTrainer):
         with detached_gates(self.model):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         self.compressor.load_state(resume_from_checkpoint)
+        self.teacher.load_state(resume_from_checkpoint, self.compressor, self.adversary.logits)
 
     def create_model_card(self, model_name: str | None = None, dataset_name: str | None = None, tags=(), **kwargs):
         """

@@ -65,7 +65,8 @@ def used_settings(config: Mapping[str, Any]) -> dict[str, Any]:
         ("attack_steps",): adversary in ("fgsm-rs", "n-fgsm"),
         ("trades_beta",): objective not in ("trades", "mart", None),
         ("awp_",): not config.get("awp_gamma", True),
-        ("tsc_a",): not config.get("tsc_weight", True),
+        ("tsc_a", "tsc_decoupled"): not config.get("tsc_weight", True),
+        ("teacher", "distill_"): not config.get("distill_weight", True),
         ("gate_",): config.get("tsc_on", "gates") != "gates",
         ("cnc_form", "cnc_ridge", "cnc_interval"): not config.get("cnc_weight", True),
         tuple(key for key in config if key.startswith("pruning_") and key != "pruning_exclude"): (

@@ -19,8 +19,9 @@ from tscnc_hf.artifact.files.state import load_state, save_state
 from tscnc_hf.evaluation.run import as_published, evaluate
 from tscnc_hf.method.units.gates import folded_gates
 from tscnc_hf.training.ablation.rows import origin
-from tscnc_hf.training.config import TSCNCConfig
+from tscnc_hf.training.config import OWN_DENSE, TSCNCConfig
 from tscnc_hf.training.resume.checkpoints import checkpoints
+from tscnc_hf.training.teacher import teacher_digest
 from tscnc_hf.training.trainer import TSCNCTrainer
 
 
@@ -129,11 +130,18 @@ class Grid:
 
     def identity(self, cell: Cell) -> RunIdentity:
         """Of the cell's training, with that of the dense training that it starts from as options "dense.*"."""
-        options, usual = dict(self.about) | self.settings(cell).method_dict(), self._usual
+        options, usual = dict(self.about) | self._options(cell), self._usual
         if cell.pretraining is not None:
-            options["dense"] = self.settings(self.dense(cell)).method_dict()
+            options["dense"] = self._options(self.dense(cell))
             usual = usual | {f"dense.{name}": value for name, value in usual.items()}
         return RunIdentity(options, self.data.identity, usual=usual)
+
+    def _options(self, cell: Cell) -> dict:
+        """Those that shape a cell's training; a teacher is known by its weights."""
+        config = self.settings(cell)
+        if config.teacher in (None, OWN_DENSE):
+            return config.method_dict()
+        return config.method_dict() | {"teacher": teacher_digest(config.teacher)}
 
     @cached_property
     def _usual(self) -> dict:
