@@ -20,7 +20,7 @@ from tscnc_hf.method.adversarial.objectives import OBJECTIVES
 from tscnc_hf.method.adversarial.pgd import ADVERSARIES
 from tscnc_hf.method.adversarial.pixels import pixel_quantity
 from tscnc_hf.method.constraints import CNC_FORMS
-from tscnc_hf.method.criteria import find_criterion
+from tscnc_hf.method.criteria import RegisteredCriterion, find_criterion
 from tscnc_hf.method.pruning.allocation import SCOPES
 from tscnc_hf.method.pruning.schedule import SCHEDULES
 from tscnc_hf.method.pruning.unit_allocation import UNIT_SCOPES
@@ -54,6 +54,7 @@ USED_WITH = {
     "target_sparsity above 0 or keep_masks=True": (
         ("distill_weight",), lambda args: args.target_sparsity > 0 or args.keep_masks,
     ),
+    "regrow_fraction above 0": (("regrow_interval",), lambda args: args.regrow_fraction > 0),
     'tsc_on="weights"': (("tsc_decoupled",), lambda args: args.tsc_on == "weights"),
     "awp_gamma above 0": (("awp_start",), lambda args: args.awp_gamma > 0),
     'objective="trades" or "mart"': (("trades_beta",), lambda args: args.objective in ("trades", "mart")),
@@ -163,6 +164,11 @@ class TSCNCConfig(TrainingArguments):
             frozen (requires_grad=False) when training begins are left alone, and named here in what is published.
         pruning_dense_first (`bool`, *optional*, defaults to `False`): leave the first prunable weight dense.
         pruning_dense_last (`bool`, *optional*, defaults to `False`): leave the last prunable weight dense.
+        regrow_fraction (`float`, *optional*, defaults to 0): after pruning_end, the share of the kept weights that
+            goes at first, e.g. 0.3, the least important by the criterion, while as many pruned ones with the largest
+            gradients come back, at zero (RigL). It falls to 0 by a cosine over three quarters of the steps that are
+            left. 0 exchanges none.
+        regrow_interval (`int`, *optional*, defaults to 100): steps between two such exchanges.
         keep_masks (`bool`, *optional*, defaults to `False`): the model is sparse already and its zeros stay.
 
     Parameters that control distillation (while a network is pruned and fine-tuned, not in dense training):
@@ -234,6 +240,8 @@ class TSCNCConfig(TrainingArguments):
     pruning_exclude: list[str] = field(default_factory=list)
     pruning_dense_first: bool = False
     pruning_dense_last: bool = False
+    regrow_fraction: Annotated[float, "[0, 1)"] = 0.0
+    regrow_interval: Annotated[int, "[1, infinity)"] = 100
     keep_masks: bool = False
 
     teacher: str | None = None
@@ -293,6 +301,8 @@ class TSCNCConfig(TrainingArguments):
             )
         if self.distill_weight > 0:
             self._check_teacher()
+        if self.regrow_fraction > 0 and self.target_sparsity > 0:
+            self._check_regrowth(criterion)
         if self.pruning_end < self.pruning_start:
             raise ValueError(
                 f"pruning_end={self.pruning_end} lies before pruning_start={self.pruning_start}; both are fractions "
@@ -346,6 +356,27 @@ class TSCNCConfig(TrainingArguments):
                 f"teacher={OWN_DENSE!r} is the network before anything is pruned, and with keep_masks=True it is "
                 "sparse from the beginning: give the folder of a dense one"
             )
+
+    def _check_regrowth(self, criterion: RegisteredCriterion) -> None:
+        """ValueError where a weight cannot be exchanged for another one."""
+        optim = str(getattr(self.optim, "value", self.optim))
+        reasons = {
+            "pruning_structure": self.pruning_structure in UNITS
+            and "prunes whole units, which come back by no gradient",
+            "pruning_criterion": (criterion.learned or criterion.gathers == "movement")
+            and "has nothing to judge weights by once the schedule is over; use magnitude or another one",
+            "pruning_scope": self.pruning_scope == "learned" and "learns its factors while the schedule runs",
+            "keep_masks": self.keep_masks and "says that the zeros of the model stay",
+            "optim": ("8bit" in optim or "4bit" in optim)
+            and "keeps moments from which single weights cannot be cleared",
+        }
+        for name, reason in reasons.items():
+            if reason:
+                raise ValueError(
+                    f"regrow_fraction={self.regrow_fraction} exchanges single weights after the schedule, and {name}="
+                    f"{optim if name == 'optim' else getattr(self, name)!r} {reason}. Leave regrow_fraction out, or "
+                    f"choose another {name}"
+                )
 
     def changed(self, **options: Any) -> TSCNCConfig:
         """A copy with other options; those that have no effect with them are what they are by default."""

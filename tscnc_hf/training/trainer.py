@@ -632,7 +632,7 @@ class StepCallback(TrainerCallback):
         self.trainer.start_step(optimizer)
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        self.trainer.compressor.after_backward(self.trainer.accelerator)
+        self.trainer.compressor.after_backward(self.trainer.accelerator, state.global_step, state.max_steps)
 
     def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
         # the trainer counts the step only after this event
