@@ -48,7 +48,7 @@ def train(model: nn.Module, pruner: Pruner, data: slice) -> None:
         optimizer.step()
         pruner.after_step()
         for name, weight in pruner.trained.items():
-            shrink_(weight, 1e-4, torch.tensor(0.1), 10.0, pruner.pruned.get(name))
+            shrink_(weight, 0.01, torch.tensor(0.1), 10.0, pruner.pruned.get(name))
         if step in SPARSITIES:
             pruner.update(SPARSITIES[step])
         if step == 5 and not pruner.active:
@@ -102,7 +102,9 @@ def compare(rank: int, folder: str) -> None:
             assert torch.equal(tensor, pruners[2].state()[name])
         again.finish()
         again.apply_()
-        assert sum(int((full_tensor(w) == 0).sum()) for w in again.weights.values()) == again.pruned_count
+        masks = again.masks
+        for name, weight in again.weights.items():  # one that came back may have stayed where it began
+            assert (full_tensor(weight)[~masks[name]] == 0).all()
 
 
 def test_masks_and_scores_are_those_of_one_process(tmp_path):
