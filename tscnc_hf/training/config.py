@@ -61,7 +61,11 @@ USED_WITH = {
     'adversary="pgd", "cw-pgd" or "kl-pgd"': (
         ("attack_steps",), lambda args: args.adversary in ("pgd", "cw-pgd", "kl-pgd") or args.attack_steps == 1,
     ),
-    "an adversary": (("attack_step_size", "epsilon_warmup"), lambda args: args.adversary != "none"),
+    "an adversary": (("epsilon_warmup",), lambda args: args.adversary != "none"),
+    'an adversary with one length of its steps (not "mixed")': (
+        ("attack_step_size",), lambda args: args.adversary not in ("none", "mixed"),
+    ),
+    'an objective other than "natural"': (("natural_fraction",), lambda args: args.objective != "natural"),
     'pruning_scope="learned"': (("pruning_rate_learning_rate",), lambda args: args.pruning_scope == "learned"),
 }  # fmt: skip
 
@@ -83,7 +87,10 @@ class TSCNCConfig(TrainingArguments):
         objective (`str`, *optional*, defaults to `"trades"`): what is minimised, "natural", "pgd-at", "trades" or
             "mart".
         adversary (`str`, *optional*, defaults to `"kl-pgd"`): how images are attacked in training, "none", "fgsm-rs",
-            "n-fgsm", "pgd", "cw-pgd" or "kl-pgd" (TRADES' own).
+            "n-fgsm", "pgd", "cw-pgd", "kl-pgd" (TRADES' own) or "mixed" ("fgsm-rs" and two steps of "pgd" in turn).
+            The attack maximises the loss of the labels as they are, also with label_smoothing_factor.
+        natural_fraction (`float`, *optional*, defaults to 0): fraction of training, from its beginning, with the
+            objective "natural" and no attack, e.g. 0.2 for a ViT, which must first learn something.
         epsilon (`float` or `str`, *optional*, defaults to `"8/255"`): radius of the perturbation, in training and
             evaluation.
         norm (`str`, *optional*, defaults to `"linf"`): norm of the perturbation, "linf" or "l2".
@@ -91,7 +98,7 @@ class TSCNCConfig(TrainingArguments):
         attack_step_size (`float` or `str`, *optional*): length of a step; by default epsilon / 4, for "fgsm-rs" 1.25
             epsilon, for "n-fgsm" epsilon.
         epsilon_warmup (`float`, *optional*, defaults to 0): fraction of training in which epsilon, and with it the
-            step size, grows from 0.
+            step size, grows from 0, after natural_fraction.
         trades_beta (`float`, *optional*, defaults to 6): weight of the divergence in TRADES and MART.
         class_weights (`str`, *optional*, defaults to `"none"`): how much an image counts in the objective, "none" (all
             alike) or "balanced" (inversely to the size of its class among the training images, 1 on average).
@@ -199,6 +206,7 @@ class TSCNCConfig(TrainingArguments):
     adversary: str = _choice("kl-pgd", ADVERSARIES)
     epsilon: str = "8/255"
     norm: str = _choice("linf", NORMS)
+    natural_fraction: Annotated[float, "[0, 1]"] = 0.0
     attack_steps: Annotated[int, "[1, infinity)"] = 10
     attack_step_size: str | None = None
     epsilon_warmup: Annotated[float, "[0, 1]"] = 0.0
@@ -303,6 +311,11 @@ class TSCNCConfig(TrainingArguments):
             self._check_teacher()
         if self.regrow_fraction > 0 and self.target_sparsity > 0:
             self._check_regrowth(criterion)
+        if self.natural_fraction + self.epsilon_warmup > 1:
+            raise ValueError(
+                f"natural_fraction={self.natural_fraction} and then epsilon_warmup={self.epsilon_warmup} are more "
+                "than all of training: the radius would never be reached"
+            )
         if self.pruning_end < self.pruning_start:
             raise ValueError(
                 f"pruning_end={self.pruning_end} lies before pruning_start={self.pruning_start}; both are fractions "

@@ -206,7 +206,8 @@ def _check_last_batch(size: int, args: TSCNCConfig, norm: str) -> None:
     last_is_read = args.max_steps <= 0 or args.max_steps * args.gradient_accumulation_steps > whole
     alone = batch == 1 or (left == 1 and not args.dataloader_drop_last and last_is_read)
     # other objectives have clean and adversarial images in one batch; of several processes all get as many
-    if alone and args.world_size == 1 and args.objective in ("natural", "pgd-at"):
+    single = args.objective in ("natural", "pgd-at") or args.natural_fraction > 0
+    if alone and args.world_size == 1 and single:
         raise ValueError(
             f"{size} images in batches of {batch} leave one alone, and the batch norm {norm} sees one value a channel "
             "of it, which has no variance. Set dataloader_drop_last=True (--dataloader_drop_last true), or another "

@@ -167,7 +167,7 @@ class TSCNCTrainer(ResumableTrainer):
         self._shape = tuple(x.shape[1:]) if self._shape is None else self._shape  # of a stream
         inner = self.accelerator.unwrap_model(model, keep_torch_compile=True)
         # The attack runs on the module, the forward that trains on the wrapper: that one averages gradients.
-        x_adv = self.attack(inner, x, y) if self.args.objective != "natural" else None
+        x_adv = self.attack(inner, x, y) if self._objective_now() != "natural" else None
 
         taught = self.taught(x)
 
@@ -198,6 +198,9 @@ class TSCNCTrainer(ResumableTrainer):
         place = self._place(self._micro_batch, self._train_batch_size)
         return self.adversary.attack(model, x, y, place, self.state.global_step, self.state.max_steps)
 
+    def _objective_now(self) -> str:
+        return self.adversary.objective_at(self.state.global_step, self.state.max_steps)
+
     def taught(self, x: Tensor) -> Tensor | None:
         """The teacher's logits (b, k) of clean pixels; None in a step that follows no teacher."""
         return self.teacher.taught(x, self.state.global_step, self.state.max_steps)
@@ -211,7 +214,7 @@ class TSCNCTrainer(ResumableTrainer):
         options["weights"] = weights
         if taught is not None:
             options["also"] = lambda clean, adversarial: self.teacher.terms(taught, clean, adversarial, weights)
-        return objective_terms(self.args.objective, self.adversary.logits(model), x, x_adv, y, **options)
+        return objective_terms(self._objective_now(), self.adversary.logits(model), x, x_adv, y, **options)
 
     def constraints(self, model: nn.Module) -> dict[str, Tensor]:
         """The weighted constraints of this step, to be divided by the number of micro-batches as all terms are."""

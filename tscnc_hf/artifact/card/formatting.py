@@ -61,8 +61,8 @@ def used_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     objective, adversary = config.get("objective"), config.get("adversary")
     clean = objective == "natural" or adversary == "none"
     without_effect = {  # beginnings of options, where one of them is off
-        ("adversary", "attack_step", "epsilon_warmup", "awp_", "fold_batch_norm"): clean,
-        ("attack_steps",): adversary in ("fgsm-rs", "n-fgsm"),
+        ("adversary", "attack_step", "epsilon_warmup", "natural_fraction", "awp_", "fold_batch_norm"): clean,
+        ("attack_steps",): adversary in ("fgsm-rs", "n-fgsm", "mixed"),
         ("trades_beta",): objective not in ("trades", "mart", None),
         ("awp_",): not config.get("awp_gamma", True),
         ("tsc_a", "tsc_decoupled"): not config.get("tsc_weight", True),
