@@ -204,9 +204,9 @@ class TSCNCConfig(TrainingArguments):
 
     objective: str = _choice("trades", OBJECTIVES)
     adversary: str = _choice("kl-pgd", ADVERSARIES)
+    natural_fraction: Annotated[float, "[0, 1]"] = 0.0
     epsilon: str = "8/255"
     norm: str = _choice("linf", NORMS)
-    natural_fraction: Annotated[float, "[0, 1]"] = 0.0
     attack_steps: Annotated[int, "[1, infinity)"] = 10
     attack_step_size: str | None = None
     epsilon_warmup: Annotated[float, "[0, 1]"] = 0.0
