@@ -414,10 +414,12 @@ class TSCNCConfig(TrainingArguments):
             "adam_beta1", "adam_beta2", "adam_epsilon", "optim_args", "optim_target_modules", "lr_scheduler_kwargs",
             "dataloader_drop_last", "data_seed", "neftune_noise_alpha", "full_determinism", "tf32",
         )  # fmt: skip
+        selection = ("load_best_model_at_end", "metric_for_best_model", "eval_strategy", "eval_steps")
         hidden = ("remove_unused_columns", "logging_nan_inf_filter", "ddp_find_unused_parameters")
         plain, usual = self.to_dict(), {f.name: f.default for f in fields(type(self))}
         plain["teacher"] = plain["teacher"] and without_paths(plain["teacher"])
         changed = [name for name in seldom if name in plain and plain[name] not in (usual[name], {})]
+        changed += selection if self.load_best_model_at_end else ()  # else it decides nothing
         return {name: plain[name] for name in (*own, *upstream, *changed) if name not in hidden}
 
 

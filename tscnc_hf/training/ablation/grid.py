@@ -17,7 +17,7 @@ from tscnc_hf.artifact.card.formatting import number
 from tscnc_hf.artifact.files.identity import RunIdentity
 from tscnc_hf.artifact.files.state import load_state, save_state
 from tscnc_hf.evaluation.run import as_published, evaluate
-from tscnc_hf.method.units.gates import folded_gates
+from tscnc_hf.method.units.gates import fold_gates_
 from tscnc_hf.training.ablation.rows import origin
 from tscnc_hf.training.config import OWN_DENSE, TSCNCConfig
 from tscnc_hf.training.resume.checkpoints import checkpoints
@@ -184,10 +184,12 @@ class Grid:
             model, config, train_dataset=self.data.train, eval_dataset=self.data.validation, processing_class=processor
         )
         trainer.data_identity = self.data.identity
+        if not trained.exists():
+            trainer.train(resume_from_checkpoint=True if checkpoints(folder) else None)
+        fold_gates_(trainer.model)  # what others start from, and what is measured, is a plain model
         if trained.exists():
             trainer.model.load_state_dict(load_state(trained)[0])
         else:
-            trainer.train(resume_from_checkpoint=True if checkpoints(folder) else None)
             save_state(dict(trainer.model.state_dict()), trained)
         seconds = time.perf_counter() - start
         row = {"model": self.label, "arm": cell.arm, "sparsity": cell.sparsity, "seed": cell.seed}
@@ -201,7 +203,7 @@ class Grid:
         An evaluation that was cut off goes on.
         """
         args = trainer.args
-        with folded_gates(trainer.model), as_published(trainer.model):
+        with as_published(trainer.model):
             dataset = getattr(self.data, self.split)
             results = evaluate(
                 trainer.model,
