@@ -77,6 +77,17 @@ def test_the_term_is_that_of_the_step(folder, build, make_trainer):
     assert entry["distill_loss"] == pytest.approx(expected.item(), rel=1e-3)
 
 
+def test_a_sparse_model_that_is_fine_tuned_follows_it_throughout(folder, build, make_trainer):
+    model, processor = build("vit")
+    with torch.no_grad():
+        model.classifier.weight[:, ::2] = 0
+    options = OPTIONS | {"keep_masks": True, "target_sparsity": 0.0, "class_weights": "balanced"}
+    trainer = make_trainer((model, processor), teacher=str(folder), max_steps=3, **options)
+    trainer.train()
+    assert sum("distill_loss" in entry for entry in trainer.state.log_history) == 3
+    assert (model.classifier.weight[:, ::2] == 0).all()
+
+
 @pytest.mark.parametrize("more", [{}, {"ema_decay": 0.8}, {"tsc_on": "gates", "tsc_weight": 1e-2}, {"bf16": True}])
 def test_the_runs_own_dense_network_is_the_one_that_pruning_begins_with(more, build, make_trainer, watcher):
     dense = []
