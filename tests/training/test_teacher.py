@@ -108,6 +108,17 @@ def test_the_runs_own_dense_network_is_the_one_that_pruning_begins_with(more, bu
     assert not any(p.requires_grad for p in trainer.teacher._model.parameters())
 
 
+def test_a_second_training_has_a_teacher_of_its_own(build, make_trainer):
+    """As one that begins anew after running out of memory."""
+    trainer, taught = make_trainer(build("vit"), **(OWN | {"num_train_epochs": 2, "pruning_start": 0.0})), []
+    for _ in range(2):
+        begun = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+        trainer.train()
+        taught.append(trainer.teacher.state())
+        assert all(torch.equal(taught[-1][f"teacher.{name}"], tensor) for name, tensor in begun.items())
+    assert any(not torch.equal(tensor, taught[1][name]) for name, tensor in taught[0].items())
+
+
 @pytest.mark.parametrize("step", [3, 7])
 def test_a_resumed_run_is_the_uncut_one(step, build, make_trainer, tmp_path):
     options = OWN | {"save_strategy": "steps", "save_steps": 1, "ema_decay": 0.9, "awp_gamma": 0.01}
