@@ -9,6 +9,7 @@ from tests.trainers import CLASS_NAMES
 from tscnc_hf import TSCNCTrainer
 from tscnc_hf.artifact.files.identity import weights_digest
 from tscnc_hf.artifact.models.building import vit_from_config
+from tscnc_hf.artifact.models.loading import logits_fn
 from tscnc_hf.cli.recipe import dense_twin
 from tscnc_hf.method.adversarial.distillation import distillation_term
 from tscnc_hf.training.teacher import Teacher, teacher_digest
@@ -106,6 +107,13 @@ def test_the_runs_own_dense_network_is_the_one_that_pruning_begins_with(more, bu
     logged = [entry["distill_loss"] for entry in trainer.state.log_history if "distill_loss" in entry]
     assert len(logged) == 12 and min(logged) > 0
     assert not any(p.requires_grad for p in trainer.teacher._model.parameters())
+    plain, processor = build("vit")  # what it computes is its own, not the pupil's, whatever accelerate has wrapped
+    plain.load_state_dict(teacher)
+    x = torch.rand(4, 3, 8, 8)
+    expected = logits_fn(plain.eval(), processor)(x)
+    tolerance = {"rtol": 0.05, "atol": 0.05} if "bf16" in more else {"rtol": 1e-5, "atol": 1e-6}
+    torch.testing.assert_close(trainer.teacher.logits(x), expected, **tolerance)
+    assert (trainer.adversary.logits(trainer.model)(x) - expected).abs().max() > 0.1
 
 
 def test_a_second_training_has_a_teacher_of_its_own(build, make_trainer):

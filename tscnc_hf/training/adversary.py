@@ -51,7 +51,7 @@ class Adversary:
         """The radius in a step, in pixel units: a pure function of it (`epsilon_warmup`)."""
         warmup = self.args.epsilon_warmup * max(max_steps, 1)
         step -= self._natural_steps(max_steps)
-        return self.args.epsilon * (min(1.0, (step + 1) / warmup) if warmup > 0 else 1.0)
+        return self.args.epsilon * (min(1.0, max(0.0, (step + 1) / warmup)) if warmup > 0 else 1.0)
 
     def attack(self, model: nn.Module, x: Tensor, y: Tensor, place: int, step: int, max_steps: int) -> Tensor:
         """Adversarial pixels (b, c, h, w) for a training step; `place` is that of the first image in its batch."""
