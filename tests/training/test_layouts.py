@@ -35,7 +35,7 @@ CASES = {
         "regrow_fraction": 0.3,
         "regrow_interval": 2,
         "label_smoothing_factor": 0.1,
-    },  # fmt: skip
+    },
     "trades": {"objective": "trades", "adversary": "kl-pgd", **ATTACKED},
     "gates": {"objective": "trades", "adversary": "kl-pgd", **ATTACKED, "tsc_on": "gates", "tsc_weight": 1e-2},
     "decoupled": {"objective": "pgd-at", "adversary": "pgd", **ATTACKED, "tsc_decoupled": True, "tsc_weight": 1.0},
