@@ -52,14 +52,16 @@ GATES = {"tsc_on": "gates", "tsc_weight": 1e-2, "pruning_criterion": "learned"}
 BEST = {"load_best_model_at_end": True, "metric_for_best_model": "robust_accuracy", "eval_steps": 2}
 BEST |= {"save_strategy": "steps", "save_steps": 2}
 SAVING = {"optim": "adamw_torch", "learning_rate": 1e-3, "save_strategy": "steps", "save_steps": 5}
+TAUGHT = {"teacher": "dense", "distill_weight": 1.0}
+REGROWN = {"regrow_fraction": 0.4, "regrow_interval": 1}
 PUSHING = {"push_to_hub": True, "hub_model_id": "tester/shared", "hub_strategy": "checkpoint"}
 REPOSITORY = PUSHING["hub_model_id"]
 CASES = {  # with the micro-batches in which each process takes its share of 8 images
     # an evaluation right before latent weights are copied, with no average or checkpoint that would shard weights anew
-    "weights": (EVERY_TERM | {"ema_decay": 0.0, "eval_steps": 2, "pruning_latent": True}, 1),
+    "weights": (EVERY_TERM | REGROWN | {"ema_decay": 0.0, "eval_steps": 2, "pruning_latent": True}, 1),
     "gates": (EVERY_TERM | GATES | BEST | {"activation_checkpointing": True}, 2),
     # its checkpoint is of the time when scores are learned
-    "adamw": (EVERY_TERM | GATES | SAVING | {"bf16": True, "eval_on_start": True}, 1),
+    "adamw": (EVERY_TERM | GATES | SAVING | TAUGHT | {"bf16": True, "eval_on_start": True}, 1),
 }
 CUT = "checkpoint-5"
 

@@ -9,7 +9,7 @@ is checked first, on small batches and with a radius so small that the signs of 
 here and there, do not matter: after four steps their weights may be apart by rounding only, measured by how far they
 have moved. Ratios are of neighbouring steps: median and quartiles.
 
-The last part is the profile of a TRADES-10 step of the Trainer: where its time goes.
+The last part is the profile of a TRADES-10 step of the Trainer: where its time goes, without and with a teacher.
 """
 
 from __future__ import annotations
@@ -208,9 +208,10 @@ def compare(name: str, objective: str, data, steps: int, batch: int) -> None:
     )
 
 
-def profile(name: str, data, batch: int) -> None:
+def profile(name: str, data, batch: int, **options) -> None:
     """Shares of one TRADES-10 step of the Trainer, by what it calls."""
     phases = {"attack": "attack", "forward and objective": "objective", "constraints": "constraints"}
+    phases |= {"teacher's forward": "taught"} if "teacher" in options else {}
     seconds = dict.fromkeys([*phases, "the whole step"], 0.0)
 
     class Timed(TSCNCTrainer):
@@ -230,7 +231,8 @@ def profile(name: str, data, batch: int) -> None:
         setattr(Timed, method, lambda *args, phase=phase, function=function, **kw: timed(phase, function, *args, **kw))
     steps, warm = 12, 2
     with tempfile.TemporaryDirectory() as folder:
-        trainer = make_trainer(folder, MODELS[name](data.class_names), data.train, "trades", steps, batch, interval=3)
+        given = (folder, MODELS[name](data.class_names), data.train, "trades", steps, batch)
+        trainer = make_trainer(*given, interval=3, **options)
         trainer.__class__ = Timed
         whole = []
 
@@ -269,6 +271,7 @@ def main() -> None:
     print("\nWhere a TRADES-10 step of the Trainer goes (batch norms folded in the attack, as by default)")
     for name in MODELS:
         profile(name, data, args.batch_size // 2)
+        profile(name, data, args.batch_size // 2, teacher="dense", distill_weight=1.0, pruning_start=0.0)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,8 @@ test_limit: 40
 augmentation: crop
 test_attacks: [clean, fgsm, pgd-2]
 compare_dense: true
+teacher: dense-twin
+distill_weight: 0.5
 patch_size: 4
 hidden_size: 32
 num_hidden_layers: 2
@@ -254,6 +256,14 @@ def test_the_dense_twin_is_dense_and_compared(runs):
     shown = [float(number) / 100 for number in re.findall(r"\| ([\d.]+) %", row)]
     accuracies = [results["robustness"]["attacks"][0]["accuracy"] for results in (twin, own)]
     assert shown == pytest.approx(accuracies, abs=6e-4)
+
+
+def test_the_dense_twin_taught(runs):
+    folder, _ = runs["vit_cifar10"]
+    twin = folder.with_name(f"{folder.name}-dense-twin")
+    used, of_twin = (json.loads((one / "tscnc_config.json").read_text()) for one in (folder, twin))
+    assert (used["teacher"], used["distill_weight"]) == (twin.name, 0.5)
+    assert (of_twin["teacher"], of_twin["distill_weight"]) == (None, 0.0)
 
 
 def test_a_recipe_goes_on_from_its_last_checkpoint(runs):

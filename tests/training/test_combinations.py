@@ -20,6 +20,9 @@ EVERYTHING = {
     "pruning_criterion": "learned",
     "pruning_start": 0.3,
     "pruning_end": 0.7,
+    "teacher": "dense",
+    "distill_weight": 0.5,
+    "label_smoothing_factor": 0.1,
     "ema_decay": 0.9,
     "eval_strategy": "epoch",
     "report_to": "none",
@@ -106,6 +109,7 @@ def test_compiled(plain, build, make_trainer, watcher):
 
 def test_compiled_with_constraints_on_weights(build, make_trainer, watcher):
     options = {"tsc_on": "weights", "tsc_weight": 1e-5, "pruning_criterion": "magnitude", "num_train_epochs": 3}
+    options |= {"regrow_fraction": 0.3, "regrow_interval": 1}
     eager = train(build, make_trainer, watcher, **options)
     compiled = train(build, make_trainer, watcher, torch_compile=True, torch_compile_backend="aot_eager", **options)
     assert difference(compiled[0], eager[0]) < 1e-5 and compiled[1] == pytest.approx(eager[1], rel=1e-5)

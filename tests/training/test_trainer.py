@@ -662,7 +662,12 @@ def test_a_second_training_begins_anew(build, make_trainer, digits, tmp_path, ca
 
 
 @pytest.mark.parametrize(
-    "way", [{}, {"pruning_criterion": "learned"}, {"ema_decay": 0.5, "pruning_criterion": "taylor"}]
+    "way",
+    [
+        {},
+        {"pruning_criterion": "learned", "teacher": "dense", "distill_weight": 1.0},
+        {"ema_decay": 0.5, "pruning_criterion": "taylor", "regrow_fraction": 0.4, "regrow_interval": 1},
+    ],
 )
 def test_out_of_memory_begins_anew_with_the_weights_of_the_beginning(way, build, make_trainer, monkeypatch, tmp_path):
     """As a run that had begun with the smaller batch."""

@@ -7,12 +7,12 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tscnc_hf.cli.parser import ConfigParser, side_or_pair
 from tscnc_hf.cli.refusing import refusal
-from tscnc_hf.training.config import TSCNCConfig
+from tscnc_hf.training.config import DENSE_TWIN, TSCNCConfig
 from tscnc_hf.training.numbers import check_numbers
 from tscnc_hf.training.resume.termination import INTERRUPTED_STATUS
 
@@ -259,6 +259,8 @@ def run(config: TSCNCConfig, arguments: DataArguments, build: Callable[[], tuple
         return train(config, *build_one(config), data, resume)
 
     check_test(config, arguments, data)
+    if config.teacher == DENSE_TWIN and not arguments.compare_dense:
+        raise SystemExit(f"error: teacher={DENSE_TWIN} is the twin that compare_dense=True trains: set that, too")
     dense = None
     with one_line_errors((StorageError, ResumeError, ScheduleError)):  # of others a traceback says more
         resume = resume_point(config, arguments)
@@ -271,6 +273,8 @@ def run(config: TSCNCConfig, arguments: DataArguments, build: Callable[[], tuple
             twin = train_one(dense_twin(config), bool(resume))
             dense = twin.test(data.test, arguments.test_attacks, full=arguments.test_full)
             twin.save_model()  # a model like any other, with its card
+            if config.teacher == DENSE_TWIN:
+                config = replace(config, teacher=twin.args.output_dir)
         trainer = train_one(config, resume)
         finish(trainer, data, arguments, dense)
     trainer.end()

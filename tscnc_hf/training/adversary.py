@@ -49,10 +49,18 @@ class Adversary:
         """From pixels in [0, 1], (b, c, h, w), to float32 logits (b, k); `model` is one, or a function like one."""
         return pixel_logits(model, *self.preprocessing)
 
+    def objective_at(self, step: int, max_steps: int) -> str:
+        """The objective of a step: a pure function of it (`natural_fraction`)."""
+        return "natural" if step < self._natural_steps(max_steps) else self.args.objective
+
+    def _natural_steps(self, max_steps: int) -> int:
+        return round(self.args.natural_fraction * max_steps)
+
     def epsilon_at(self, step: int, max_steps: int) -> float:
         """The radius in a step, in pixel units: a pure function of it (`epsilon_warmup`)."""
         warmup = self.args.epsilon_warmup * max(max_steps, 1)
-        return self.args.epsilon * (min(1.0, (step + 1) / warmup) if warmup > 0 else 1.0)
+        step -= self._natural_steps(max_steps)
+        return self.args.epsilon * (min(1.0, max(0.0, (step + 1) / warmup)) if warmup > 0 else 1.0)
 
     def attack(self, model: nn.Module, x: Tensor, y: Tensor, place: int, step: int, max_steps: int) -> Tensor:
         """Adversarial pixels (b, c, h, w) for a training step; `place` is that of the first image in its batch."""
@@ -63,7 +71,7 @@ class Adversary:
         noise = self._noise(x, place, "train", step)
         with attack_mode(model):
             forward = self.logits(self._to_attack(model, x))
-            return craft(args.adversary, forward, x, y, generator=noise, **options)
+            return craft(args.adversary, forward, x, y, generator=noise, turn=step, **options)
 
     @property
     def evaluates(self) -> bool:

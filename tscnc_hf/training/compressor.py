@@ -24,9 +24,11 @@ from tscnc_hf.method.constraints import constraint_terms, weight_scales
 from tscnc_hf.method.matrices import WeightMatrix, computed_weights, full_tensor, weight_matrices
 from tscnc_hf.method.pruning.allocation import Allocation
 from tscnc_hf.method.pruning.pruner import Pruner
+from tscnc_hf.method.pruning.regrowth import regrow_end, regrow_share
 from tscnc_hf.method.pruning.schedule import sparsity_at
 from tscnc_hf.method.pruning.unit_allocation import unit_allocation
 from tscnc_hf.method.sharding import copy_whole_, is_sharded, reshard_, share_buffers_
+from tscnc_hf.method.shrinkage import learning_rates, shrink_
 from tscnc_hf.method.units.gates import (
     attach_gates,
     clamp_gates_,
@@ -89,18 +91,24 @@ class Compressor:
         self.average: WeightAverage | None = None  # while training with ema_decay
         self._fresh, self._frozen_later = True, False
         self._overdue = False  # whether the schedule ended before the step that a resumed run begins with
+        self._gradients: dict[str, Tensor] | None = None  # of a step after which weights are exchanged
 
     # ---- around an optimizer step ----
 
-    def begin(self, step: int, max_steps: int, planned: int | None = None) -> None:
+    def begin(
+        self, step: int, max_steps: int, planned: int | None = None, optimizer: torch.optim.Optimizer | None = None
+    ) -> None:
         """
         Training begins, or goes on after `step` steps. At step 0 nothing is left of a training before. Where the run
         was `planned` to have more steps, so that its schedule was not over and now is, the next step ends it.
 
         Raises:
             ScheduleError: it is too short for a gradual schedule, or to end one.
+            ValueError: the optimizer has no learning rates for TSC apart from the gradient.
         """
-        self._schedule(max_steps)
+        self._check_regrowth(max_steps)
+        if self._decoupled and optimizer is not None:
+            learning_rates(_inner(optimizer), self.pruner.trained.values())
         before = max_steps if planned is None else planned
         self._overdue = False
         self._overdue = step > 0 and self.masks_frozen(step, max_steps) and not self.masks_frozen(step, before)
@@ -140,12 +148,13 @@ class Compressor:
         args = self.args
         reshard_(model)  # after a forward some weights are rounded to the dtype it was computed in
         on_weights = args.tsc_on == "weights"
+        in_loss = on_weights and not self._decoupled
         now = step % args.cnc_interval == 0
         records = [record for record in weight_matrices(model) if record.weight.requires_grad]
         terms = constraint_terms(
             records,
             {record.name: self.scales[record.name] for record in records if record.name in self.scales},
-            tsc_weight=args.tsc_weight if on_weights else 0.0,
+            tsc_weight=args.tsc_weight if in_loss else 0.0,
             tsc_a=args.tsc_a,
             cnc_weight=args.cnc_weight * args.cnc_interval if now else 0.0,
             cnc_ridge=args.cnc_ridge,
@@ -157,12 +166,14 @@ class Compressor:
         return terms
 
     def before_clipping(self, step: int, max_steps: int) -> None:
-        """What is pruned for good is no part of the gradient's norm."""
+        """What is pruned is no part of the gradient's norm once the schedule is over."""
+        self._keep_gradients(step, max_steps)
         if self.masks_frozen(step, max_steps):
             self.pruner.mask_gradients_()
 
-    def after_backward(self, accelerator) -> None:
+    def after_backward(self, accelerator, step: int, max_steps: int) -> None:
         """After clipping, right before the optimizer's step."""
+        self._keep_gradients(step, max_steps)  # where nothing is clipped
         if not self.pruner.active:
             return
         if self.args.fp16 and not self.args.max_grad_norm:  # clipping would have done it
@@ -180,6 +191,9 @@ class Compressor:
         if args.world_size > 1:  # each has its images' statistics: all attack, average, evaluate and save the first's
             share_buffers_(self.model)
         pruner.after_step()
+        skipped = getattr(optimizer, "step_was_skipped", False)  # as one is after an overflow
+        if self._decoupled and not skipped:
+            self._shrink(_inner(optimizer))
         if args.target_sparsity > 0:
             start, end = self._schedule(max_steps)
             last = step == end or self._overdue
@@ -190,10 +204,41 @@ class Compressor:
                 pruner.apply_()
                 pruner.finish(_inner(optimizer))
                 self._overdue = False
+            if self._gradients is not None and not skipped:
+                pruner.regrow(self._regrow_share(step, max_steps), self._gradients, _inner(optimizer))
+        self._gradients = None
         pruner.apply_()
         clamp_gates_(self.model)
         if self.average is not None:
             self.average.update(self.model, step, pruner.local_masks)
+
+    def _keep_gradients(self, step: int, max_steps: int) -> None:
+        """Those of a step after which weights are exchanged, before pruned ones lose theirs."""
+        if self._gradients is None and self._regrow_share(step + 1, max_steps) > 0 and not self._overdue:
+            self._gradients = self.pruner.gradients()
+
+    def _regrow_share(self, step: int, max_steps: int) -> float:
+        """Share of the kept weights that are exchanged after step `step` (from 1); 0 where none are."""
+        args = self.args
+        if args.regrow_fraction == 0 or args.target_sparsity == 0:
+            return 0.0
+        _, start = self._schedule(max_steps)
+        if (step - start) % args.regrow_interval:
+            return 0.0
+        return regrow_share(step, start, regrow_end(start, max_steps), args.regrow_fraction)
+
+    @property
+    def _decoupled(self) -> bool:
+        """Whether TSC is a step of its own, not a term of the loss."""
+        return self.args.tsc_decoupled and self.args.tsc_weight > 0
+
+    def _shrink(self, optimizer: torch.optim.Optimizer) -> None:
+        """TSC apart from the gradient, at each weight's own learning rate."""
+        args, pruner, pruned = self.args, self.pruner, self.pruner.pruned
+        trained = pruner.trained
+        rates = learning_rates(optimizer, [pruner.weights[name] for name in trained])
+        for (name, tensor), rate in zip(trained.items(), rates, strict=True):
+            shrink_(tensor, rate * args.tsc_weight, self.scales[name], args.tsc_a, pruned.get(name))
 
     def _frozen_text(self) -> str:
         weights = list(weight_matrices(self.model))
@@ -228,7 +273,7 @@ class Compressor:
             self.average = None
 
     def masks_frozen(self, step: int, max_steps: int) -> bool:
-        """Whether the masks are final in this step."""
+        """Whether the schedule is over: masks are final, but for weights that are exchanged one for one."""
         args = self.args
         if args.keep_masks and args.target_sparsity == 0:
             return True
@@ -346,6 +391,16 @@ class Compressor:
                 "with pruning_start = pruning_end"
             )
         return start, end
+
+    def _check_regrowth(self, max_steps: int) -> None:
+        args, (_, start) = self.args, self._schedule(max_steps)
+        until = regrow_end(start, max_steps)
+        if args.regrow_fraction > 0 and args.target_sparsity > 0 and start + args.regrow_interval >= until:
+            raise ScheduleError(
+                f"regrow_fraction={args.regrow_fraction} exchanges weights every regrow_interval="
+                f"{args.regrow_interval} steps after step {start}, where pruning ends, and before step {until}: there "
+                f"is no such step. Train longer than {max_steps} steps, or lower regrow_interval or pruning_end"
+            )
 
     def _sparsity(self, step: int, start: int, end: int) -> float:
         args, initial = self.args, self.pruner.initial_sparsity

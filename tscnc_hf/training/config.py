@@ -14,12 +14,13 @@ from typing import Annotated, Any, get_origin
 from accelerate.utils import str_to_bool
 from transformers import TrainingArguments
 
+from tscnc_hf.artifact.card.formatting import without_paths
 from tscnc_hf.method.adversarial.ball import NORMS
 from tscnc_hf.method.adversarial.objectives import OBJECTIVES
 from tscnc_hf.method.adversarial.pgd import ADVERSARIES
 from tscnc_hf.method.adversarial.pixels import pixel_quantity
 from tscnc_hf.method.constraints import CNC_FORMS
-from tscnc_hf.method.criteria import find_criterion
+from tscnc_hf.method.criteria import RegisteredCriterion, find_criterion
 from tscnc_hf.method.pruning.allocation import SCOPES
 from tscnc_hf.method.pruning.schedule import SCHEDULES
 from tscnc_hf.method.pruning.unit_allocation import UNIT_SCOPES
@@ -29,6 +30,7 @@ from tscnc_hf.training.numbers import check_numbers
 
 UNSTRUCTURED = "unstructured"
 LESS_IS_BETTER = ("condition_number", "rank_deficient", "collapsed")  # endings of metrics
+OWN_DENSE, DENSE_TWIN = "dense", "dense-twin"  # teachers without a folder of their own
 UNITS = {"units": KINDS} | {kind: (kind,) for kind in KINDS}
 # numbers that an option may be: stated in its annotation
 INSIDE = {
@@ -45,12 +47,25 @@ USED_WITH = {
         ("gate_layers", "gate_learning_rate", "gate_drop_rate", "gate_l0", "gate_l2"),
         lambda args: args.tsc_on == "gates",
     ),
+    "distill_weight, and target_sparsity or keep_masks=True": (
+        ("teacher", "distill_temperature"),
+        lambda args: args.distill_weight > 0 and (args.target_sparsity > 0 or args.keep_masks),
+    ),
+    "target_sparsity above 0 or keep_masks=True": (
+        ("distill_weight",), lambda args: args.target_sparsity > 0 or args.keep_masks,
+    ),
+    "regrow_fraction above 0": (("regrow_interval",), lambda args: args.regrow_fraction > 0),
+    'tsc_on="weights"': (("tsc_decoupled",), lambda args: args.tsc_on == "weights"),
     "awp_gamma above 0": (("awp_start",), lambda args: args.awp_gamma > 0),
     'objective="trades" or "mart"': (("trades_beta",), lambda args: args.objective in ("trades", "mart")),
     'adversary="pgd", "cw-pgd" or "kl-pgd"': (
         ("attack_steps",), lambda args: args.adversary in ("pgd", "cw-pgd", "kl-pgd") or args.attack_steps == 1,
     ),
-    "an adversary": (("attack_step_size", "epsilon_warmup"), lambda args: args.adversary != "none"),
+    "an adversary": (("epsilon_warmup",), lambda args: args.adversary != "none"),
+    'an adversary with one length of its steps (not "mixed")': (
+        ("attack_step_size",), lambda args: args.adversary not in ("none", "mixed"),
+    ),
+    'an objective other than "natural"': (("natural_fraction",), lambda args: args.objective != "natural"),
     'pruning_scope="learned"': (("pruning_rate_learning_rate",), lambda args: args.pruning_scope == "learned"),
     "pruning_start before pruning_end": (
         ("pruning_interval", "pruning_latent"),
@@ -76,7 +91,10 @@ class TSCNCConfig(TrainingArguments):
         objective (`str`, *optional*, defaults to `"trades"`): what is minimised, "natural", "pgd-at", "trades" or
             "mart".
         adversary (`str`, *optional*, defaults to `"kl-pgd"`): how images are attacked in training, "none", "fgsm-rs",
-            "n-fgsm", "pgd", "cw-pgd" or "kl-pgd" (TRADES' own).
+            "n-fgsm", "pgd", "cw-pgd", "kl-pgd" (TRADES' own) or "mixed" ("fgsm-rs" and two steps of "pgd" in turn).
+            The attack maximises the loss of the labels as they are, also with label_smoothing_factor.
+        natural_fraction (`float`, *optional*, defaults to 0): fraction of training, from its beginning, with the
+            objective "natural" and no attack, e.g. 0.2 for a ViT, which must first learn something.
         epsilon (`float` or `str`, *optional*, defaults to `"8/255"`): radius of the perturbation, in training and
             evaluation.
         norm (`str`, *optional*, defaults to `"linf"`): norm of the perturbation, "linf" or "l2".
@@ -84,7 +102,7 @@ class TSCNCConfig(TrainingArguments):
         attack_step_size (`float` or `str`, *optional*): length of a step; by default epsilon / 4, for "fgsm-rs" 1.25
             epsilon, for "n-fgsm" epsilon.
         epsilon_warmup (`float`, *optional*, defaults to 0): fraction of training in which epsilon, and with it the
-            step size, grows from 0.
+            step size, grows from 0, after natural_fraction.
         trades_beta (`float`, *optional*, defaults to 6): weight of the divergence in TRADES and MART.
         class_weights (`str`, *optional*, defaults to `"none"`): how much an image counts in the objective, "none" (all
             alike) or "balanced" (inversely to the size of its class among the training images, 1 on average).
@@ -104,6 +122,10 @@ class TSCNCConfig(TrainingArguments):
             weights.
         tsc_a (`float`, *optional*, defaults to 10): shape of transformed l1, > 0; towards 0 it is like l0, large like
             l1.
+        tsc_decoupled (`bool`, *optional*, defaults to `False`): apply TSC on weights after the optimizer's step, as
+            AdamW does its decay: a weight moves towards zero by learning rate x tsc_weight x the constraint's slope,
+            in units of its layer's scale. tsc_weight is then about 1, whatever the network; the loss has no part of
+            it.
         tsc_on (`str`, *optional*, defaults to `"weights"`): what TSC makes sparse, "weights" or "gates" (hard-concrete
             gates on hidden units, heads and channels, attached before training and folded into what is published).
         gate_layers (`list[str]`, *optional*): names (or their ends) of the layers whose inputs get gates; found by
@@ -154,7 +176,21 @@ class TSCNCConfig(TrainingArguments):
             frozen (requires_grad=False) when training begins are left alone, and named here in what is published.
         pruning_dense_first (`bool`, *optional*, defaults to `False`): leave the first prunable weight dense.
         pruning_dense_last (`bool`, *optional*, defaults to `False`): leave the last prunable weight dense.
+        regrow_fraction (`float`, *optional*, defaults to 0): after pruning_end, the share of the kept weights that
+            goes at first, e.g. 0.3, the least important by the criterion, while as many pruned ones with the largest
+            gradients come back, at zero (RigL). It falls to 0 by a cosine over three quarters of the steps that are
+            left. 0 exchanges none.
+        regrow_interval (`int`, *optional*, defaults to 100): steps between two such exchanges.
         keep_masks (`bool`, *optional*, defaults to `False`): the model is sparse already and its zeros stay.
+
+    Parameters that control distillation (while a network is pruned and fine-tuned, not in dense training):
+        teacher (`str`, *optional*): the dense robust network whose predictions are followed, a folder or Hub id,
+            "dense" (the run's own network as it is when pruning begins: with pruning_start=0 the one that it was
+            given, which is to be trained already), or in recipes "dense-twin" (of compare_dense).
+        distill_weight (`float`, *optional*, defaults to 0): coefficient of the divergence from the teacher's
+            predictions for clean images, of which 5/6 are of adversarial and 1/6 of clean images; costs a forward of
+            the teacher, and with objective "pgd-at" the clean images' forward and backward.
+        distill_temperature (`float`, *optional*, defaults to 1): temperature of both predictions, > 0.
 
     Parameters that control the rest:
         channels_last (`bool`, *optional*, defaults to `False`): memory format for convolutional networks, 1.2 to 1.4
@@ -173,6 +209,7 @@ class TSCNCConfig(TrainingArguments):
 
     objective: str = _choice("trades", OBJECTIVES)
     adversary: str = _choice("kl-pgd", ADVERSARIES)
+    natural_fraction: Annotated[float, "[0, 1]"] = 0.0
     epsilon: str = "8/255"
     norm: str = _choice("linf", NORMS)
     attack_steps: Annotated[int, "[1, infinity)"] = 10
@@ -188,6 +225,7 @@ class TSCNCConfig(TrainingArguments):
 
     tsc_weight: Annotated[float, "[0, infinity)"] = 0.0
     tsc_a: Annotated[float, "(0, infinity)"] = 10.0
+    tsc_decoupled: bool = False
     tsc_on: str = _choice("weights", ("weights", "gates"))
     gate_layers: list[str] = field(default_factory=list)
     gate_learning_rate: Annotated[float, "(0, infinity)"] = 0.01
@@ -215,7 +253,13 @@ class TSCNCConfig(TrainingArguments):
     pruning_exclude: list[str] = field(default_factory=list)
     pruning_dense_first: bool = False
     pruning_dense_last: bool = False
+    regrow_fraction: Annotated[float, "[0, 1)"] = 0.0
+    regrow_interval: Annotated[int, "[1, infinity)"] = 100
     keep_masks: bool = False
+
+    teacher: str | None = None
+    distill_weight: Annotated[float, "[0, infinity)"] = 0.0
+    distill_temperature: Annotated[float, "(0, infinity)"] = 1.0
 
     channels_last: bool = False
     fold_batch_norm: bool = True
@@ -268,6 +312,15 @@ class TSCNCConfig(TrainingArguments):
             raise ValueError(
                 f"{name}={getattr(self, name)!r} has no effect without {condition}: set that, or leave {name} out"
             )
+        if self.distill_weight > 0:
+            self._check_teacher()
+        if self.regrow_fraction > 0 and self.target_sparsity > 0:
+            self._check_regrowth(criterion)
+        if self.natural_fraction + self.epsilon_warmup > 1:
+            raise ValueError(
+                f"natural_fraction={self.natural_fraction} and then epsilon_warmup={self.epsilon_warmup} are more "
+                "than all of training: the radius would never be reached"
+            )
         if self.pruning_end < self.pruning_start:
             raise ValueError(
                 f"pruning_end={self.pruning_end} lies before pruning_start={self.pruning_start}; both are fractions "
@@ -310,6 +363,39 @@ class TSCNCConfig(TrainingArguments):
                     f"pruning_structure={self.pruning_structure!r}, which keeps one unit of each group anyway"
                 )
 
+    def _check_teacher(self) -> None:
+        if not self.teacher:
+            raise ValueError(
+                f"distill_weight={self.distill_weight} needs a teacher: a folder, a Hub id or {OWN_DENSE!r}, the "
+                "run's own network as it is when pruning begins"
+            )
+        if self.teacher == OWN_DENSE and self.keep_masks:
+            raise ValueError(
+                f"teacher={OWN_DENSE!r} is the network before anything is pruned, and with keep_masks=True it is "
+                "sparse from the beginning: give the folder of a dense one"
+            )
+
+    def _check_regrowth(self, criterion: RegisteredCriterion) -> None:
+        """ValueError where a weight cannot be exchanged for another one."""
+        optim = str(getattr(self.optim, "value", self.optim))
+        reasons = {
+            "pruning_structure": self.pruning_structure in UNITS
+            and "prunes whole units, which come back by no gradient",
+            "pruning_criterion": (criterion.learned or criterion.gathers == "movement")
+            and "has nothing to judge weights by once the schedule is over; use magnitude or another one",
+            "pruning_scope": self.pruning_scope == "learned" and "learns its factors while the schedule runs",
+            "keep_masks": self.keep_masks and "says that the zeros of the model stay",
+            "optim": ("8bit" in optim or "4bit" in optim)
+            and "keeps moments from which single weights cannot be cleared",
+        }
+        for name, reason in reasons.items():
+            if reason:
+                raise ValueError(
+                    f"regrow_fraction={self.regrow_fraction} exchanges single weights after the schedule, and {name}="
+                    f"{optim if name == 'optim' else getattr(self, name)!r} {reason}. Leave regrow_fraction out, or "
+                    f"choose another {name}"
+                )
+
     def changed(self, **options: Any) -> TSCNCConfig:
         """A copy with other options; those that have no effect with them are what they are by default."""
         other = copy.copy(self)
@@ -333,9 +419,12 @@ class TSCNCConfig(TrainingArguments):
             "adam_beta1", "adam_beta2", "adam_epsilon", "optim_args", "optim_target_modules", "lr_scheduler_kwargs",
             "dataloader_drop_last", "data_seed", "neftune_noise_alpha", "full_determinism", "tf32",
         )  # fmt: skip
+        selection = ("load_best_model_at_end", "metric_for_best_model", "eval_strategy", "eval_steps")
         hidden = ("remove_unused_columns", "logging_nan_inf_filter", "ddp_find_unused_parameters")
         plain, usual = self.to_dict(), {f.name: f.default for f in fields(type(self))}
+        plain["teacher"] = plain["teacher"] and without_paths(plain["teacher"])
         changed = [name for name in seldom if name in plain and plain[name] not in (usual[name], {})]
+        changed += selection if self.load_best_model_at_end else ()  # else it decides nothing
         return {name: plain[name] for name in (*own, *upstream, *changed) if name not in hidden}
 
 

@@ -45,7 +45,7 @@ def check_images(
     outputs, seen, trained = getattr(getattr(model, "config", None), "num_labels", None), None, None
     with random_states_kept():
         for role, dataset in _parts(train_dataset, eval_dataset):
-            batch = _first_batch(dataset, collator)
+            batch = first_batch(dataset, collator)
             if batch is None:
                 continue
             images = batch["pixel_values"]
@@ -136,7 +136,8 @@ def _parts(train_dataset, eval_dataset) -> Iterator[tuple[str, Any]]:
             yield role, part
 
 
-def _first_batch(dataset, collator: Callable) -> Mapping[str, Tensor] | None:
+def first_batch(dataset, collator: Callable) -> Mapping[str, Tensor] | None:
+    """Two images of a data set; None of one without numbered items."""
     try:
         items = [dataset[0], dataset[min(1, len(dataset) - 1)]]
     except (TypeError, NotImplementedError, KeyError):  # None, or a stream
@@ -210,7 +211,8 @@ def _check_last_batch(size: int, args: TSCNCConfig, norm: str) -> None:
     last_is_read = args.max_steps <= 0 or args.max_steps * args.gradient_accumulation_steps > whole
     alone = batch == 1 or (left == 1 and not args.dataloader_drop_last and last_is_read)
     # other objectives have clean and adversarial images in one batch; of several processes all get as many
-    if alone and args.world_size == 1 and args.objective in ("natural", "pgd-at"):
+    single = args.objective in ("natural", "pgd-at") or args.natural_fraction > 0
+    if alone and args.world_size == 1 and single:
         raise ValueError(
             f"{size} images in batches of {batch} leave one alone, and the batch norm {norm} sees one value a channel "
             "of it, which has no variance. Set dataloader_drop_last=True (--dataloader_drop_last true), or another "

@@ -39,11 +39,12 @@ from tscnc_hf.training.checks import check_datasets, check_finite_weights, check
 from tscnc_hf.training.class_weights import balanced_weights, image_weights
 from tscnc_hf.training.compressor import Compressor, with_dense_ends
 from tscnc_hf.training.config import TSCNCConfig
-from tscnc_hf.training.image_checks import CheckedBatches, check_images, warn_of_size
+from tscnc_hf.training.image_checks import CheckedBatches, check_images, first_batch, warn_of_size
 from tscnc_hf.training.metrics import Metrics, given, observed, spectral_metrics
 from tscnc_hf.training.publisher import Publisher, failed_pushes
 from tscnc_hf.training.resume.fsdp import check_sharding
 from tscnc_hf.training.resume.resumable import ResumableTrainer
+from tscnc_hf.training.teacher import Teacher
 
 
 logger = logging.get_logger(__name__)
@@ -53,12 +54,14 @@ class TSCNCTrainer(ResumableTrainer):
     """
     Adversarial training with the TSCNC constraints and gradual pruning.
 
-    The loss of a step is the sum of named terms (`natural_loss`, `robust_loss`, `tsc_loss`, `cnc_loss`), each in the
-    log. Masks are applied right after every optimizer step. `evaluate` reports `eval_accuracy`, `eval_robust_accuracy`
-    and the condition numbers together; the best model is chosen only among checkpoints that have reached the target.
+    The loss of a step is the sum of named terms (`natural_loss`, `robust_loss`, `distill_loss`, `tsc_loss`,
+    `cnc_loss`), each in the log. Masks are applied right after every optimizer step. `evaluate` reports
+    `eval_accuracy`, `eval_robust_accuracy` and the condition numbers together; the best model is chosen only among
+    checkpoints that have reached the target.
 
     Attributes:
-        adversary (`Adversary`), compressor (`Compressor`), publisher (`Publisher`): which do the work.
+        adversary (`Adversary`), compressor (`Compressor`), publisher (`Publisher`), teacher (`Teacher`): which do the
+            work.
         class_weights (`Tensor`, *optional*): (classes,), of the terms of the objective; None where all are 1.
 
     Args:
@@ -134,6 +137,9 @@ class TSCNCTrainer(ResumableTrainer):
         self.publisher.data_name = dataset_name(train_dataset)
         self.publisher.image_size = seen and seen[1:]
         self._resize = None if self._shape is None else how.resize(*self._shape[1:])
+        with random_states_kept():
+            first = first_batch(train_dataset, data_collator) if args.distill_weight > 0 else None
+        self.teacher = Teacher(args, model, self._outputs, first and first["pixel_values"])
         given = (model, args, data_collator, train_dataset, eval_dataset, processing_class)
         metrics = Metrics(compute_metrics, args.batch_eval_metrics)
         metrics.check_best(
@@ -151,13 +157,6 @@ class TSCNCTrainer(ResumableTrainer):
         if isinstance(model, PreTrainedModel):
             model.add_model_tags(list(self._tag_names))
 
-    def identity(self) -> RunIdentity:
-        """With what the preprocessing does to the size of the images, which is no option and changes the training."""
-        found = super().identity()
-        if self._resize is None:  # or it is a stream, of which nothing is known yet
-            return found
-        return replace(found, options={**found.options, "resized": self._resize.to_dict()})
-
     # ---- one step ----
 
     def training_step(self, *args, **kwargs):
@@ -174,10 +173,12 @@ class TSCNCTrainer(ResumableTrainer):
             self.publisher.image_size = self._shape[1:]
         inner = self.accelerator.unwrap_model(model, keep_torch_compile=True)
         # The attack runs on the module, the forward that trains on the wrapper: that one averages gradients.
-        x_adv = self.attack(inner, x, y) if self.args.objective != "natural" else None
+        x_adv = self.attack(inner, x, y) if self._objective_now() != "natural" else None
+
+        taught = self.taught(x)
 
         def objective(function: Callable) -> dict[str, Tensor]:
-            return self.objective(function, x, x_adv, y)
+            return self.objective(function, x, x_adv, y, taught)
 
         def average(gradient: Tensor) -> Tensor:
             return self.accelerator.reduce(gradient, "mean")
@@ -203,12 +204,23 @@ class TSCNCTrainer(ResumableTrainer):
         place = self._place(self._micro_batch, self._train_batch_size)
         return self.adversary.attack(model, x, y, place, self.state.global_step, self.state.max_steps)
 
-    def objective(self, model: Callable, x: Tensor, x_adv: Tensor | None, y: Tensor) -> dict[str, Tensor]:
-        """The terms of the objective; `model` is the model, or a function like it."""
+    def _objective_now(self) -> str:
+        return self.adversary.objective_at(self.state.global_step, self.state.max_steps)
+
+    def taught(self, x: Tensor) -> Tensor | None:
+        """The teacher's logits (b, k) of clean pixels; None in a step that follows no teacher."""
+        return self.teacher.taught(x, self.state.global_step, self.state.max_steps)
+
+    def objective(
+        self, model: Callable, x: Tensor, x_adv: Tensor | None, y: Tensor, taught: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """The terms of the objective, and of the teacher; `model` is the model, or a function like it."""
         options = {"beta": self.args.trades_beta, "label_smoothing": self.args.label_smoothing_factor}
-        if self.class_weights is not None:
-            options["weights"] = image_weights(self.class_weights, y)
-        return objective_terms(self.args.objective, self.adversary.logits(model), x, x_adv, y, **options)
+        weights = None if self.class_weights is None else image_weights(self.class_weights, y)
+        options["weights"] = weights
+        if taught is not None:
+            options["also"] = lambda clean, adversarial: self.teacher.terms(taught, clean, adversarial, weights)
+        return objective_terms(self._objective_now(), self.adversary.logits(model), x, x_adv, y, **options)
 
     def constraints(self, model: nn.Module) -> dict[str, Tensor]:
         """The weighted constraints of this step, to be divided by the number of micro-batches as all terms are."""
@@ -249,7 +261,9 @@ class TSCNCTrainer(ResumableTrainer):
     def start_step(self, optimizer) -> None:
         self._micro_batch = 0
         self._steps += 1
-        self.compressor.before_step(self.state.global_step, self.state.max_steps, optimizer)
+        step, max_steps = self.state.global_step, self.state.max_steps
+        self.teacher.before_step(step, max_steps, self.compressor, self.adversary.logits)  # before anything is pruned
+        self.compressor.before_step(step, max_steps, optimizer)
 
     def clear_terms(self) -> None:
         self._term_sums, self._steps = {}, 0  # since the last log
@@ -464,6 +478,19 @@ class TSCNCTrainer(ResumableTrainer):
 
     # ---- saving, loading, publishing ----
 
+    def identity(self) -> RunIdentity:
+        """
+        As of `ResumableTrainer`, with two things that are no options and change the training: what the preprocessing
+        does to the size of images (not of a stream, of which nothing is known yet), and the teacher's weights,
+        wherever they lie.
+        """
+        found, more = super().identity(), {}
+        if self._resize is not None:
+            more["resized"] = self._resize.to_dict()
+        if self.teacher.digest is not None:
+            more["teacher"] = self.teacher.digest
+        return replace(found, options={**found.options, **more})
+
     def train(self, *args, **kwargs):
         self.publisher.forget_results()  # of other weights, from now on
         self._trained, self._published = True, None
@@ -510,7 +537,7 @@ class TSCNCTrainer(ResumableTrainer):
                 self.publisher.write_results(folder, model)
                 self._published = weights_digest(model) if folder == published else self._published
         if is_checkpoint:
-            state = compressor.state()
+            state = compressor.state() | self.teacher.state()
             if self.args.should_save:
                 save_state(state, folder / STATE_FILE)
             return
@@ -522,6 +549,7 @@ class TSCNCTrainer(ResumableTrainer):
         with detached_gates(self.model):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         self.compressor.load_state(resume_from_checkpoint)
+        self.teacher.load_state(resume_from_checkpoint, self.compressor, self.adversary.logits)
 
     def create_model_card(self, model_name: str | None = None, dataset_name: str | None = None, tags=(), **kwargs):
         """
@@ -606,10 +634,11 @@ class StepCallback(TrainerCallback):
     def __init__(self, trainer: TSCNCTrainer):
         self.trainer = trainer
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
         self.trainer.clear_terms()
         self.trainer.publisher.trained_with = None  # what the options are from now on
-        self.trainer.compressor.begin(state.global_step, state.max_steps, self.trainer._steps_planned)
+        planned = self.trainer._steps_planned
+        self.trainer.compressor.begin(state.global_step, state.max_steps, planned, optimizer)
 
     def on_train_end(self, args, state, control, **kwargs):
         self.trainer.check_terms()  # the steps since the last log
@@ -619,7 +648,7 @@ class StepCallback(TrainerCallback):
         self.trainer.start_step(optimizer)
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        self.trainer.compressor.after_backward(self.trainer.accelerator)
+        self.trainer.compressor.after_backward(self.trainer.accelerator, state.global_step, state.max_steps)
 
     def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
         # the trainer counts the step only after this event

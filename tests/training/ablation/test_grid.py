@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from tests.results_page import check_results
 from tscnc_hf.artifact.models.loading import load_sparse
 from tscnc_hf.training.ablation.comparison import comparison_markdown, paired_difference
 from tscnc_hf.training.ablation.figures import kappa, over_sparsity_figure
-from tscnc_hf.training.ablation.grid import Cell, grid
+from tscnc_hf.training.ablation.grid import Cell, Grid, grid
 from tscnc_hf.training.ablation.rows import Results, differences, read_rows
 
 
@@ -86,6 +87,19 @@ def test_every_arm_at_every_sparsity_and_seed_after_the_dense_trainings_they_sha
 def test_grids_that_cannot_be_run_are_refused(arms, sparsities):
     with pytest.raises(ValueError, match="give one of each|no option cnc_wait"):
         grid(arms, sparsities, [0], None)
+
+
+@pytest.mark.parametrize("name", ["cnn", "vit", "search", "baselines", "recipe", "paper"])
+def test_every_arm_of_a_config_has_options_that_go_together(name, make_config):
+    """Those of dense trainings, too; no two cells have one identity."""
+    data = SimpleNamespace(identity={})
+    shared = yaml.safe_load((CONFIGS / f"ablation_{name}.yaml").read_text())
+    runs = Grid(make_config(target_sparsity=0.0, tsc_a=1.0, tsc_weight=0.0, cnc_weight=0.0), None, data, "a model")
+    cells = grid(shared["arms"], [0.99], [0], {"num_train_epochs": 8})
+    assert len(cells) > len(shared["arms"])
+    sparsities = {cell: cell.options.get("target_sparsity", 0.0 if cell.is_dense else 0.99) for cell in cells}
+    assert all(runs.settings(cell).target_sparsity == sparsity for cell, sparsity in sparsities.items())
+    assert len({runs.identity(cell).digest() for cell in cells}) == len(cells)
 
 
 # ---- rows ----
@@ -211,6 +225,27 @@ def test_other_settings_are_trained_anew_in_the_same_folder(ablation, tmp_path):
     ablation(tmp_path, **(one | {"split": "validation", "results": tmp_path / "validation.jsonl"}))
     rows = read_rows(tmp_path / "validation.jsonl")  # the same weights on other images
     assert rows[1]["n"] != before[1]["n"] and rows[1]["mean_cnc"] == before[1]["mean_cnc"]
+
+
+def test_a_gated_dense_training_is_gone_on_from_as_a_plain_network(ablation, tmp_path):
+    """The paper's pipeline: its gates are folded, its scores learned. Measured again, it gives the same row."""
+    arms = yaml.safe_load((CONFIGS / "ablation_paper.yaml").read_text())["arms"]
+    given = {"arms": json.dumps(arms), "sparsities": "0.9", "max_steps": 12, "only": "paper"}
+    ablation(tmp_path, **given)
+    rows = read_rows(tmp_path / "rows.jsonl")
+    assert [row["arm"] for row in rows] == ["dense-paper pipeline", "paper pipeline"]
+    assert not any("gate" in name for name in load_file(trained(tmp_path, "dense-s0")))
+    (tmp_path / "rows.jsonl").unlink()
+    ablation(tmp_path, **given)
+    assert [differences(a, b) for a, b in zip(rows, read_rows(tmp_path / "rows.jsonl"), strict=True)] == [{}, {}]
+
+
+def test_an_arm_with_everything_is_run(ablation, tmp_path):
+    """Of ablation_recipe.yaml; the teacher is the dense training that the cell starts from."""
+    arm = yaml.safe_load((CONFIGS / "ablation_recipe.yaml").read_text())["arms"]["all"] | {"regrow_interval": 1}
+    ablation(tmp_path, arms=json.dumps({"all": arm}), sparsities="0.9", max_steps=12)
+    rows = {row["arm"]: row for row in read_rows(tmp_path / "rows.jsonl")}
+    assert rows.keys() == {"dense-all", "all"} and abs(rows["all"]["zeros"] - 0.9) < 1e-3
 
 
 def test_a_cell_that_fails_does_not_stop_the_others(ablation, tmp_path, capsys):

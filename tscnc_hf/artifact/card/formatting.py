@@ -68,11 +68,13 @@ def used_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     objective, adversary = config.get("objective"), config.get("adversary")
     clean = objective == "natural" or adversary == "none"
     without_effect = {  # beginnings of options, where one of them is off
-        ("adversary", "attack_step", "epsilon_warmup", "awp_", "fold_batch_norm"): clean,
-        ("attack_steps",): adversary in ("fgsm-rs", "n-fgsm"),
+        ("adversary", "attack_step", "epsilon_warmup", "natural_fraction", "awp_", "fold_batch_norm"): clean,
+        ("attack_steps",): adversary in ("fgsm-rs", "n-fgsm", "mixed"),
         ("trades_beta",): objective not in ("trades", "mart", None),
         ("awp_",): not config.get("awp_gamma", True),
-        ("tsc_a",): not config.get("tsc_weight", True),
+        ("tsc_a", "tsc_decoupled"): not config.get("tsc_weight", True),
+        ("regrow_",): not (config.get("target_sparsity", True) and config.get("regrow_fraction", True)),
+        ("teacher", "distill_"): not config.get("distill_weight", True),
         ("gate_",): config.get("tsc_on", "gates") != "gates",
         ("cnc_form", "cnc_ridge", "cnc_interval"): not config.get("cnc_weight", True),
         tuple(key for key in config if key.startswith("pruning_") and key != "pruning_exclude"): (

@@ -23,7 +23,7 @@ from tscnc_hf.method.adversarial.noise import seeded_generator as seeded_generat
 from tscnc_hf.method.adversarial.pixels import LogitsFn
 
 
-ADVERSARIES = ("none", "fgsm-rs", "n-fgsm", "pgd", "cw-pgd", "kl-pgd")
+ADVERSARIES = ("none", "fgsm-rs", "n-fgsm", "pgd", "cw-pgd", "kl-pgd", "mixed")
 
 
 def _ascend(
@@ -185,9 +185,14 @@ def craft(
     step_size: float | None,
     generator: Noise,
     norm: str = "linf",
+    turn: int = 0,
 ) -> Tensor | None:
     """
     The adversarial images of a named adversary (`ADVERSARIES`), or None for "none" and for epsilon = 0.
+
+    "mixed" is `fgsm_rs` where `turn`, the number of a step of training, is even, and two steps of `pgd`, each of
+    epsilon / 2, where it is odd (after Salmani et al. 2023, arXiv 2310.18975, who draw one of both at random for a
+    batch, and send the two steps through the first half of the layers only).
 
     Raises:
         ValueError: unknown adversary or norm; "n-fgsm" with a norm other than L-infinity.
@@ -196,6 +201,8 @@ def craft(
         return None
     if adversary not in ADVERSARIES:
         raise ValueError(f"adversary={adversary!r} is unknown; use one of {', '.join(ADVERSARIES)}")
+    if adversary == "mixed":
+        adversary, steps, step_size = ("pgd", 2, epsilon / 2) if turn % 2 else ("fgsm-rs", 1, None)
     options = {"epsilon": epsilon, "step_size": step_size, "generator": generator}
     if adversary == "n-fgsm":
         if norm != "linf":

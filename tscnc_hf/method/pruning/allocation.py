@@ -143,6 +143,26 @@ class Allocation:
                 what = f"{n}:{m}, which has {fixed:.4g} zeros: use {fixed:.4g} or more"
                 raise ValueError(f"target_sparsity={target} does not give {what}")
 
+    def groups(self, names: Sequence[str]) -> list[list[str]]:
+        """Layers that are ranked together: all in one ranking, or each alone as those with their own sparsity are."""
+        own = [name for name in names if any(part in name for part in self.layer_sparsity)]
+        rest = [name for name in names if name not in own]
+        together = self.scope in ("global", "learned")
+        return [[name] for name in own] + ([rest] if rest and together else [[name] for name in rest])
+
+    def protected(
+        self, records: Sequence[WeightMatrix], scores: Mapping[str, Tensor], masks: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Name -> bool: of the kept weights (`masks`), those that the floors keep, and the best one of each matrix."""
+        kept = {name: scores[name].masked_fill(~mask, -math.inf) for name, mask in masks.items()}
+        floors, found = self._needed(records, kept, {}), {}
+        for record in records:
+            mask = masks[record.name]
+            best = _best_of_emptied(record, torch.zeros_like(mask), kept, {})  # None where all scores are 0
+            parts = [part for part in (best, floors.get(record.name)) if part is not None]
+            found[record.name] = mask & sum(parts, torch.zeros_like(mask))
+        return found
+
     # ---- what must be kept, what may not be ----
 
     def _needed(self, records, scores, barred) -> dict[str, Tensor]:

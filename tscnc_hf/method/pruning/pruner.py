@@ -26,6 +26,7 @@ from tscnc_hf.method.criteria import find_criterion, initial_scores
 from tscnc_hf.method.matrices import WeightMatrix, full_tensor
 from tscnc_hf.method.pruning.allocation import Allocation
 from tscnc_hf.method.pruning.layer_rates import LayerRates, near_threshold
+from tscnc_hf.method.pruning.regrowth import exchanged, forget_moments_
 from tscnc_hf.method.sharding import laid_out
 
 
@@ -90,6 +91,18 @@ class Pruner:
     def local_masks(self) -> dict[str, Tensor]:
         """`masks`, sharded as the weights are: without communication."""
         return {name: ~pruned for name, pruned in self._pruned.items()}
+
+    @property
+    def trained(self) -> dict[str, Tensor]:
+        """What training moves, as it is between two steps: latent weights or the weights; none while scores move."""
+        if self.learns_scores:
+            return {}
+        return {name: self._dense.get(name, weight) for name, weight in self.weights.items() if weight.requires_grad}
+
+    @property
+    def pruned(self) -> dict[str, Tensor]:
+        """Bool, True = zero, sharded as the weights are; empty before the first `update`."""
+        return dict(self._pruned)
 
     @property
     def prunable_count(self) -> int:
@@ -258,6 +271,36 @@ class Pruner:
             if self.active:
                 weights[name].copy_(self._dense[name])
             weights[name].masked_fill_(pruned, 0.0)
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Copies of the gradients that there are, of pruned weights too, as the weights are sharded."""
+        return {name: weight.grad.clone() for name, weight in self.weights.items() if weight.grad is not None}
+
+    @torch.no_grad()
+    def regrow(
+        self, share: float, gradients: Mapping[str, Tensor], optimizer: torch.optim.Optimizer | None = None
+    ) -> None:
+        """
+        After the schedule: exchange a share of the kept weights for pruned ones (`exchanged`), as many. These begin at
+        zero, without moments. Weights without a gradient, as frozen ones are, keep their masks.
+
+        Args:
+            gradients: of a step, from `gradients` before they were masked.
+        """
+        self.apply_()
+        whole = {name: full_tensor(gradient).float() for name, gradient in gradients.items()}
+        records, masks = self._whole_records(), {name: self.masks[name] for name in whole}
+        given = None
+        if self.criterion.gathers:  # the mean over this one step
+            given = {r.name: whole.get(r.name, torch.zeros_like(r.weight)) for r in records}
+        scores = self.criterion.score(records, given)
+        records = [record for record in records if record.name in whole]
+        found = exchanged(records, masks, scores, whole, share, self.allocation)
+        for name, weight in self.weights.items():
+            if name in found:
+                grown = laid_out(found[name] & ~masks[name], weight)
+                forget_moments_(getattr(optimizer, "state", {}).get(weight, {}), weight, grown)
+        self.masks_from(self.masks | found)
 
     @torch.no_grad()
     def mask_gradients_(self) -> None:

@@ -17,10 +17,11 @@ from tscnc_hf.artifact.card.formatting import number
 from tscnc_hf.artifact.files.identity import RunIdentity
 from tscnc_hf.artifact.files.state import load_state, save_state
 from tscnc_hf.evaluation.run import as_published, evaluate
-from tscnc_hf.method.units.gates import folded_gates
+from tscnc_hf.method.units.gates import fold_gates_
 from tscnc_hf.training.ablation.rows import origin
-from tscnc_hf.training.config import TSCNCConfig
+from tscnc_hf.training.config import OWN_DENSE, TSCNCConfig
 from tscnc_hf.training.resume.checkpoints import checkpoints
+from tscnc_hf.training.teacher import teacher_digest
 from tscnc_hf.training.trainer import TSCNCTrainer
 
 
@@ -129,11 +130,18 @@ class Grid:
 
     def identity(self, cell: Cell) -> RunIdentity:
         """Of the cell's training, with that of the dense training that it starts from as options "dense.*"."""
-        options, usual = dict(self.about) | self.settings(cell).method_dict(), self._usual
+        options, usual = dict(self.about) | self._options(cell), self._usual
         if cell.pretraining is not None:
-            options["dense"] = self.settings(self.dense(cell)).method_dict()
+            options["dense"] = self._options(self.dense(cell))
             usual = usual | {f"dense.{name}": value for name, value in usual.items()}
         return RunIdentity(options, self.data.identity, usual=usual)
+
+    def _options(self, cell: Cell) -> dict:
+        """Those that shape a cell's training; a teacher is known by its weights."""
+        config = self.settings(cell)
+        if config.teacher in (None, OWN_DENSE):
+            return config.method_dict()
+        return config.method_dict() | {"teacher": teacher_digest(config.teacher)}
 
     @cached_property
     def _usual(self) -> dict:
@@ -176,10 +184,12 @@ class Grid:
             model, config, train_dataset=self.data.train, eval_dataset=self.data.validation, processing_class=processor
         )
         trainer.data_identity = self.data.identity
+        if not trained.exists():
+            trainer.train(resume_from_checkpoint=True if checkpoints(folder) else None)
+        fold_gates_(trainer.model)  # what others start from, and what is measured, is a plain model
         if trained.exists():
             trainer.model.load_state_dict(load_state(trained)[0])
         else:
-            trainer.train(resume_from_checkpoint=True if checkpoints(folder) else None)
             save_state(dict(trainer.model.state_dict()), trained)
         seconds = time.perf_counter() - start
         row = {"model": self.label, "arm": cell.arm, "sparsity": cell.sparsity, "seed": cell.seed}
@@ -193,7 +203,7 @@ class Grid:
         An evaluation that was cut off goes on.
         """
         args = trainer.args
-        with folded_gates(trainer.model), as_published(trainer.model):
+        with as_published(trainer.model):
             dataset = getattr(self.data, self.split)
             results = evaluate(
                 trainer.model,
