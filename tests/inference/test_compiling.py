@@ -1,6 +1,7 @@
 """Whole models: the same outputs, faster or as they were; and what a user does with one."""
 
 import copy
+import inspect
 import io
 
 import pytest
@@ -106,6 +107,57 @@ def test_outputs_are_those_of_the_model(name, batch, always_sparse):
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
     if name in ("everything", "resnet"):
         assert_same(fast, model, torch.randn(batch, 3, side + 3, side + 8))
+
+
+@pytest.fixture
+def always_in_chunks(always_sparse, monkeypatch):
+    monkeypatch.setattr(compiling, "_at_a_time", lambda model, example: (4,))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_few_images_at_a_time(name, always_in_chunks):
+    make, side = MODELS[name]
+    model = make()
+    fast = sparse_compile(model, torch.randn(8, 3, side, side))
+    assert "Computed 4 images at a time" in fast.report.to_markdown()
+    seen = []
+    layer = next(module for module in fast.modules() if isinstance(module, SparseLayer))
+    hook = layer.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    for size, parts in ((11, 3), (4, 1), (1, 1)):
+        seen.clear()
+        assert_same(fast, model, torch.randn(size, 3, side, side))
+        assert len(seen) % parts == 0 and len(seen) >= parts
+    hook.remove()
+    stream = io.BytesIO()
+    torch.save(fast, stream)
+    stream.seek(0)
+    x = torch.randn(11, 3, side, side)
+    for other in (copy.deepcopy(fast), torch.load(stream, weights_only=False)):
+        with torch.no_grad():
+            next(other.parameters()).zero_()  # of itself, not of what it was copied from
+        assert vars(other)["forward"].model is other
+        assert_same(fast, model, x)
+
+
+def test_a_loss_is_not_put_together_of_parts(always_in_chunks):
+    model, x, labels = vit(), torch.randn(11, 3, 8, 8), torch.arange(11) % 3
+    fast = sparse_compile(model, {"pixel_values": x[:8]})
+    with torch.no_grad():
+        one, other = (net(pixel_values=x, labels=labels) for net in (model, fast))
+        hidden = fast(pixel_values=x, output_hidden_states=True, return_dict=False)
+    assert abs(one.loss - other.loss) < 1e-5 and other.logits.shape == (11, one.logits.shape[1])
+    assert all(len(tensor) == 11 for tensor in hidden[1]) and type(hidden) is tuple
+    assert inspect.signature(fast.forward) == inspect.signature(model.forward)
+
+
+def test_chunks_in_torch_compile_and_a_pipeline(always_in_chunks):
+    model, x = vit(), torch.randn(11, 3, 8, 8)
+    fast = sparse_compile(model, x[:8])
+    with torch.no_grad():
+        compiled = torch.compile(fast, backend="aot_eager", fullgraph=True)
+        assert_same(compiled, model, x)
+        exported = torch.export.export(fast, (x,)).module()
+        assert torch.allclose(exported(x).logits, model(x).logits, atol=1e-5)
 
 
 def test_activations_are_part_of_the_layer_before(always_sparse, monkeypatch):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tscnc_hf.inference.choosing import Choice, choose
+from tscnc_hf.inference.chunks import InChunks
 from tscnc_hf.inference.following import Call, activation_of, calls_of, chain_after, is_plain
 from tscnc_hf.inference.layers import Absorbed, SparseConvImages, SparseLinear, SparseMLP, WeightIsRead
 from tscnc_hf.inference.operators import machine
@@ -52,16 +53,22 @@ def sparse_compile(model: nn.Module, example: Inputs) -> nn.Module:
     with torch.no_grad():
         plain = copy.deepcopy(model).requires_grad_(False)
         base = _folded(plain, example)
+        models, plans = {"before": plain}, {}
+        for images in _at_a_time(plain, example):
+            part = _first(example, images)
+            expected = _logits(plain, part)
+            calls = calls_of(base, (nn.Linear, nn.Conv2d), lambda part=part: _run(base, part))
+            layers = [call for call in calls.values() if type(call.module) in (nn.Linear, nn.Conv2d)]
+            alike: dict[tuple, Choice] = {}
+            choices = {call.name: choose(call, alike) for call in layers}
+            for kind, plan in _plans(choices).items():
+                made = _built(base, plan, calls, expected, part)
+                if made is not None:
+                    if images is not None:
+                        made.forward = InChunks(made, images)
+                    name = f"{kind}, {images}"
+                    models[name], plans[name] = made, (images, choices, plan)
         expected = _logits(plain, example)
-        calls = calls_of(base, (nn.Linear, nn.Conv2d), lambda: _run(base, example))
-        layers = [call for call in calls.values() if type(call.module) in (nn.Linear, nn.Conv2d)]
-        alike: dict[tuple, Choice] = {}
-        choices = {call.name: choose(call, alike) for call in layers}
-        models = {"before": plain}
-        for name, plan in _plans(choices).items():
-            made = _built(base, plan, calls, expected, example)
-            if made is not None:
-                models[name] = made
         times = interleaved({name: _call(net, example) for name, net in models.items()}, SECONDS * len(models))
         least = {name: timing.least for name, timing in times.items()}
         best = min(least, key=least.__getitem__)
@@ -72,7 +79,9 @@ def sparse_compile(model: nn.Module, example: Inputs) -> nn.Module:
             share = zeros / max(1, sum(c.call.module.weight.numel() for c in choices.values()))
             said = f"Left as it was: with {share:.0%} zeros nothing is gained here."
         fast = models[best]
-        chosen = {} if best == "before" else _plans(choices)[best]
+        images, choices, chosen = plans.get(best, (None, choices, {}))
+        if images is not None:
+            said = f"Computed {images} images at a time, which the layers' times are of."
         rows = [_row(choice, chosen.get(name)) for name, choice in choices.items()]
         difference = _difference(_logits(fast, example), expected)
     shape = tuple(_tensors(example)[0].shape)
@@ -116,6 +125,21 @@ def _logits(model: nn.Module, example: Inputs) -> Tensor:
 def _difference(logits: Tensor, expected: Tensor) -> float:
     scale = (expected.max() - expected.min()).clamp(min=1e-12)
     return float((logits - expected).abs().max() / scale)
+
+
+def _at_a_time(model: nn.Module, example: Inputs) -> tuple[int | None, ...]:
+    """Numbers of images to try: all of them (None), and as many as vectors have lanes."""
+    lengths, lanes = {len(tensor) for tensor in _tensors(example)}, machine()[0]
+    own = "forward" in vars(model)  # somebody put it in the place of its class's
+    return (None, lanes) if len(lengths) == 1 and lengths.pop() > lanes and not own else (None,)
+
+
+def _first(example: Inputs, images: int | None) -> Inputs:
+    if images is None:
+        return example
+    if isinstance(example, Tensor):
+        return example[:images]
+    return {name: value[:images] if isinstance(value, Tensor) else value for name, value in example.items()}
 
 
 def _folded(model: nn.Module, example: Inputs) -> nn.Module:

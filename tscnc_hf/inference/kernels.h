@@ -188,9 +188,9 @@ inline __attribute__((always_inline)) void accumulate(const char* tile, int64_t 
     }
 }
 
-// All rows [first, last) of each block: fill(block) brings its channels into the tile, expect(block) is called once a
-// row, finish(output, sums) takes the finished sums. `partial` holds those of an output every `partial_pitch` floats while there are blocks to come.
-inline void nothing(int64_t) {}
+// All rows [first, last) of each block: fill(block) brings its channels into the tile, expect(block, next output) is
+// called once a row, finish(output, sums) takes the finished sums. `partial` holds those of an output every `partial_pitch` floats while there are blocks to come.
+constexpr auto nothing = [](auto...) {};
 
 using Adjacent = std::integral_constant<int64_t, BYTES>;
 
@@ -202,7 +202,7 @@ inline __attribute__((always_inline)) void walk(const Matrix& m, int64_t first, 
     const Row* rows = m.rows + block * m.outputs;
     for (int64_t i = first; i < last; ++i) {
       const Row row = rows[i];
-      expect(block);
+      expect(block, rows[i + 1 < last ? i + 1 : i].output);
       float* kept = partial + row.output * partial_pitch;
       vec sums[NY][NX];
       const vec start = broadcast(m.bias ? m.bias[row.output] : 0.0f);
@@ -594,13 +594,15 @@ void conv_images_stepping(Step step, const Matrix& matrix, int64_t group, const 
     auto corner = [&](const Place& p, int64_t c) { return in + c * strides.c + p.n; };
     auto top = [&](const Place& p) { return p.oy * s.stride_y - s.padding_y; };
     auto left = [&](const Place& p) { return p.ox * s.stride_x - s.padding_x; };
-    for (int64_t task = from; task < to; ++task) {
-      const Place p = place_of(task), next = place_of(std::min(task + 1, to - 1));
+    for (int64_t task = from, after; task < to; task = after) {
+      const Place p = place_of(task);
+      after = std::min(to, task - p.part + parts);  // all that is here of one tile: it is filled once
+      const Place next = place_of(std::min(after, to - 1));
       const int64_t count = std::min<int64_t>(LANES, s.images - p.n);
       const int64_t high = std::min<int64_t>(NY, s.out_height - p.oy);
       const int64_t wide = std::min<int64_t>(NX, s.out_width - p.ox);
       const int64_t first = part_of(m.outputs, group, p.part, parts);
-      const int64_t last = part_of(m.outputs, group, p.part + 1, parts);
+      const int64_t last = part_of(m.outputs, group, p.part + after - task, parts);
       const bool whole = count == LANES && high == NY && wide == NX;
       auto fill = [&](int64_t block) {
         const int64_t c0 = block * m.block_channels, c1 = std::min(s.channels, c0 + m.block_channels);
@@ -610,7 +612,18 @@ void conv_images_stepping(Step step, const Matrix& matrix, int64_t group, const 
       // the next tile's channels, spread over this one's rows
       int64_t expected = 0, done = 0;
       const int64_t all = (last - first) * m.blocks;
-      auto expect = [&](int64_t block) {
+      auto expect = [&](int64_t block, int64_t output) {
+        if (whole && block + 1 == m.blocks) {  // what the next row adds to, and where it goes
+          const int64_t at = ((output * s.out_height + p.oy) * s.out_width + p.ox) * s.images + p.n;
+#pragma GCC unroll 16
+          for (int y = 0; y < NY; ++y)
+#pragma GCC unroll 16
+            for (int x = 0; x < NX; ++x) {
+              const int64_t i = at + (y * s.out_width + x) * s.images;
+              __builtin_prefetch(out + i, 1, 3);
+              if (residual) __builtin_prefetch(residual + i, 0, 3);
+            }
+        }
         const int64_t c0 = (block + 1 < m.blocks ? block + 1 : 0) * m.block_channels;
         const int64_t c1 = std::min(s.channels, c0 + m.block_channels);
         const Place& q = block + 1 < m.blocks ? p : next;

@@ -6,6 +6,7 @@
 #include <ATen/ops/empty_strided.h>
 #include <torch/library.h>
 
+#include <atomic>
 #include <optional>
 #include <vector>
 
@@ -52,9 +53,13 @@ Matrix checked(const Tensor& entries, const Tensor& rows, const optional<Tensor>
   const auto* row = reinterpret_cast<const Row*>(rows.const_data_ptr<int32_t>());
   TORCH_CHECK(size >= reach && size <= INT32_MAX, "a tile of ", size, " bytes is too large or too small");
   const uint32_t limit = static_cast<uint32_t>(size - reach);
-  uint32_t furthest = 0;  // a negative offset is a large one here
-  for (int64_t i = 0; i < count; ++i) furthest = std::max(furthest, static_cast<uint32_t>(entry[i].offset));
-  TORCH_CHECK(count == 0 || furthest <= limit, "an offset lies outside the tile of ", size, " bytes");
+  std::atomic<bool> inside{true};
+  at::parallel_for(0, count, 1 << 14, [&](int64_t from, int64_t to) {
+    uint32_t furthest = 0;  // a negative offset is a large one here
+    for (int64_t i = from; i < to; ++i) furthest = std::max(furthest, static_cast<uint32_t>(entry[i].offset));
+    if (from < to && furthest > limit) inside = false;
+  });
+  TORCH_CHECK(inside, "an offset lies outside the tile of ", size, " bytes");
   std::vector<bool> seen(outputs);
   for (int64_t block = 0; block < blocks; ++block, row += outputs) {
     seen.assign(outputs, false);
