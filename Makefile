@@ -27,7 +27,8 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python $(PYTEST)
 
-# Whole runs in processes of their own: accelerate's configurations, shared weights, workers, time limits.
+# Whole runs, as users start them: recipes and their configurations, the examples of README and docs, accelerate's
+# configurations, shared weights, workers, kills and time limits.
 test-launched: $(STAMP)
 	$(BIN)/python $(PYTEST) -m launched
 

@@ -27,21 +27,24 @@ CLASS_NAMES = [str(digit) for digit in range(10)]
 
 # Files that take more than half a minute, the longest first: what runs last is short then, and no process waits.
 LONG = (
-    "docs/test_blocks",
     "evaluation/test_run",
-    "training/ablation/test_grid",
+    "docs/test_blocks",
+    "recipes/test_configs",
     "training/resume/test_faults",
-    "evaluation/test_whole_evaluation",
+    "training/ablation/test_grid",
+    "training/test_layouts",
+    "evaluation/measures/test_masking",
     "recipes/test_accelerate_configs",
     "training/resume/test_sharded_training",
+    "evaluation/test_whole_evaluation",
     "recipes/test_recipes",
-    "cli/test_evaluate",
-    "training/resume/test_resume",
-    "evaluation/measures/test_masking",
-    "recipes/test_configs",
-    "training/test_layouts",
     "training/test_combinations",
+    "cli/test_evaluate",
     "training/test_hub_strategies",
+    "training/resume/test_resume",
+    "training/test_teacher",
+    "training/test_trainer",
+    "training/test_pruned_training",
 )
 
 

@@ -34,6 +34,7 @@ def test_that_cleans_up():
 """
 
 
+@pytest.mark.launched
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux, where orphans can be adopted")
 def test_a_test_that_leaves_a_process_fails_and_the_process_ends(tmp_path):
     (tmp_path / "test_leaves.py").write_text(LEAVES)

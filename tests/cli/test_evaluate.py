@@ -79,6 +79,7 @@ def test_dense_and_packed_give_the_figures_of_the_function(folders, tmp_path, di
     assert "pgd-3 accuracy" in printed and "60 of 359 test images of digits" in printed
 
 
+@pytest.mark.launched
 def test_the_command_line(folders, tmp_path):
     """As a user starts it, options from a file, then by `accelerate launch` of the module."""
     config = tmp_path / "evaluation.yaml"
@@ -95,6 +96,7 @@ def test_the_command_line(folders, tmp_path):
     assert results[0] == results[1]
 
 
+@pytest.mark.launched
 def test_killed_half_way_and_started_again(folders, tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     command = ["-m", "tscnc_hf.cli", "evaluate", "--model", str(folders["dense"]), "--dataset"]

@@ -32,8 +32,16 @@ def of_languages(languages: tuple[str, ...], run: bool, page: str) -> list[Block
     return [block for block in blocks(page) if block.language in languages and (block.reason is None) == run]
 
 
-def pages_to_run(languages: tuple[str, ...]) -> list[str]:
-    return [page for page in pages() if of_languages(languages, run=True, page=page)]
+# on these, a network is trained and tested as a user would
+WHOLE_RUNS = ("README.md", "docs/quickstart.md", "docs/hub.md")
+
+
+def pages_to_run(languages: tuple[str, ...]) -> list:
+    return [
+        pytest.param(page, marks=[pytest.mark.launched] if page in WHOLE_RUNS else [])
+        for page in pages()
+        if of_languages(languages, run=True, page=page)
+    ]
 
 
 def program(page: str, languages: tuple[str, ...]) -> str:

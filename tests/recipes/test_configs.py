@@ -16,6 +16,8 @@ from safetensors.torch import load_file
 from tests.processes import run_python
 
 
+pytestmark = pytest.mark.launched
+
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "recipes"
 TINY_RESNET = {"channels": [8, 8, 8, 8], "layers": [1, 1, 1, 1]}

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from tests.hub import LocalHub
@@ -28,6 +29,7 @@ torch.save((same, dense.state_dict()), sys.argv[2])
 """
 
 
+@pytest.mark.launched
 def test_a_recipe_pushes_a_whole_folder_without_pickles(tmp_path):
     hub = LocalHub()
     options = {

@@ -19,6 +19,8 @@ from tscnc_hf.artifact.models.loading import logits_fn
 from tscnc_hf.data.loading import load_image_data
 
 
+pytestmark = pytest.mark.launched
+
 ROOT = Path(__file__).parents[2]
 
 VIT = """

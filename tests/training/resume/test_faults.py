@@ -108,7 +108,7 @@ def make_recipe(tmp_path):
 @pytest.mark.parametrize(
     ("method", "every", "steps", "signals"),
     [
-        pytest.param(LATENT, 2, 28, "KKTKK", id="short"),
+        pytest.param(LATENT, 2, 28, "KKTKK", id="short", marks=pytest.mark.launched),
         pytest.param(LATENT, 1, 48, "K" * 20, id="latent weights, 20 kills", marks=pytest.mark.faults),
         pytest.param(LEARNED, 3, 132, "K" * 20, id="learned scores, 20 kills", marks=pytest.mark.faults),
     ],
