@@ -14,8 +14,9 @@ PEER_PACKAGES := torchattacks==3.5.1 foolbox==3.3.4 eagerpy==0.30.0 GitPython gi
 OLDEST := .venv-oldest
 # Two processes, each with whole files: what the tests of a file share is made once. The longest come first (tests/conftest.py).
 PYTEST := -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
-# Nothing that pushes to a Hub, nothing of several processes.
-FAST := tests/method tests/data tests/artifact --ignore tests/artifact/repository --ignore-glob '*shard*'
+# Nothing that pushes to a Hub, nothing of several processes, no rows of other libraries' architectures.
+FAST := tests/method tests/data tests/artifact --ignore tests/artifact/repository --ignore-glob '*shard*' \
+	--ignore-glob '*/test_slim*' --ignore tests/artifact/models/test_loading_models.py
 
 .PHONY: demo docs test test-launched test-fast test-oldest test-faults test-peers test-runtimes test-sanitizers lint bench bench-constraints bench-slimming \
 	bench-adversary bench-packing bench-pruning bench-training bench-inputs bench-inference clean
