@@ -139,6 +139,21 @@ def test_a_few_images_at_a_time(name, always_in_chunks):
         assert_same(fast, model, x)
 
 
+def test_images_that_see_one_another_stay_together(always_in_chunks):
+    class Relative(nn.Sequential):
+        def forward(self, x):
+            y = super().forward(x)
+            return y - y.mean(0)
+
+    model, x = (
+        thinned(Relative(nn.Flatten(), nn.Linear(192, 64), nn.ReLU(), nn.Linear(64, 10)), 0.9),
+        torch.randn(8, 3, 8, 8),
+    )
+    fast = sparse_compile(model, x)
+    assert_same(fast, model, x)
+    assert fast.report.sparse_layers == 0
+
+
 def test_a_loss_is_not_put_together_of_parts(always_in_chunks):
     model, x, labels = vit(), torch.randn(11, 3, 8, 8), torch.arange(11) % 3
     fast = sparse_compile(model, {"pixel_values": x[:8]})

@@ -71,5 +71,6 @@ def _joined(outputs: Sequence):
     if isinstance(first, Mapping):
         return type(first)({name: _joined([output[name] for output in outputs]) for name in first})
     if isinstance(first, (tuple, list)):
-        return type(first)(_joined(values) for values in zip(*outputs, strict=True))
+        joined = [_joined(values) for values in zip(*outputs, strict=True)]
+        return type(first)(*joined) if hasattr(first, "_fields") else type(first)(joined)
     return first
