@@ -429,6 +429,12 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == [SPARSE_FILE]
 
 
+def test_others_may_read_the_file_as_any_new_file(tmp_path):
+    (tmp_path / "other").touch()
+    write_sparse_file({"a": torch.eye(64)}, tmp_path / SPARSE_FILE)
+    assert (tmp_path / SPARSE_FILE).stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("options", [{}, {"compression": "zstd"}])
 def test_a_zero_of_either_sign_is_a_zero(dtype, options):

@@ -16,13 +16,16 @@ def atomic_file(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a temporary name beside `path`; if the block ends without an error, what was written there becomes `path`.
 
     The folder is made if it is not there. If the block raises, the temporary file is removed and `path` is as it was.
-    (`tempfile` is not used because its files are private to their owner, and these are to be shared.)
+    As readable for others as any new file: `tempfile` and safetensors make theirs private, and these are to be shared.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    temporary.touch()
+    mode = temporary.stat().st_mode
     try:
         yield temporary
+        temporary.chmod(mode)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
