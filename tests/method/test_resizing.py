@@ -121,7 +121,8 @@ def test_autocast_and_compilation_change_no_pixel(resize):
     plain = resize(pixels)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(resize(pixels), plain)
-    assert torch.equal(torch.compile(resize, backend="aot_eager")(pixels), plain)
+    # sizes fixed: torch 2.10 fails where it makes symbols of them, which a second size in one process has it do
+    assert torch.equal(torch.compile(resize, backend="aot_eager", dynamic=False)(pixels), plain)
 
 
 def test_json_and_back():
