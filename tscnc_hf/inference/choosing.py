@@ -19,7 +19,7 @@ FEWEST_ZEROS = 0.5  # with fewer, no sparse kernel is tried, but for
 FEW_CHANNELS = 4  # a first layer among others that keep images innermost, whatever its zeros
 FEATURES = 768  # times vectors of them: what is walked at a time stays in a first cache of 48 KB
 SECONDS = 0.03  # for all kernels of a layer
-TILES = ((1, 1), (2, 2), (2, 4), (2, 7), (4, 4))  # as in `with_tile` of kernels.h
+TILES = ((1, 1), (2, 2), (2, 4), (2, 7), (2, 8), (4, 4))  # as in `with_tile` of kernels.h
 CACHES = (None, 1 << 16, 1 << 15)  # bytes that a block of a tile may take: all, half of a usual L2, L1
 
 

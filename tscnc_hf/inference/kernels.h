@@ -539,141 +539,253 @@ struct Window {
   }
 };
 
-// `in` is the channel's plane at the first of `count` images; the window's corner is at (y0, x0), which may be outside.
-inline void fill_window(const Shape& s, const Window& window, const float* in, const Strides& strides, int64_t y0,
-                        int64_t x0, int64_t count, float* to) {
-  const int64_t low = std::clamp<int64_t>(-x0, 0, window.width);
-  const int64_t high = std::clamp<int64_t>(s.width - x0, low, window.width);
-  for (int64_t y = y0; y < y0 + window.height; ++y, to += window.width * LANES) {
-    if (y < 0 || y >= s.height) {
+// Floats from one channel, row and column to the next; images are next to each other. Of a ring only the last `ring`
+// rows are there, each in the place of the one so many before.
+struct Layout {
+  int64_t c, y, x, ring;
+  int64_t row(int64_t index) const { return (ring ? index % ring : index) * y; }
+};
+struct From {
+  const float* at;  // null: nothing is read
+  Layout by;
+};
+struct To {
+  float* at;
+  Layout by;
+};
+// Output pixels at (y, x) of the images from n on.
+struct Place {
+  int64_t y, x, n;
+};
+
+// What a tile at `place` needs of the input: its corner, and the rows and columns of it that are inside.
+struct Inside {
+  int64_t x0, low, high, top, bottom, row;  // `row`: where the first one inside lies
+  Inside(const Shape& s, const Window& window, const Layout& by, const Place& place) {
+    const int64_t y0 = place.y * s.stride_y - s.padding_y;
+    x0 = place.x * s.stride_x - s.padding_x;
+    low = std::clamp<int64_t>(-x0, 0, window.width);
+    high = std::clamp<int64_t>(s.width - x0, low, window.width);
+    top = std::clamp<int64_t>(-y0, 0, window.height);
+    bottom = std::clamp<int64_t>(s.height - y0, top, window.height);
+    row = by.ring ? (y0 + top) % by.ring : y0 + top;
+  }
+};
+
+// A channel's window, with zeros outside the image, of `count` images. `from` is the channel at the first of them.
+inline void fill_window(const Window& window, const Inside& inside, const float* from, const Layout& by, int64_t count,
+                        float* to) {
+  const int64_t low = inside.low, high = inside.high;
+  int64_t row = inside.row;
+  for (int64_t y = 0; y < window.height; ++y, to += window.width * LANES) {
+    if (y < inside.top || y >= inside.bottom) {
       for (int64_t x = 0; x < window.width; ++x) store(to + x * LANES, vec{});
       continue;
     }
-    const float* from = in + y * strides.y + x0 * strides.x;
+    const float* source = from + row * by.y + inside.x0 * by.x;
+    if (++row == by.ring) row = 0;
     for (int64_t x = 0; x < low; ++x) store(to + x * LANES, vec{});
     if (count == LANES)
-      for (int64_t x = low; x < high; ++x) store(to + x * LANES, load(from + x * strides.x));
+      for (int64_t x = low; x < high; ++x) store(to + x * LANES, load(source + x * by.x));
     else
-      for (int64_t x = low; x < high; ++x) store(to + x * LANES, load_some(from + x * strides.x, count));
+      for (int64_t x = low; x < high; ++x) store(to + x * LANES, load_some(source + x * by.x, count));
     for (int64_t x = high; x < window.width; ++x) store(to + x * LANES, vec{});
   }
 }
 
 // Asks for what fill_window will read, so that it comes while sums are made.
-inline void expect_window(const Shape& s, const Window& window, const float* in, const Strides& strides, int64_t y0,
-                          int64_t x0) {
-  const int64_t low = std::max<int64_t>(0, x0), high = std::min(s.width, x0 + window.width);
-  for (int64_t y = std::max<int64_t>(0, y0); y < std::min(s.height, y0 + window.height); ++y)
-    for (int64_t x = low; x < high; ++x) __builtin_prefetch(in + y * strides.y + x * strides.x, 0, 2);
+inline void expect_window(const Inside& inside, const float* from, const Layout& by) {
+  int64_t row = inside.row;
+  for (int64_t y = inside.top; y < inside.bottom; ++y) {
+    const float* source = from + row * by.y + inside.x0 * by.x;
+    if (++row == by.ring) row = 0;
+    for (int64_t x = inside.low; x < inside.high; ++x) __builtin_prefetch(source + x * by.x, 0, 2);
+  }
 }
 
-template <int NY, int NX, class Step, class Parallel>
-void conv_images_stepping(Step step, const Matrix& matrix, int64_t group, const Shape& shape, const float* in, const Strides& by,
-                 float* out, const float* residual, int64_t activation, int64_t threads, Parallel parallel) {
-  const Window window(shape, NY, NX);
-  const int64_t down = (shape.out_height + NY - 1) / NY, across = (shape.out_width + NX - 1) / NX;
-  const int64_t batches = (shape.images + LANES - 1) / LANES, tiles = down * across * batches;
-  const int64_t groups = (matrix.outputs + group - 1) / group;
+// Rows [first, last) of the outputs of one tile. `next` is the tile whose input is asked for meanwhile. `tile` and
+// `partial` are memory for the windows of a block, and for sums if there are more blocks than one.
+template <int NY, int NX, class Step>
+__attribute__((noinline)) void conv_tile(const Matrix& matrix, const Shape& shape, Step step, const From& in,
+                                         const To& out, const From& residual, int64_t activation, const Place& place,
+                                         const Place& next, int64_t first, int64_t last, float* tile, float* partial) {
+  const Matrix m = matrix;  // copies, which a store to memory can not change: they stay in registers
+  const Shape s = shape;
+  const Window window(s, NY, NX);
+  const Inside here(s, window, in.by, place), there(s, window, in.by, next);
+  const int64_t count = std::min<int64_t>(LANES, s.images - place.n);
+  const int64_t high = std::min<int64_t>(NY, s.out_height - place.y);
+  const int64_t wide = std::min<int64_t>(NX, s.out_width - place.x);
+  const bool whole = count == LANES && high == NY && wide == NX;
+  int64_t to[NY], add[NY];  // where the tile's rows lie
+  for (int y = 0; y < NY; ++y) {
+    const int64_t row = place.y + std::min<int64_t>(y, high - 1);
+    to[y] = out.by.row(row) + place.x * out.by.x + place.n;
+    add[y] = residual.by.row(row) + place.x * residual.by.x + place.n;
+  }
+  const int64_t across = out.by.x, added = residual.by.x;
+  auto fill = [&](int64_t block) {
+    const int64_t c0 = block * m.block_channels, c1 = std::min(s.channels, c0 + m.block_channels);
+    for (int64_t c = c0; c < c1; ++c)
+      fill_window(window, here, in.at + place.n + c * in.by.c, in.by, count, tile + (c - c0) * window.floats());
+  };
+  // the next channels, spread over this tile's rows
+  int64_t expected = 0, done = 0;
+  const int64_t all = (last - first) * m.blocks;
+  auto expect = [&](int64_t block, int64_t output) {
+    if (whole && block + 1 == m.blocks) {  // what the next row adds to, and where it goes
+      float* target = out.at + output * out.by.c;
+      const float* other = residual.at + output * residual.by.c;
+#pragma GCC unroll 16
+      for (int y = 0; y < NY; ++y)
+#pragma GCC unroll 16
+        for (int x = 0; x < NX; ++x) {
+          __builtin_prefetch(target + to[y] + x * across, 1, 3);
+          if (residual.at) __builtin_prefetch(other + add[y] + x * added, 0, 3);
+        }
+    }
+    const bool same = block + 1 < m.blocks;
+    const int64_t c0 = same ? (block + 1) * m.block_channels : 0, c1 = std::min(s.channels, c0 + m.block_channels);
+    for (++done; expected * all < done * s.channels; ++expected)
+      if (const int64_t c = c0 + expected % m.block_channels; c < c1)
+        expect_window(same ? here : there, in.at + (same ? place.n : next.n) + c * in.by.c, in.by);
+  };
+  auto finish = [&](int64_t output, vec (&v)[NY][NX]) {
+    float* target = out.at + output * out.by.c;
+    const float* other = residual.at + output * residual.by.c;
+    if (whole) {
+      if (residual.at) {
+#pragma GCC unroll 16
+        for (int y = 0; y < NY; ++y)
+#pragma GCC unroll 16
+          for (int x = 0; x < NX; ++x) v[y][x] += load(other + add[y] + x * added);
+      }
+      activate_all(v, activation);
+#pragma GCC unroll 16
+      for (int y = 0; y < NY; ++y)
+#pragma GCC unroll 16
+        for (int x = 0; x < NX; ++x) store(target + to[y] + x * across, v[y][x]);
+    } else {
+      vec copy[NY * NX];  // `v` itself stays in registers where tiles are whole
+#pragma GCC unroll 16
+      for (int i = 0; i < NY * NX; ++i) copy[i] = v[i / NX][i % NX];
+      for (int64_t y = 0; y < high; ++y)
+        for (int64_t x = 0; x < wide; ++x) {
+          vec sum = copy[y * NX + x];
+          if (residual.at) sum += load_some(other + add[y] + x * added, count);
+          store_some(target + to[y] + x * across, activate(sum, activation), count);
+        }
+    }
+  };
+  const int64_t pitch = s.stride_y * window.width * BYTES;
+  walk<NY, NX>(m, first, last, reinterpret_cast<const char*>(tile), pitch, step, partial, NY * NX * LANES, fill, expect,
+               finish);
+}
+
+// f(step), with a step between the columns of a tile that the compiler knows where it is 1.
+template <class Function>
+inline void with_step(const Shape& s, const Function& f) {
+  if (s.stride_x == 1)
+    f(Adjacent());
+  else
+    f(s.stride_x * BYTES);
+}
+
+inline Layout innermost_layout(int64_t height, int64_t width, int64_t images) {
+  return {height * width * images, width * images, images, 0};
+}
+
+template <int NY, int NX, class Parallel>
+void conv_images(const Matrix& m, int64_t group, const Shape& s, const float* in, float* out, const float* residual,
+                 int64_t activation, int64_t threads, Parallel parallel) {
+  const Window window(s, NY, NX);
+  const int64_t down = (s.out_height + NY - 1) / NY, across = (s.out_width + NX - 1) / NX;
+  const int64_t batches = (s.images + LANES - 1) / LANES, tiles = down * across * batches;
+  const int64_t groups = (m.outputs + group - 1) / group;
   const int64_t parts =
       threads == 1 || tiles >= 4 * threads ? 1 : std::min(groups, (4 * threads + tiles - 1) / tiles);
-  const int64_t pitch = shape.stride_y * window.width * BYTES;
-  parallel(tiles * parts, [&](int64_t from, int64_t to) {
-    const Matrix m = matrix;  // copies, which a store to memory can not change: they stay in registers
-    const Shape s = shape;
-    const Strides strides = by;
+  const From from{in, innermost_layout(s.height, s.width, s.images)};
+  const Layout by = innermost_layout(s.out_height, s.out_width, s.images);
+  const To to{out, by};
+  const From add{residual, by};
+  parallel(tiles * parts, [&](int64_t begin, int64_t end) {
     thread_local Scratch tile_memory, partial_memory;
     float* tile = tile_memory.get(m.block_channels * window.floats());
     float* partial = m.blocks > 1 ? partial_memory.get(m.outputs * NY * NX * LANES) : nullptr;
-    struct Place {
-      int64_t part, oy, ox, n;
-    };
     auto place_of = [&](int64_t task) {
       const int64_t place = task / parts / batches;
-      return Place{task % parts, place / across * NY, place % across * NX, task / parts % batches * LANES};
+      return Place{place / across * NY, place % across * NX, task / parts % batches * LANES};
     };
-    auto corner = [&](const Place& p, int64_t c) { return in + c * strides.c + p.n; };
-    auto top = [&](const Place& p) { return p.oy * s.stride_y - s.padding_y; };
-    auto left = [&](const Place& p) { return p.ox * s.stride_x - s.padding_x; };
-    for (int64_t task = from, after; task < to; task = after) {
-      const Place p = place_of(task);
-      after = std::min(to, task - p.part + parts);  // all that is here of one tile: it is filled once
-      const Place next = place_of(std::min(after, to - 1));
-      const int64_t count = std::min<int64_t>(LANES, s.images - p.n);
-      const int64_t high = std::min<int64_t>(NY, s.out_height - p.oy);
-      const int64_t wide = std::min<int64_t>(NX, s.out_width - p.ox);
-      const int64_t first = part_of(m.outputs, group, p.part, parts);
-      const int64_t last = part_of(m.outputs, group, p.part + after - task, parts);
-      const bool whole = count == LANES && high == NY && wide == NX;
-      auto fill = [&](int64_t block) {
-        const int64_t c0 = block * m.block_channels, c1 = std::min(s.channels, c0 + m.block_channels);
-        for (int64_t c = c0; c < c1; ++c)
-          fill_window(s, window, corner(p, c), strides, top(p), left(p), count, tile + (c - c0) * window.floats());
-      };
-      // the next tile's channels, spread over this one's rows
-      int64_t expected = 0, done = 0;
-      const int64_t all = (last - first) * m.blocks;
-      auto expect = [&](int64_t block, int64_t output) {
-        if (whole && block + 1 == m.blocks) {  // what the next row adds to, and where it goes
-          const int64_t at = ((output * s.out_height + p.oy) * s.out_width + p.ox) * s.images + p.n;
-#pragma GCC unroll 16
-          for (int y = 0; y < NY; ++y)
-#pragma GCC unroll 16
-            for (int x = 0; x < NX; ++x) {
-              const int64_t i = at + (y * s.out_width + x) * s.images;
-              __builtin_prefetch(out + i, 1, 3);
-              if (residual) __builtin_prefetch(residual + i, 0, 3);
-            }
-        }
-        const int64_t c0 = (block + 1 < m.blocks ? block + 1 : 0) * m.block_channels;
-        const int64_t c1 = std::min(s.channels, c0 + m.block_channels);
-        const Place& q = block + 1 < m.blocks ? p : next;
-        for (++done; expected * all < done * s.channels; ++expected)
-          if (const int64_t c = c0 + expected % m.block_channels; c < c1)
-            expect_window(s, window, corner(q, c), strides, top(q), left(q));
-      };
-      auto finish = [&](int64_t output, vec (&v)[NY][NX]) {
-        const int64_t at = ((output * s.out_height + p.oy) * s.out_width + p.ox) * s.images + p.n;
-        if (whole) {
-          if (residual) {
-#pragma GCC unroll 16
-            for (int y = 0; y < NY; ++y)
-#pragma GCC unroll 16
-              for (int x = 0; x < NX; ++x) v[y][x] += load(residual + at + (y * s.out_width + x) * s.images);
-          }
-          activate_all(v, activation);
-#pragma GCC unroll 16
-          for (int y = 0; y < NY; ++y)
-#pragma GCC unroll 16
-            for (int x = 0; x < NX; ++x) store(out + at + (y * s.out_width + x) * s.images, v[y][x]);
-        } else {
-          vec copy[NY * NX];  // `v` itself stays in registers where tiles are whole
-#pragma GCC unroll 16
-          for (int i = 0; i < NY * NX; ++i) copy[i] = v[i / NX][i % NX];
-          for (int64_t y = 0; y < high; ++y)
-            for (int64_t x = 0; x < wide; ++x) {
-              const int64_t i = at + (y * s.out_width + x) * s.images;
-              vec sum = copy[y * NX + x];
-              if (residual) sum += load_some(residual + i, count);
-              store_some(out + i, activate(sum, activation), count);
-            }
-        }
-      };
-      walk<NY, NX>(m, first, last, reinterpret_cast<const char*>(tile), pitch, step, partial, NY * NX * LANES, fill, expect, finish);
+    for (int64_t task = begin, after; task < end; task = after) {
+      const int64_t part = task % parts;
+      after = std::min(end, task - part + parts);  // all that is here of one tile: it is filled once
+      const int64_t first = part_of(m.outputs, group, part, parts);
+      const int64_t last = part_of(m.outputs, group, part + after - task, parts);
+      with_step(s, [&](auto step) {
+        conv_tile<NY, NX>(m, s, step, from, to, add, activation, place_of(task), place_of(std::min(after, end - 1)),
+                          first, last, tile, partial);
+      });
     }
   });
 }
 
+// Two convolutions, the second of stride 1, with an activation (`between`) between them, and a residual added to what
+// comes out. A few rows at a time: what lies between stays in cache, in a ring of rows.
 template <int NY, int NX, class Parallel>
-void conv_images(const Matrix& m, int64_t group, const Shape& s, const float* in, const Strides& strides, float* out,
-                 const float* residual, int64_t activation, int64_t threads, Parallel parallel) {
-  if (s.stride_x == 1)
-    conv_images_stepping<NY, NX>(Adjacent(), m, group, s, in, strides, out, residual, activation, threads, parallel);
-  else
-    conv_images_stepping<NY, NX>(s.stride_x * BYTES, m, group, s, in, strides, out, residual, activation, threads,
-                                 parallel);
+void conv_block(const Matrix& one, const Shape& first, int64_t between, const Matrix& two, const Shape& second,
+                const float* in, float* out, const float* residual, int64_t activation, int64_t threads,
+                Parallel parallel) {
+  const Window window_one(first, NY, NX), window_two(second, NY, NX);
+  const int64_t batches = (second.images + LANES - 1) / LANES, down = (second.out_height + NY - 1) / NY;
+  const int64_t parts = std::min(down, (threads + batches - 1) / batches);
+  const int64_t reach = (second.kernel_height - 1) * second.dilation_y;
+  const int64_t ring = 2 * NY - 1 + reach;
+  const From from{in, innermost_layout(first.height, first.width, first.images)};
+  const Layout by = innermost_layout(second.out_height, second.out_width, second.images);
+  const To to{out, by};
+  const From add{residual, by};
+  Shape inner_one = first, inner_two = second;  // of one batch at a time: the ring holds no more
+  parallel(batches * parts, [&](int64_t begin, int64_t end) {
+    thread_local Scratch tile_memory, partial_memory, ring_memory;
+    float* tile = tile_memory.get(std::max(one.block_channels * window_one.floats(),
+                                           two.block_channels * window_two.floats()));
+    const bool partly = one.blocks > 1 || two.blocks > 1;
+    float* partial = partly ? partial_memory.get(std::max(one.outputs, two.outputs) * NY * NX * LANES) : nullptr;
+    const Layout rows{ring * first.out_width * LANES, first.out_width * LANES, LANES, ring};
+    float* kept = ring_memory.get(one.outputs * rows.c);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t n = task / parts * LANES, part = task % parts;
+      const int64_t top = down * part / parts * NY, bottom = std::min(second.out_height, down * (part + 1) / parts * NY);
+      // each tensor as of this batch alone, but for the distances in it
+      Shape a = inner_one, b = inner_two;
+      a.images = b.images = std::min<int64_t>(LANES, second.images - n);
+      const From given{from.at + n, from.by}, between_from{kept, rows};
+      const From added{add.at ? add.at + n : nullptr, add.by};
+      const To wanted{to.at + n, to.by}, between_to{kept, rows};
+      const int64_t most = std::min(first.out_height, bottom - 1 + reach - second.padding_y + 1);
+      int64_t made = std::max<int64_t>(0, top - second.padding_y);
+      for (int64_t y = top; y < bottom; y += NY) {
+        const int64_t needed = std::min(most, y + NY + reach - second.padding_y);
+        for (; made < needed; made += NY)
+          for (int64_t x = 0; x < first.out_width; x += NX) {
+            const int64_t x_next = x + NX < first.out_width ? x + NX : 0;
+            const Place next{std::min(x_next ? made : made + NY, first.out_height - 1), x_next, 0};
+            with_step(first, [&](auto step) {
+              conv_tile<NY, NX>(one, a, step, given, between_to, From{nullptr, rows}, between, Place{made, x, 0}, next,
+                                0, one.outputs, tile, partial);
+            });
+          }
+        for (int64_t x = 0; x < second.out_width; x += NX) {
+          const Place next{y, x + NX < second.out_width ? x + NX : x, 0};
+          conv_tile<NY, NX>(two, b, Adjacent(), between_from, wanted, added, activation, Place{y, x, 0}, next, 0,
+                            two.outputs, tile, partial);
+        }
+      }
+    }
+  });
 }
 
-// The tiles that conv_images is built for: f(NY, NX); false where there is no such.
+// The tiles that convolutions of images are built for: f(NY, NX); false where there is no such.
 template <class Function>
 inline bool with_tile(int64_t ny, int64_t nx, Function f) {
   switch (ny * 16 + nx) {
@@ -684,6 +796,7 @@ inline bool with_tile(int64_t ny, int64_t nx, Function f) {
   }
   if constexpr (REGISTERS >= 16) switch (ny * 16 + nx) {
       case 0x27: f(std::integral_constant<int, 2>(), std::integral_constant<int, 7>()); return true;
+      case 0x28: f(std::integral_constant<int, 2>(), std::integral_constant<int, 8>()); return true;
       case 0x44: f(std::integral_constant<int, 4>(), std::integral_constant<int, 4>()); return true;
     }
   return false;

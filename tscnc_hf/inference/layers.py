@@ -247,3 +247,30 @@ class SparseConvImages(SparseConv):
             x, self.entries, self.rows, self.bias, residual, *self._geometry(), self.tile, self.block_channels, GROUP,
             ACTIVATIONS[self.activation],
         )  # fmt: skip
+
+
+class SparseConvBlock(nn.Module):
+    """Two convolutions, the second of stride 1, as one, a few rows at a time: what lies between stays in a cache."""
+
+    kind = "images, both layers at once"
+
+    def __init__(self, first: SparseConvImages, second: SparseConvImages):
+        super().__init__()
+        if second.stride != (1, 1) or first.tile != second.tile:
+            raise ValueError(f"stride {second.stride} and tiles {first.tile}, {second.tile}: (1, 1) and one tile are needed")
+        self.first, self.second = first, second
+        self.eval()
+
+    @property
+    def weight(self) -> Tensor:
+        return self.first.weight
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """As the first layer's, then the second's forward."""
+        one, two = self.first, self.second
+        one._check(x)
+        return torch.ops.tscnc.conv_block(
+            x, one.entries, one.rows, one.bias, two.entries, two.rows, two.bias, residual, *one._geometry(),
+            two.kernel_size, two.padding, two.dilation, one.tile, one.block_channels, two.block_channels,
+            ACTIVATIONS[one.activation], ACTIVATIONS[two.activation],
+        )  # fmt: skip

@@ -22,6 +22,7 @@ def machine() -> tuple[int, int, int]:
         ("mlp", _mlp),
         ("conv_pixels", _conv_pixels),
         ("conv_images", _conv_images),
+        ("conv_block", _conv_block),
     ):
         torch.library.register_fake(f"tscnc::{name}", fake)
     return tuple(torch.ops.tscnc.machine())
@@ -53,4 +54,13 @@ def _conv_images(
     x: Tensor, entries: Tensor, rows: Tensor, bias, residual, channels, kernel, stride, padding, dilation, *rest
 ) -> Tensor:
     n, c, h, w = _sizes(x, rows, kernel, stride, padding, dilation)
+    return x.new_empty_strided((n, c, h, w), (1, h * w * n, w * n, n))
+
+
+def _conv_block(
+    x: Tensor, entries: Tensor, rows: Tensor, bias, entries2: Tensor, rows2: Tensor, bias2, residual, channels, kernel,
+    stride, padding, dilation, kernel2, padding2, dilation2, *rest,
+) -> Tensor:  # fmt: skip
+    between = x.new_empty(_sizes(x, rows, kernel, stride, padding, dilation))
+    n, c, h, w = _sizes(between, rows2, kernel2, (1, 1), padding2, dilation2)
     return x.new_empty_strided((n, c, h, w), (1, h * w * n, w * n, n))

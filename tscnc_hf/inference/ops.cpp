@@ -133,16 +133,16 @@ Tensor sparse_mlp(const Tensor& x, const Tensor& entries, const Tensor& rows, co
   return f.y;
 }
 
-Shape shape_of(const Tensor& x, int64_t channels, at::IntArrayRef kernel, at::IntArrayRef stride,
+// `x`: sizes of a batch of images.
+Shape shape_of(at::IntArrayRef x, int64_t channels, at::IntArrayRef kernel, at::IntArrayRef stride,
                at::IntArrayRef padding, at::IntArrayRef dilation) {
-  check_activations("x", x);
-  TORCH_CHECK(x.dim() == 4 && x.size(1) == channels, "x of shape ", x.sizes(), " is no batch of images with ", channels,
+  TORCH_CHECK(x.size() == 4 && x[1] == channels, "x of shape ", x, " is no batch of images with ", channels,
               " channels");
   for (const auto& [name, pair, least] : {std::tuple("kernel", kernel, 1), std::tuple("stride", stride, 1),
                                           std::tuple("padding", padding, 0), std::tuple("dilation", dilation, 1)})
     TORCH_CHECK(pair.size() == 2 && std::min(pair[0], pair[1]) >= least && std::max(pair[0], pair[1]) <= 4096, name,
                 " ", pair, " is not two numbers from ", least, " to 4096");
-  Shape s{x.size(0),  x.size(1),  x.size(2),   x.size(3),   kernel[0],   kernel[1], stride[0],
+  Shape s{x[0],       x[1],       x[2],        x[3],        kernel[0],   kernel[1], stride[0],
           stride[1],  padding[0], padding[1],  dilation[0], dilation[1], 0,         0};
   const int64_t down = s.height + 2 * s.padding_y - (s.kernel_height - 1) * s.dilation_y - 1;
   const int64_t across = s.width + 2 * s.padding_x - (s.kernel_width - 1) * s.dilation_x - 1;
@@ -150,6 +150,12 @@ Shape shape_of(const Tensor& x, int64_t channels, at::IntArrayRef kernel, at::In
   s.out_height = down / s.stride_y + 1;
   s.out_width = across / s.stride_x + 1;
   return s;
+}
+
+Shape shape_of(const Tensor& x, int64_t channels, at::IntArrayRef kernel, at::IntArrayRef stride,
+               at::IntArrayRef padding, at::IntArrayRef dilation) {
+  check_activations("x", x);
+  return shape_of(x.sizes(), channels, kernel, stride, padding, dilation);
 }
 
 void check_residual(const optional<Tensor>& residual, const Shape& s, int64_t outputs) {
@@ -201,6 +207,17 @@ Tensor innermost(const Tensor& x) {
   return y;
 }
 
+// What a convolution of images walks, checked, for tiles of NY x NX.
+template <int NY, int NX>
+Matrix checked_images(const Tensor& entries, const Tensor& rows, const optional<Tensor>& bias, const Shape& s,
+                      int64_t block_channels) {
+  const Window window(s, NY, NX);
+  TORCH_CHECK(block_channels > 0 && block_channels <= INT32_MAX / (window.floats() * 4), "blocks of ", block_channels,
+              " channels make tiles that are too large");
+  const int64_t reach = ((NY - 1) * s.stride_y * window.width + (NX - 1) * s.stride_x + 1) * BYTES;
+  return checked(entries, rows, bias, s.channels, block_channels, reach, block_channels * window.floats() * 4);
+}
+
 Tensor sparse_conv_images(const Tensor& x, const Tensor& entries, const Tensor& rows, const optional<Tensor>& bias,
                           const optional<Tensor>& residual, int64_t channels, at::IntArrayRef kernel,
                           at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
@@ -212,19 +229,43 @@ Tensor sparse_conv_images(const Tensor& x, const Tensor& entries, const Tensor& 
   Tensor y;
   const bool known = with_tile(tile[0], tile[1], [&](auto height, auto width) {
     constexpr int NY = decltype(height)::value, NX = decltype(width)::value;
-    const Window window(s, NY, NX);
-    TORCH_CHECK(block_channels > 0 && block_channels <= INT32_MAX / (window.floats() * 4), "blocks of ",
-                block_channels, " channels make tiles that are too large");
-    const int64_t reach = ((NY - 1) * s.stride_y * window.width + (NX - 1) * s.stride_x + 1) * BYTES;
-    const Matrix m =
-        checked(entries, rows, bias, channels, block_channels, reach, block_channels * window.floats() * 4);
+    const Matrix m = checked_images<NY, NX>(entries, rows, bias, s, block_channels);
     check_residual(residual, s, m.outputs);
     const Tensor in = innermost(x);
     const optional<Tensor> other = residual ? optional<Tensor>(innermost(*residual)) : std::nullopt;
     y = empty_innermost(s.images, m.outputs, s.out_height, s.out_width, x);
-    conv_images<NY, NX>(m, group, s, in.const_data_ptr<float>(),
-                        {1, s.height * s.width * s.images, s.width * s.images, s.images}, y.data_ptr<float>(),
-                        data(other), activation, at::get_num_threads(), [](int64_t n, auto g) { parallel(n, g); });
+    conv_images<NY, NX>(m, group, s, in.const_data_ptr<float>(), y.data_ptr<float>(), data(other), activation,
+                        at::get_num_threads(), [](int64_t n, auto g) { parallel(n, g); });
+  });
+  TORCH_CHECK(known, "tile ", tile, " is none that the kernels are built for");
+  return y;
+}
+
+Tensor sparse_conv_block(const Tensor& x, const Tensor& entries, const Tensor& rows, const optional<Tensor>& bias,
+                         const Tensor& entries2, const Tensor& rows2, const optional<Tensor>& bias2,
+                         const optional<Tensor>& residual, int64_t channels, at::IntArrayRef kernel,
+                         at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
+                         at::IntArrayRef kernel2, at::IntArrayRef padding2, at::IntArrayRef dilation2,
+                         at::IntArrayRef tile, int64_t block_channels, int64_t block_channels2, int64_t between,
+                         int64_t activation) {
+  check_activation(activation);
+  check_activation(between);
+  TORCH_CHECK(tile.size() == 2, "tile: two numbers are needed");
+  const Shape one = shape_of(x, channels, kernel, stride, padding, dilation);
+  TORCH_CHECK(rows.dim() == 3, "rows: (blocks, outputs, 3) is needed");
+  const int64_t sizes[] = {one.images, rows.size(1), one.out_height, one.out_width};
+  const Shape two = shape_of(sizes, rows.size(1), kernel2, {1, 1}, padding2, dilation2);
+  Tensor y;
+  const bool known = with_tile(tile[0], tile[1], [&](auto height, auto width) {
+    constexpr int NY = decltype(height)::value, NX = decltype(width)::value;
+    const Matrix m = checked_images<NY, NX>(entries, rows, bias, one, block_channels);
+    const Matrix m2 = checked_images<NY, NX>(entries2, rows2, bias2, two, block_channels2);
+    check_residual(residual, two, m2.outputs);
+    const Tensor in = innermost(x);
+    const optional<Tensor> other = residual ? optional<Tensor>(innermost(*residual)) : std::nullopt;
+    y = empty_innermost(two.images, m2.outputs, two.out_height, two.out_width, x);
+    conv_block<NY, NX>(m, one, between, m2, two, in.const_data_ptr<float>(), y.data_ptr<float>(), data(other),
+                       activation, at::get_num_threads(), [](int64_t n, auto g) { parallel(n, g); });
   });
   TORCH_CHECK(known, "tile ", tile, " is none that the kernels are built for");
   return y;
@@ -249,6 +290,11 @@ TORCH_LIBRARY(tscnc, m) {
       "conv_images(Tensor x, Tensor entries, Tensor rows, Tensor? bias, Tensor? residual, int channels, int[] kernel, "
       "int[] stride, int[] padding, int[] dilation, int[] tile, int block_channels, int group, int activation) -> "
       "Tensor");
+  m.def(
+      "conv_block(Tensor x, Tensor entries, Tensor rows, Tensor? bias, Tensor entries2, Tensor rows2, Tensor? bias2, "
+      "Tensor? residual, int channels, int[] kernel, int[] stride, int[] padding, int[] dilation, int[] kernel2, "
+      "int[] padding2, int[] dilation2, int[] tile, int block_channels, int block_channels2, int between, "
+      "int activation) -> Tensor");
   m.def("machine() -> int[]", sparse_machine);
 }
 
@@ -257,4 +303,5 @@ TORCH_LIBRARY_IMPL(tscnc, CPU, m) {
   m.impl("mlp", sparse_mlp);
   m.impl("conv_pixels", sparse_conv_pixels);
   m.impl("conv_images", sparse_conv_images);
+  m.impl("conv_block", sparse_conv_block);
 }
