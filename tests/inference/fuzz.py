@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from tscnc_hf.inference import building
-from tscnc_hf.inference.layers import SparseConvImages, SparseConvPixels, SparseLinear, SparseMLP
+from tscnc_hf.inference.layers import SparseConvBlock, SparseConvImages, SparseConvPixels, SparseLinear, SparseMLP
 
 
 SANITIZERS = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer")
-TILES = [(1, 1), (2, 2), (2, 4), (2, 7), (4, 4)]
+TILES = [(1, 1), (2, 2), (2, 4), (2, 7), (2, 8), (4, 4)]
 
 
 def thin(layer: nn.Module, draw: random.Random) -> nn.Module:
@@ -54,10 +54,10 @@ def drawn_conv(draw: random.Random):
     layer = thin(layer, draw)
     block = draw.choice([None, draw.randint(1, 20)])
     x = torch.randn(draw.choice([1, 1, 2, 3, 5, 15, 16, 17, 33]), channels, *size)
-    if draw.random() < 0.5:
-        sparse = SparseConvPixels(layer, draw.choice([tuple(size), (31, 31)]), block)
+    if draw.random() < 0.4:
+        sparse = whole = SparseConvPixels(layer, draw.choice([tuple(size), (31, 31)]), block)
     else:
-        sparse = SparseConvImages(layer, draw.choice(TILES), block)
+        sparse = whole = SparseConvImages(layer, draw.choice(TILES), block)
     order = draw.choice(["contiguous", "channels last", "innermost", "gaps"])
     if order == "channels last":
         x = x.contiguous(memory_format=torch.channels_last)
@@ -65,7 +65,24 @@ def drawn_conv(draw: random.Random):
         x = x.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)
     elif order == "gaps":
         x = torch.cat([x, x], dim=-1)[..., : size[1]]
-    return sparse, sparse, layer, x
+    dense = layer
+    if isinstance(sparse, SparseConvImages) and draw.random() < 0.6:
+        sides = layer(x[:1]).shape[2:]
+        kernel, dilation = pair(1, 3), pair(1, 2)
+        padding = [
+            max(draw.randint(0, 3), ((k - 1) * d + 2 - side) // 2)
+            for k, d, side in zip(kernel, dilation, sides, strict=True)
+        ]
+        second = thin(nn.Conv2d(outputs, draw.randint(1, 70), kernel, 1, padding, dilation), draw)
+        sparse.activation = "relu"
+        whole = SparseConvBlock(
+            sparse, SparseConvImages(second, sparse.tile, draw.choice([None, draw.randint(1, 90)]))
+        )
+
+        def dense(x):
+            return second(layer(x).relu())
+
+    return sparse, whole, dense, x
 
 
 def damage(layer: nn.Module, x: torch.Tensor, draw: random.Random) -> None:

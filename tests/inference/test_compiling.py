@@ -11,8 +11,8 @@ from torch import nn
 
 from tests.small_models import resnet, vit
 from tscnc_hf import sparse_compile
-from tscnc_hf.inference import compiling
-from tscnc_hf.inference.layers import Absorbed, SparseConv, SparseLayer, SparseLinear, SparseMLP
+from tscnc_hf.inference import choosing, compiling
+from tscnc_hf.inference.layers import Absorbed, SparseConv, SparseConvBlock, SparseLayer, SparseLinear, SparseMLP
 
 
 class Everything(nn.Module):
@@ -64,6 +64,15 @@ def always_sparse(monkeypatch):
         return choice
 
     monkeypatch.setattr(compiling, "choose", choose)
+    timed = choosing.interleaved
+
+    def slow_apart(calls, seconds, **options):
+        times = timed(calls, seconds, **options)
+        if "apart" in times:
+            times["apart"].calls = [1e9]
+        return times
+
+    monkeypatch.setattr(choosing, "interleaved", slow_apart)
     real = compiling.interleaved
 
     def slow_before(calls, seconds, **options):
@@ -283,6 +292,29 @@ def test_residual_sums_are_part_of_the_layer_before(batch, always_sparse):
     code = fast.layer1[0].code
     assert "residual = downsample_1" in code and "add" not in code and "act2" not in code
     assert "residual = " in fast.layer1[1].code
-    assert fast.layer1[0].conv2.activation == "relu" and model.layer1[0].act2 is not None
+    last = [module for module in fast.layer1[0].modules() if isinstance(module, SparseConv)][-1]
+    assert last.activation == "relu" and model.layer1[0].act2 is not None
     assert_same(fast, model, x)
     assert_same(copy.deepcopy(fast), model, torch.randn(5, 3, 80, 64))
+
+
+def test_two_convolutions_of_a_block_are_one_call(always_sparse, monkeypatch):
+    model = thinned(timm.create_model("resnet18", num_classes=10, channels=(8, 16, 24, 32)))
+    x = torch.randn(16, 3, 64, 64)
+    choose = compiling.choose
+
+    def images_only(call, alike):
+        choice = choose(call, alike)
+        choice.kernels.pop("pixels", None)
+        return choice
+
+    monkeypatch.setattr(compiling, "choose", images_only)
+    fast = sparse_compile(model, x)
+    block = fast.layer2[0]
+    assert isinstance(block.conv1, SparseConvBlock) and isinstance(block.conv2, Absorbed)
+    assert block.conv1.first.activation == block.conv1.second.activation == "relu" and "conv2" not in block.code
+    for size in (1, 16, 33):
+        assert_same(fast, model, torch.randn(size, 3, 64, 64))
+    assert_same(copy.deepcopy(fast), model, torch.randn(5, 3, 80, 64))
+    with torch.no_grad():
+        assert_same(torch.compile(fast, backend="aot_eager", fullgraph=True), model, x)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from tests.inference.fuzz import TILES, fuzz, thin
-from tscnc_hf.inference.layers import SparseConvImages, SparseConvPixels, SparseLinear, SparseMLP
+from tscnc_hf.inference.layers import SparseConvBlock, SparseConvImages, SparseConvPixels, SparseLinear, SparseMLP
 
 
 BATCHES = [1, 3, 16, 17, 64]
@@ -123,6 +123,28 @@ def test_two_layers_at_once():
     for tokens in (1, 31, 200):
         x = torch.randn(tokens, 30)
         assert_close(both(x), in_float64(two, nn.functional.gelu(in_float64(one, x))))
+
+
+@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize("channels, outputs, size, options", CONVOLUTIONS)
+def test_two_convolutions_at_once(channels, outputs, size, options, tile):
+    """With a residual; the rows between them are seldom a multiple of the tile's, and threads share one batch."""
+    first = sparse_weights(nn.Conv2d(channels, outputs, **options))
+    second = sparse_weights(nn.Conv2d(outputs, 20, (3, 2), padding=(2, 1), dilation=(2, 1)))
+    both = SparseConvBlock(SparseConvImages(first, tile, 5), SparseConvImages(second, tile))
+    both.first.activation, both.second.activation = "silu", "relu"
+    for images in (1, 16, 40):
+        x = torch.randn(images, channels, *size)
+        expected = in_float64(second, nn.functional.silu(in_float64(first, x)))
+        residual = torch.randn(expected.shape)
+        assert_close(both(x), expected.relu())
+        assert_close(both(x, residual), (expected + residual).relu())
+
+
+def test_only_a_second_convolution_of_stride_1_can_be_joined():
+    layer = nn.Conv2d(4, 4, 3, stride=2)
+    with pytest.raises(ValueError, match=r"stride \(2, 2\)"):
+        SparseConvBlock(SparseConvImages(layer, (2, 2)), SparseConvImages(layer, (2, 2)))
 
 
 def test_shapes_for_compilers():

@@ -10,7 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from tscnc_hf.inference.following import Call
-from tscnc_hf.inference.layers import SparseConvImages, SparseConvPixels, SparseLinear, conv_padding
+from tscnc_hf.inference.layers import (
+    SparseConvBlock,
+    SparseConvImages,
+    SparseConvPixels,
+    SparseLinear,
+    conv_padding,
+)
 from tscnc_hf.inference.operators import machine
 from tscnc_hf.inference.timing import interleaved
 
@@ -95,19 +101,23 @@ def _candidates(call: Call) -> Iterator[nn.Module]:
     images, _, height, width = call.shape
     yield SparseConvPixels(layer, (height, width))
     if images >= lanes // 2:
-        tile = _tile(layer, height, width)
-        sizes = [
-            (t - 1) * s + (k - 1) * d + 1
-            for t, s, k, d in zip(tile, layer.stride, layer.kernel_size, layer.dilation, strict=True)
-        ]
-        channel = sizes[0] * sizes[1] * lanes * 4
-        blocks = {min(layer.in_channels, max(8, cache // channel) if cache else layer.in_channels) for cache in CACHES}
-        for block in sorted(blocks):
-            yield SparseConvImages(layer, tile, block)
+        for tile in _tiles(layer, height, width)[:2]:
+            for block in sorted({_block_channels(layer, tile, cache) for cache in CACHES}):
+                yield SparseConvImages(layer, tile, block)
 
 
-def _tile(layer: nn.Conv2d, height: int, width: int) -> tuple[int, int]:
-    """The largest tile among those that waste least of an output."""
+def _block_channels(layer: nn.Conv2d, tile: tuple[int, int], cache: int | None) -> int:
+    """Channels of which a tile takes so many bytes; all if None."""
+    sizes = [
+        (t - 1) * s + (k - 1) * d + 1
+        for t, s, k, d in zip(tile, layer.stride, layer.kernel_size, layer.dilation, strict=True)
+    ]
+    most = layer.in_channels if cache is None else max(8, cache // (sizes[0] * sizes[1] * machine()[0] * 4))
+    return min(layer.in_channels, most)
+
+
+def _tiles(layer: nn.Conv2d, height: int, width: int) -> list[tuple[int, int]]:
+    """Those that the kernels have, the largest first among those that waste least of an output."""
     padding = conv_padding(layer)
     out = [
         (side + 2 * p - (k - 1) * d - 1) // s + 1
@@ -122,7 +132,37 @@ def _tile(layer: nn.Conv2d, height: int, width: int) -> tuple[int, int]:
 
     fitting = [tile for tile in TILES if math.prod(tile) <= most]
     # a tile of half the size pays more for each weight: as much as a fifth of its pixels
-    return min(fitting, key=lambda tile: computed(tile) * (1 + 3 / math.prod(tile)))
+    return sorted(fitting, key=lambda tile: computed(tile) * (1 + 3 / math.prod(tile)))
+
+
+Placed = tuple[Call, SparseConvImages]  # a convolution and what it is replaced by
+
+
+@torch.no_grad()
+def choose_pair(first: Placed, second: Placed, alike: dict[tuple, SparseConvBlock | None]) -> SparseConvBlock | None:
+    """
+    Two convolutions, the second of the first's output and of stride 1, as one layer; None where one after the other is
+    as fast.
+
+    Args:
+        alike: choices so far, by what their times depend on.
+    """
+    (one, as_one), (two, as_two) = first, second
+    key = (repr(one.module), repr(two.module), one.shape, round(as_one.zeros, 2), round(as_two.zeros, 2))
+    if key not in alike:
+        x = _innermost(torch.randn(one.shape))
+        made = {}
+        for tile in _tiles(two.module, *two.shape[2:])[:3]:
+            for cache in CACHES:
+                layers = [SparseConvImages(c.module, tile, _block_channels(c.module, tile, cache)) for c in (one, two)]
+                made[f"{tile}, {[layer.block_channels for layer in layers]}"] = SparseConvBlock(*layers)
+        calls = {"apart": lambda: as_two(as_one(x))}
+        calls |= {name: lambda both=both: both(x) for name, both in made.items()}
+        times = {name: timing.least for name, timing in interleaved(calls, SECONDS).items()}
+        fastest = min(times, key=times.__getitem__)
+        alike[key] = made.get(fastest)
+    known = alike[key]
+    return known and SparseConvBlock(known.first.like(one.module), known.second.like(two.module))
 
 
 def _like(call: Call) -> Tensor:

@@ -9,13 +9,20 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from tscnc_hf.inference.choosing import Choice, choose
+from tscnc_hf.inference.blocks import fuse_blocks
+from tscnc_hf.inference.choosing import Choice, choose, choose_pair
 from tscnc_hf.inference.chunks import InChunks
 from tscnc_hf.inference.following import Call, activation_of, calls_of, chain_after, is_plain
-from tscnc_hf.inference.layers import Absorbed, SparseConvImages, SparseLinear, SparseMLP, WeightIsRead
+from tscnc_hf.inference.layers import (
+    Absorbed,
+    SparseConvBlock,
+    SparseConvImages,
+    SparseLinear,
+    SparseMLP,
+    WeightIsRead,
+)
 from tscnc_hf.inference.operators import machine
 from tscnc_hf.inference.report import CompileReport, LayerRow
-from tscnc_hf.inference.residuals import fuse_residuals
 from tscnc_hf.inference.timing import interleaved
 from tscnc_hf.method.adversarial.folding import folded_copy
 from tscnc_hf.method.adversarial.pixels import logits_of
@@ -61,8 +68,9 @@ def sparse_compile(model: nn.Module, example: Inputs) -> nn.Module:
             layers = [call for call in calls.values() if type(call.module) in (nn.Linear, nn.Conv2d)]
             alike: dict[tuple, Choice] = {}
             choices = {call.name: choose(call, alike) for call in layers}
+            pairs: dict[tuple, SparseConvBlock | None] = {}
             for kind, plan in _plans(choices).items():
-                made = _built(base, plan, calls, expected, part)
+                made = _built(base, plan, calls, expected, part, pairs)
                 if made is not None:
                     if images is not None:
                         made.forward = InChunks(made, images)
@@ -128,11 +136,13 @@ def _difference(logits: Tensor, expected: Tensor) -> float:
     return float((logits - expected).abs().max() / scale)
 
 
-def _at_a_time(model: nn.Module, example: Inputs) -> tuple[int | None, ...]:
-    """Numbers of images to try: all of them (None), and as many as vectors have lanes."""
+def _at_a_time(model: nn.Module, example: Inputs) -> list[int | None]:
+    """Numbers of images to try: all of them (None), and as many as vectors have lanes, of one thread or of all."""
     lengths, lanes = {len(tensor) for tensor in _tensors(example)}, machine()[0]
-    own = "forward" in vars(model)  # somebody put it in the place of its class's
-    return (None, lanes) if len(lengths) == 1 and lengths.pop() > lanes and not own else (None,)
+    if len(lengths) != 1 or "forward" in vars(model):  # somebody put it in the place of its class's
+        return [None]
+    images = lengths.pop()
+    return [None, *sorted({size for size in (lanes, lanes * torch.get_num_threads()) if size < images})]
 
 
 def _first(example: Inputs, images: int | None) -> Inputs:
@@ -181,26 +191,35 @@ def _plans(choices: dict[str, Choice]) -> dict[str, dict[str, nn.Module]]:
 
 
 def _built(
-    base: nn.Module, plan: dict[str, nn.Module], calls: dict[str, Call], expected: Tensor, example: Inputs
+    base: nn.Module,
+    plan: dict[str, nn.Module],
+    calls: dict[str, Call],
+    expected: Tensor,
+    example: Inputs,
+    pairs: dict[tuple, SparseConvBlock | None],
 ) -> nn.Module | None:
     """A copy with the plan's layers in it, tried; but those whose weights are read stay. None if no layer is left."""
-    plan, fusions, sums = dict(plan), None, True
+    plan, fusions, blocks = dict(plan), None, True
     while plan:
         made = copy.deepcopy(base)
         placed = {name: copy.copy(layer) for name, layer in plan.items()}
         for name, layer in placed.items():
             _replace(made, name, layer)
         fused = _fuse(made, placed, calls, fusions)
+
+        def pair(one: str, two: str, placed=placed) -> SparseConvBlock | None:
+            return choose_pair((calls[one], placed[one]), (calls[two], placed[two]), pairs)
+
         try:
-            sums = sums and fuse_residuals(made) > 0
+            blocks = blocks and fuse_blocks(made, pair) > 0
             difference = _difference(_logits(made, example), expected)
         except WeightIsRead as error:
             plan = {name: layer for name, layer in plan.items() if placed[name] is not error.args[1]}
             continue
         if difference <= TOLERANCE:
             return made
-        if sums:
-            sums = False
+        if blocks:
+            blocks = False
             continue
         if not fused:
             raise RuntimeError(

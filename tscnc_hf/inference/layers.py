@@ -257,7 +257,9 @@ class SparseConvBlock(nn.Module):
     def __init__(self, first: SparseConvImages, second: SparseConvImages):
         super().__init__()
         if second.stride != (1, 1) or first.tile != second.tile:
-            raise ValueError(f"stride {second.stride} and tiles {first.tile}, {second.tile}: (1, 1) and one tile are needed")
+            raise ValueError(
+                f"stride {second.stride} and tiles {first.tile}, {second.tile}: (1, 1) and one tile are needed"
+            )
         self.first, self.second = first, second
         self.eval()
 

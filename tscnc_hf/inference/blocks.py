@@ -1,5 +1,5 @@
-"""Residual sums, and the activations after them, computed by the sparse layer before them: the one thing for which the
-code of a block has to be read. torch.fx does; a block that it cannot read stays as it is."""
+"""What needs the code of a block to be read: residual sums, and the activations after them, computed by the layer
+before them; two convolutions as one. torch.fx reads it; a block that it cannot read stays as it is."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 
 from tscnc_hf.inference.following import activation_of, is_plain
-from tscnc_hf.inference.layers import SparseConv, SparseLinear
+from tscnc_hf.inference.layers import Absorbed, SparseConv, SparseConvBlock, SparseConvImages, SparseLinear
 
 
 MOST_LAYERS = 8  # sparse layers in a block: what has more is a stage or a whole network
@@ -25,54 +25,62 @@ class _Reader(fx.Tracer):
         return isinstance(m, fx.GraphModule) or not any(isinstance(module, _SPARSE) for module in inside)
 
 
-_SPARSE = (SparseConv, SparseLinear)
+_SPARSE = (SparseConv, SparseLinear, SparseConvBlock)
+
+Pair = Callable[[str, str], SparseConvBlock | None]
 
 
-def fuse_residuals(model: nn.Module) -> int:
+def fuse_blocks(model: nn.Module, pair: Pair) -> int:
     """
-    Replace, in place, each block of `model` that adds something to the output of one of its sparse layers by one in
-    which the layer does.
+    Replace, in place, each block of `model` that adds something to the output of one of its sparse layers, or has two
+    convolutions after one another, by one in which these are one call.
+
+    Args:
+        pair: from the names of two convolutions to the layer that takes their place, or None where that does not pay.
 
     Returns:
-        How many sums were.
+        How many calls became part of another.
     """
     fused = 0
-    for parent, name, block in list(_blocks(model)):
+    for path, parent, name, block in list(_blocks(model)):
         try:
             graph = _Reader().trace(block)
         except Exception:  # what fx cannot read: it may raise anything
             continue
-        if found := sum(_fuse(block, graph, node) for node in list(graph.nodes)):
+        found = sum(_fuse_sum(block, graph, node) for node in list(graph.nodes))
+        absorbed = {}
+        for node in list(graph.nodes):
+            absorbed |= _fuse_pair(block, graph, node, lambda one, two, path=path: pair(path + one, path + two))
+        if found or absorbed:
             graph.lint()
             made = fx.GraphModule(block, graph, type(block).__name__)
+            for target, layer in absorbed.items():
+                made.add_submodule(target, Absorbed(layer))
             for key, value in vars(block).items():  # what others may ask a block for
                 if key not in vars(made) and not key.startswith("_"):
                     setattr(made, key, value)
             setattr(parent, name, made)
-            fused += found
+            fused += found + len(absorbed)
     return fused
 
 
-def _blocks(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
-    """(parent, name in it, block), inner blocks first."""
-    for parent in reversed(list(model.modules())):
+def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Module]]:
+    """(path of the names in a block, parent, name in it, block), inner blocks first."""
+    for path, parent in reversed(list(model.named_modules())):
         for name, block in parent.named_children():
             layers = sum(isinstance(module, _SPARSE) for module in block.modules())
             if 0 < layers <= MOST_LAYERS and not isinstance(block, _SPARSE):
-                yield parent, name, block
+                yield f"{path}.{name}.".lstrip("."), parent, name, block
 
 
-def _fuse(block: nn.Module, graph: fx.Graph, node: fx.Node) -> bool:
+def _fuse_sum(block: nn.Module, graph: fx.Graph, node: fx.Node) -> bool:
     """Whether `node` is a sum of two tensors, one a sparse layer's, and was fused into the layer."""
     if node.op != "call_function" or node.target not in SUMS or len(node.args) != 2 or node.kwargs:
         return False
     for term, other in (node.args, node.args[::-1]):
         if not isinstance(term, fx.Node) or not isinstance(other, fx.Node) or term is other:
             continue
-        between, layer_node = [], term
-        while len(layer_node.users) == 1 and _module(block, layer_node, _does_nothing) is not None:
-            between.append(layer_node)
-            layer_node = layer_node.args[0]
+        layer_node, between = _behind(block, term)
         layer = _module(block, layer_node, lambda m: isinstance(m, _SPARSE))
         plain = (
             layer is not None and layer.activation == "none" and len(layer_node.args) == 1 and not layer_node.kwargs
@@ -93,6 +101,42 @@ def _fuse(block: nn.Module, graph: fx.Graph, node: fx.Node) -> bool:
             graph.erase_node(old)
         return True
     return False
+
+
+def _fuse_pair(block: nn.Module, graph: fx.Graph, node: fx.Node, pair: Pair) -> dict[str, nn.Module]:
+    """If `node` calls a convolution of what another one returns, both become one: name of the second -> its layer."""
+
+    def is_conv(module: nn.Module) -> bool:
+        return isinstance(module, SparseConvImages)
+
+    second = _module(block, node, is_conv)
+    if second is None or second.stride != (1, 1) or _uses(graph, node) != 1 or len(node.args) != 1:
+        return {}
+    before, between = _behind(block, node.args[0])
+    first = _module(block, before, is_conv)
+    alone = first is not None and len(before.users) == 1 and _uses(graph, before) == 1
+    if not alone or len(before.args) != 1 or before.kwargs or not {"residual"} >= set(node.kwargs):
+        return {}
+    made = pair(before.target, node.target)
+    if made is None:
+        return {}
+    made.first.activation, made.second.activation = first.activation, second.activation
+    block.set_submodule(before.target, made)
+    with graph.inserting_before(node):
+        call = graph.call_module(before.target, before.args, dict(node.kwargs))
+    node.replace_all_uses_with(call)
+    for old in (node, *between, before):
+        graph.erase_node(old)
+    return {node.target: second}
+
+
+def _behind(block: nn.Module, node: object) -> tuple[object, list[fx.Node]]:
+    """What a node gets through modules that do nothing and that nothing else uses; and these, last first."""
+    between = []
+    while isinstance(node, fx.Node) and len(node.users) == 1 and _module(block, node, _does_nothing) is not None:
+        between.append(node)
+        node = node.args[0]
+    return node, between
 
 
 def _does_nothing(module: nn.Module) -> bool:
