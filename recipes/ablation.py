@@ -90,6 +90,8 @@ def make_grid(config, data_arguments, arguments):
         data_arguments.test_limit if arguments.split == "test" else None,
         arguments.save_models,
         about,
+        data_arguments.test_full,
+        data_arguments.attack_precision,
     )
 
 

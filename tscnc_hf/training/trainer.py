@@ -393,6 +393,7 @@ class TSCNCTrainer(ResumableTrainer):
         full: bool = True,
         epsilon: float | str | None = None,
         norm: str | None = None,
+        attack_precision: str = "float32",
     ) -> dict:
         """
         The final figures, on data that training has not seen: robustness, sparsity and spectrum. Written to
@@ -408,6 +409,7 @@ class TSCNCTrainer(ResumableTrainer):
                 the attacks.
             epsilon, norm (*optional*): of this test; by default those of the options. What the card says of training
                 stays what training was.
+            attack_precision (`str`): in which attacks search, as in `evaluate_robustness`.
 
         Returns:
             `dict`: what `results.json` holds (docs/results_json.md).
@@ -432,6 +434,7 @@ class TSCNCTrainer(ResumableTrainer):
                 model,
                 dataset,
                 attacks=attacks,
+                attack_precision=attack_precision,
                 epsilon=args.epsilon if epsilon is None else epsilon,
                 norm=args.norm if norm is None else norm,
                 n=n,

@@ -111,6 +111,8 @@ class Grid:
         n: as many images of the split, drawn with the seed, where it has more.
         save_models: leave a publishable folder with a card for every cell, not only its line.
         about: what else decides the figures (the model), plain JSON types; part of each cell's identity.
+        full: with `save_models`, also measure what may take longer than the attacks (`evaluate`).
+        attack_precision: in which attacks search.
     """
 
     config: TSCNCConfig
@@ -122,6 +124,8 @@ class Grid:
     n: int | None = None
     save_models: bool = False
     about: Mapping = field(default_factory=dict)
+    full: bool = True
+    attack_precision: str = "float32"
 
     def settings(self, cell: Cell) -> TSCNCConfig:
         """The options of the cell's training, but for its folder."""
@@ -152,6 +156,8 @@ class Grid:
         """Of everything that decides the cell's figures but the code: rows of other settings are not mixed with."""
         identity = self.identity(cell)
         measured = {"split": self.split, "attacks": list(self.attacks), "n": self.n}
+        if self.attack_precision != "float32":
+            measured["attack_precision"] = self.attack_precision
         return replace(identity, options={**identity.options, "measured": measured}).digest()
 
     def folder(self, cell: Cell) -> Path:
@@ -218,7 +224,8 @@ class Grid:
                 exclude=args.pruning_exclude,
                 model_name=self.label,
                 dataset_name=self.data.name,
-                full=self.save_models,
+                full=self.save_models and self.full,
+                attack_precision=self.attack_precision,
                 folder=args.output_dir,
                 mixed=True,
                 progress=False,
