@@ -25,6 +25,8 @@ class Speed:
     def __init__(self, device: torch.device, on: bool):
         self.on, self._cuda = on, device.type == "cuda"
         self._measured = False  # whether this step is
+        self._whole, self._marks = None, []  # (start, end) of the last step that was; (part, start, end)
+        self.begin(0)
 
     def begin(self, step: int) -> None:
         """Training begins, or goes on after `step` steps."""
@@ -38,14 +40,14 @@ class Speed:
         """Step `step` (from 0) is taken."""
         self._measured = self.on and (step + 1) % max(round(logging_steps), 1) == 0
         if self._measured:
-            self._marks, self._step = [], (self._mark(), None)
+            self._marks, self._whole, self._begun = [], None, self._mark()
 
     def end_step(self, images: int) -> None:
         """It is over; `images` of all processes."""
         if self.on:
             self._images += images
         if self._measured:
-            self._step, self._measured = (self._step[0], self._mark()), False
+            self._whole, self._measured = (self._begun, self._mark()), False
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
@@ -62,8 +64,7 @@ class Speed:
         """Inside, what is no step: an evaluation, a checkpoint."""
         start = time.perf_counter()
         yield
-        if self.on and hasattr(self, "_aside"):
-            self._aside += time.perf_counter() - start
+        self._aside += time.perf_counter() - start
 
     def figures(self, step: int, max_steps: int) -> dict[str, float]:
         """
@@ -75,14 +76,14 @@ class Speed:
             return {}
         now = time.perf_counter()
         found = {"images_per_second": self._images / max(now - self._since - self._aside, 1e-9)}
-        if (step := step - self._first) > 0:
-            found["seconds_left"] = (now - self._start) / step * (max_steps - step - self._first)
-        if getattr(self, "_step", (None, None))[1] is not None:
-            whole, shares = self._seconds(*self._step), dict.fromkeys(PARTS, 0.0)
+        if step > self._first:
+            found["seconds_left"] = (now - self._start) / (step - self._first) * (max_steps - step)
+        if self._whole is not None:
+            whole, shares = self._seconds(*self._whole), dict.fromkeys(PARTS, 0.0)
             for name, *ends in self._marks:
                 shares[name] += self._seconds(*ends) / whole
             found |= {f"share_{name}": share for name, share in (shares | {"rest": 1 - sum(shares.values())}).items()}
-            self._step = (None, None)
+            self._whole = None
         self._clear()
         return {name: float(f"{value:.4g}") for name, value in found.items()}
 
