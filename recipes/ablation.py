@@ -9,6 +9,7 @@ Started again it goes on where it was: finished cells are skipped. `--check` run
 Every option is in `--help`; the YAML file sets defaults, the command line wins.
 """
 
+import importlib.util
 import multiprocessing
 import os
 import signal
@@ -48,6 +49,13 @@ class AblationArguments:
         default="test", metadata={"help": "What cells are measured on.", "choices": ("test", "validation")}
     )
     save_models: bool = field(default=False, metadata={"help": "Leave a publishable folder with a card a cell."})
+    value_dtype: str | None = field(
+        default=None,
+        metadata={"help": "Round trained weights to it, and pack them so (zstandard).", "choices": ("fp16", "bf16")},
+    )
+    bundles: str | None = field(
+        default=None, metadata={"help": "With save_models: a tar of each cell there, in parts of 15 MiB at most."}
+    )
     workers: int = field(default=1, metadata={"help": "Cells run beside each other, each with cpu_threads threads."})
     time_limit: int = field(default=0, metadata={"help": "Stop, resumably, after so many seconds; 0: never."})
     check: str | None = field(default=None, metadata={"help": "Name of a finished cell: run it anew and compare."})
@@ -59,6 +67,10 @@ class AblationArguments:
             setattr(self, name, json_option(name, getattr(self, name)))
         if self.workers < 1:
             raise ValueError(f"workers={self.workers}: at least 1 cell runs at a time")
+        if self.bundles and not self.save_models:
+            raise ValueError(f"bundles={self.bundles!r} are of published folders: set save_models, too")
+        if self.value_dtype and importlib.util.find_spec("zstandard") is None:
+            raise ValueError(f"value_dtype={self.value_dtype!r} packs with zstandard: pip install 'tscnc-hf[pack]'")
 
 
 def make_grid(config, data_arguments, arguments):
@@ -90,6 +102,10 @@ def make_grid(config, data_arguments, arguments):
         data_arguments.test_limit if arguments.split == "test" else None,
         arguments.save_models,
         about,
+        data_arguments.test_full,
+        data_arguments.attack_precision,
+        arguments.value_dtype,
+        arguments.bundles,
     )
 
 

@@ -18,6 +18,7 @@ from tscnc_hf.evaluation.measures.examples import adversarial_examples
 from tscnc_hf.evaluation.measures.lipschitz import evaluate_lipschitz
 from tscnc_hf.evaluation.measures.robustness import evaluate_robustness
 from tscnc_hf.evaluation.subset import drawn
+from tscnc_hf.method.adversarial.noise import seeded_generator
 from tscnc_hf.method.adversarial.pixels import attack_mode
 
 
@@ -270,7 +271,7 @@ def test_autoattack(evaluate):
 
 def test_autoattack_goes_on_within_a_batch(evaluate, robust_network, digits, tmp_path):
     """It is kept part by part, and the parts find what pyautoattack's own run of them all does."""
-    pytest.importorskip("pyautoattack", reason="pyautoattack is not installed (tscnc-hf[eval])")
+    pyautoattack = pytest.importorskip("pyautoattack", reason="pyautoattack is not installed (tscnc-hf[eval])")
     options = {"attacks": ("clean", "autoattack"), "n": 6, "batch_size": 6, "norm": "l2", "epsilon": 0.6}
     options |= {"data": digits.test.subset(range(6))}
     with pytest.raises(KeyboardInterrupt):
@@ -284,9 +285,11 @@ def test_autoattack_goes_on_within_a_batch(evaluate, robust_network, digits, tmp
     x, y = batch["pixel_values"], batch["labels"]
     with attack_mode(robust_network):
         survived = robust_network(x).argmax(-1) == y
-        places = torch.arange(6)[survived]
-        x_adv = make_attack("autoattack", 0.6, "l2").run(robust_network, x[survived], y[survived], places, 0)
-        survived[survived.clone()] = robust_network(x_adv).argmax(-1) == y[survived]
+        seed = seeded_generator("cpu", 0, "autoattack").initial_seed() % 2**31
+        theirs = pyautoattack.AutoAttack(robust_network, norm="L2", eps=0.6, seed=seed, version="standard")
+        with torch.random.fork_rng():
+            x_adv, _ = theirs.run_standard_evaluation(x, y, batch_size=int(survived.sum()))
+        survived &= robust_network(x_adv).argmax(-1) == y
     named = torch.tensor(json.loads(file.read_text())["found"]["autoattack"])  # the class of each
     assert torch.equal(named == y, survived)
     assert report["autoattack"].correct == survived.sum() and 0 < survived.sum() < 6

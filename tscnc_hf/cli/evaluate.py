@@ -32,7 +32,9 @@ class EvaluationArguments:
             them inside of what is attacked; those that have none in common, or one above 96 pixels, are brought to the
             model's by it before, and attacked there.
         attacks (`list[str]`, *optional*, defaults to `["clean", "fgsm", "pgd-20", "apgd"]`): of clean, fgsm, pgd-K,
-            pgd-KxR, cw-K, apgd, apgd-dlr, square and autoattack; see `make_attack`.
+            pgd-KxR, cw-K, apgd, apgd-dlr, square, apgd-ce+t and autoattack; see `make_attack`.
+        attack_precision (`str`, *optional*, defaults to `"float32"`): in which attacks search, "float32", "bf16", or
+            "tf32" on a GPU. What they find counts only if it fools the model in float32.
         epsilon (`str`, *optional*, defaults to `"8/255"`): radius in pixel units, e.g. "8/255".
         norm (`str`, *optional*, defaults to `"linf"`): norm of the perturbation, "linf" or "l2".
         n (`int`, *optional*): as many test images, drawn with the seed; all by default.
@@ -57,6 +59,7 @@ class EvaluationArguments:
     drop_unlabelled: bool = False
     image_size: list[int] | None = None
     attacks: list[str] = field(default_factory=lambda: ["clean", "fgsm", "pgd-20", "apgd"])
+    attack_precision: str = field(default="float32", metadata={"choices": ("float32", "tf32", "bf16")})
     epsilon: str = "8/255"
     norm: str = field(default="linf", metadata={"choices": ("linf", "l2")})
     n: int | None = None
@@ -111,6 +114,7 @@ def evaluate_model(arguments: EvaluationArguments) -> dict:
     from tscnc_hf.data.class_names import some_names
     from tscnc_hf.evaluation.attacks import make_attack
     from tscnc_hf.evaluation.page import comparison_table
+    from tscnc_hf.evaluation.precision import check_precision
     from tscnc_hf.evaluation.run import evaluate
     from tscnc_hf.evaluation.state import OtherEvaluation
     from tscnc_hf.method.adversarial.pixels import pixel_quantity
@@ -129,6 +133,7 @@ def evaluate_model(arguments: EvaluationArguments) -> dict:
 
     try:
         epsilon = pixel_quantity("epsilon", arguments.epsilon, arguments.norm)
+        check_precision(arguments.attack_precision, device)
         for name in arguments.attacks:
             make_attack(name, epsilon, arguments.norm)
         model, processor = _load(load_model, arguments.model)
@@ -149,6 +154,7 @@ def evaluate_model(arguments: EvaluationArguments) -> dict:
             epsilon=epsilon,
             norm=arguments.norm,
             attacks=arguments.attacks,
+            attack_precision=arguments.attack_precision,
             n=n,
             full=arguments.full,
             seed=arguments.seed,

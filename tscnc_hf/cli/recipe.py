@@ -61,6 +61,8 @@ class DataArguments:
         test_limit (`int`, *optional*): test on the first n images only.
         test_attacks (`list[str]`, *optional*, defaults to `["clean", "pgd-20"]`): attacks of the final figures; see
             `make_attack`.
+        attack_precision (`str`, *optional*, defaults to `"float32"`): in which those search, "float32", "bf16", or
+            "tf32" on a GPU. What they find counts only if it fools the model in float32.
         test_full (`bool`, *optional*, defaults to `True`): also checks for hidden gradients, accuracy over the radius,
             Lipschitz bounds and examples, which may take longer than the attacks.
         compare_dense (`bool`, *optional*, defaults to `False`): also train a dense twin, the same but for pruning and
@@ -87,6 +89,7 @@ class DataArguments:
     train_limit: int | None = None
     test_limit: int | None = None
     test_attacks: list[str] = field(default_factory=lambda: ["clean", "pgd-20"])
+    attack_precision: str = field(default="float32", metadata={"choices": ("float32", "tf32", "bf16")})
     test_full: bool = True
     compare_dense: bool = False
     cpu_threads: int | None = None
@@ -175,12 +178,20 @@ def load_data(arguments: DataArguments, seed: int, photos: int | tuple[int, int]
 
 
 def check_test(config: TSCNCConfig, arguments: DataArguments, data) -> None:
-    """SystemExit where an attack of the test does not fit the data: known before any training."""
+    """SystemExit where an attack of the test does not fit data or device: known before any training."""
     from tscnc_hf.evaluation.attacks import check_attacks
+    from tscnc_hf.evaluation.precision import check_precision
 
     fit = {"epsilon": config.epsilon, "norm": config.norm, "image_size": data.image_size}
     with one_line_errors():
+        check_precision(arguments.attack_precision, config.device)
         check_attacks(arguments.test_attacks, len(data.class_names), **fit)
+
+
+def of_test(arguments: DataArguments) -> dict:
+    """Arguments of `TSCNCTrainer.test`."""
+    names = {"attacks": "test_attacks", "full": "test_full", "attack_precision": "attack_precision"}
+    return {name: getattr(arguments, option) for name, option in names.items()}
 
 
 def say(text: str) -> None:
@@ -233,7 +244,7 @@ def finish(trainer, data, arguments: DataArguments, dense: dict | None = None) -
     """
     from tscnc_hf.evaluation.page import comparison_table
 
-    results = trainer.test(data.test, attacks=arguments.test_attacks, full=arguments.test_full)
+    results = trainer.test(data.test, **of_test(arguments))
     if dense is not None:
         results["dense"] = dense
     trainer.save_model()  # with the card; uploads too when push_to_hub is set
@@ -271,7 +282,7 @@ def run(config: TSCNCConfig, arguments: DataArguments, build: Callable[[], tuple
                 model, _ = build_one(config)
                 build_pruner(model, with_dense_ends(model, config))
             twin = train_one(dense_twin(config), bool(resume))
-            dense = twin.test(data.test, arguments.test_attacks, full=arguments.test_full)
+            dense = twin.test(data.test, **of_test(arguments))
             twin.save_model()  # a model like any other, with its card
             if config.teacher == DENSE_TWIN:
                 config = replace(config, teacher=twin.args.output_dir)

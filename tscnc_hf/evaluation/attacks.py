@@ -8,9 +8,8 @@ size nor the number of processes nor an interruption changes what an image meets
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
 
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tscnc_hf import __version__
+from tscnc_hf.evaluation.precision import searching
 from tscnc_hf.method.adversarial.apgd import apgd
 from tscnc_hf.method.adversarial.ball import check_norm, random_start
 from tscnc_hf.method.adversarial.pgd import pgd, seeded_generator
@@ -26,11 +26,16 @@ from tscnc_hf.method.adversarial.pixels import LogitsFn
 
 KNOWN_ATTACKS = (
     "clean, fgsm, pgd-K and cw-K (K gradient steps, e.g. pgd-20), pgd-KxR (R restarts, e.g. pgd-20x5), apgd, "
-    "apgd-dlr, square, autoattack"
+    "apgd-dlr, square, apgd-ce+t, autoattack"
 )
 OURS = {"implementation": "tscnc_hf", "version": __version__}
 APGD_STEPS = 100
-AUTOATTACK_PARTS = ("apgd-ce", "apgd-t", "fab-t", "square")
+AUTOATTACK = "autoattack"
+PARTS = {
+    AUTOATTACK: ("apgd-ce", "apgd-t", "fab-t", "square"),
+    "apgd-ce+t": ("apgd-ce", "apgd-t"),
+    "square": ("square",),
+}
 INSTALL = 'pip install "tscnc-hf[eval]"'
 
 
@@ -63,16 +68,18 @@ class Attack:
             object.__setattr__(self, "parts", {self.name: self.run})
 
 
-def make_attack(name: str, epsilon: float, norm: str = "linf") -> Attack:
+def make_attack(name: str, epsilon: float, norm: str = "linf", precision: str = "float32") -> Attack:
     """
     A named attack.
 
     Args:
         name (`str`): "clean"; "fgsm" (one step of size epsilon from the image); "pgd-K", "pgd-KxR"; "cw-K" (PGD on the
-            margin); "apgd" and "apgd-dlr" (100 steps); "square" (5,000 queries) and "autoattack" (standard), both
-            from pyautoattack.
+            margin); "apgd" and "apgd-dlr" (100 steps); "square" (5,000 queries), "autoattack" (standard) and
+            "apgd-ce+t" (its first two parts, the same to the last draw), all three from pyautoattack.
         epsilon (`float`): radius in pixel units.
         norm (`str`): "linf" or "l2".
+        precision (`str`): in which it searches, "float32", "tf32" or "bf16" (`searching`): only what fools the model
+            in float32 counts.
 
     Raises:
         ValueError: no attack has this name (those that exist are listed), or unknown norm.
@@ -81,8 +88,13 @@ def make_attack(name: str, epsilon: float, norm: str = "linf") -> Attack:
     check_norm(norm)
     if name == "clean":
         return Attack(name)
-    if name in ("square", "autoattack"):
-        return _from_pyautoattack(name, epsilon, norm)
+    attack = _from_pyautoattack(name, epsilon, norm) if name in PARTS else _ours(name, epsilon, norm)
+    parts = {part: searching(run, precision) for part, run in attack.parts.items()}
+    run = partial(_in_turn, parts=tuple(parts.values()))
+    return replace(attack, parameters=attack.parameters | {"precision": precision}, run=run, parts=parts)
+
+
+def _ours(name: str, epsilon: float, norm: str) -> Attack:
     if name in ("apgd", "apgd-dlr"):
         options = {"steps": APGD_STEPS, "loss": "dlr" if name == "apgd-dlr" else "cross-entropy"}
         run = partial(_apgd, name=name, epsilon=epsilon, norm=norm, **options)
@@ -146,6 +158,17 @@ def starts(x: Tensor, index: Tensor, epsilon: float, norm: str, *key: int | str)
     return torch.cat(drawn).to(x.device)
 
 
+def _in_turn(forward, x, y, index, seed, *, parts: Sequence[Run]) -> Tensor:
+    """Each part, on the images that withstood those before."""
+    x_adv = parts[0](forward, x, y, index, seed)
+    for part in parts[1:]:
+        with torch.no_grad():
+            left = forward(x_adv).argmax(-1) == y
+        if left.any():
+            x_adv[left] = part(forward, x[left], y[left], index[left.to(index.device)], seed)
+    return x_adv
+
+
 def _pgd(forward, x, y, index, seed, *, name, epsilon, norm, restarts, random_start, **options) -> Tensor:
     result, left = x.clone(), torch.arange(len(x), device=x.device)
     for run in range(restarts):
@@ -185,28 +208,35 @@ def _from_pyautoattack(name: str, epsilon: float, norm: str) -> Attack:
     except ImportError as error:
         raise ImportError(f"attack {name!r} needs the package pyautoattack: {INSTALL}") from error
     parameters = {"implementation": "pyautoattack", "version": version("pyautoattack")}
-    run = partial(_autoattack, AutoAttack, name=name, epsilon=epsilon, norm=norm)
-    height = 5 if norm == "l2" else 1
+    key = "square" if name == "square" else AUTOATTACK  # its parts draw what they draw in it
+    parts = {
+        name if name == part else f"{name}: {part}": partial(
+            _autoattack, AutoAttack, part=part, key=key, epsilon=epsilon, norm=norm
+        )
+        for part in PARTS[name]
+    }
+    height = 5 if norm == "l2" and "square" in PARTS[name] else 1
     if name == "square":
-        return Attack(name, parameters | {"queries": 5000, "restarts": 1}, partial(run, attacks=["square"]), 2, height)
-    names = list(AUTOATTACK_PARTS)
-    parameters |= {"attacks": names, "steps": 100, "queries": 5000}
-    parts = {f"{name}: {part}": partial(run, attacks=[part]) for part in names}
-    return Attack(name, parameters, partial(run, attacks=names), 4, height, parts)  # for its targeted losses
+        return Attack(name, parameters | {"queries": 5000, "restarts": 1}, None, 2, height, parts)
+    parameters |= {"attacks": list(PARTS[name]), "steps": 100}
+    parameters |= {"queries": 5000} if "square" in PARTS[name] else {}
+    return Attack(name, parameters, None, 4, height, parts)  # for its targeted losses
 
 
-def _autoattack(autoattack, forward, x, y, index, seed, *, attacks, name, epsilon, norm) -> Tensor:
+def _autoattack(autoattack, forward, x, y, index, seed, *, part, key, epsilon, norm) -> Tensor:
+    """
+    One part of the standard AutoAttack. It is called by itself: the loop around it forgets the images at which a part
+    has stopped.
+    """
     with torch.no_grad():
         classes = forward(x[:1]).shape[-1]
-    key = seeded_generator("cpu", seed, name).initial_seed() % 2**31  # the same for all batches, as in the reference
+    seed = seeded_generator("cpu", seed, key).initial_seed() % 2**31  # the same for all batches, as in the reference
     norm = {"linf": "Linf", "l2": "L2"}[norm]
-    attack = autoattack(_Logits(forward), norm=norm, eps=epsilon, seed=key, device=x.device, version="standard")
-    attack.attacks_to_run = attacks
-    for part in (attack.apgd_targeted, attack.fab):  # nine wrong classes by default, an index error with fewer
-        part.n_target_classes = min(part.n_target_classes, classes - 1)
-    devices, tracer = [x.device] if x.device.type == "cuda" else [], sys.gettrace()
-    try:
-        with torch.random.fork_rng(devices):  # it seeds torch's global generator
-            return attack.run_standard_evaluation(x, y, batch_size=len(x))[0]
-    finally:
-        sys.settrace(tracer)  # it has one of its own, which an error would leave behind
+    attack = autoattack(_Logits(forward), norm=norm, eps=epsilon, seed=seed, device=x.device, version="standard")
+    attack.apgd.loss, attack.fab.targeted = "ce", True
+    for targeted in (attack.apgd_targeted, attack.fab):  # nine wrong classes by default, an index error with fewer
+        targeted.n_target_classes = min(targeted.n_target_classes, classes - 1)
+    parts = {"apgd-ce": attack.apgd, "apgd-t": attack.apgd_targeted, "fab-t": attack.fab, "square": attack.square}
+    devices = [x.device] if x.device.type == "cuda" else []
+    with torch.random.fork_rng(devices), torch.no_grad():  # it seeds torch's global generator
+        return parts[part].perturb(x, y)

@@ -19,7 +19,7 @@ RADII, CURVE_STEPS, LIPSCHITZ_STEPS, EXAMPLES = 6, 20, 10, 8
 
 
 def passes(attack: Attack) -> tuple[int, int]:
-    """(gradients, forwards) an image, of one that withstands all of it: others cost less."""
+    """(gradients, forwards) an image, of one that withstands all of it, in its precision: others cost less."""
     given = attack.parameters
     if attack.run is None:
         return 0, 1

@@ -22,6 +22,7 @@ from tscnc_hf.evaluation.measures.lipschitz import evaluate_lipschitz
 from tscnc_hf.evaluation.measures.robustness import Robustness
 from tscnc_hf.evaluation.memory import announce
 from tscnc_hf.evaluation.page import write_page
+from tscnc_hf.evaluation.precision import multiplying
 from tscnc_hf.evaluation.state import IDENTITY_FILE, OtherEvaluation
 from tscnc_hf.method.reports.sparsity import sparsity_report
 from tscnc_hf.method.reports.spectrum import spectral_report
@@ -69,6 +70,7 @@ def card_figures(results: Mapping | None) -> dict:
     return {key: results[key] for key in SHOWN if key in (results or {})}
 
 
+@multiplying("float32")
 def evaluate(
     model: nn.Module,
     dataset,
@@ -95,6 +97,7 @@ def evaluate(
     progress: bool = True,
     distributed: bool = False,
     writing: Callable[[], AbstractContextManager] = nullcontext,
+    attack_precision: str = "float32",
 ) -> dict:
     """
     The figures of a model: what `results.json` holds (docs/results_json.md), plain JSON types. Zeros, spectra and
@@ -106,7 +109,7 @@ def evaluate(
 
     Args:
         epsilon, norm, attacks, n, seed, batch_size, processing_class, dense_model, dense_processing_class, progress,
-            distributed: as in `evaluate_robustness`. The processes share all of the work.
+            distributed, attack_precision: as in `evaluate_robustness`. The processes share all of the work.
         exclude (`Sequence[str]`): as in `weight_matrices`, for the zeros.
         model_name, dataset_name (*optional*): what the results say that they are of.
         gates (*optional*): `GateReport.to_dict()` of the gates that are folded into the weights.
@@ -134,7 +137,7 @@ def evaluate(
     work = Robustness(
         model, dataset, attacks, epsilon=epsilon, norm=norm, n=n, batch_size=batch_size, progress=progress,
         state_folder=None if folder is None else folder / STATE_FOLDER, mixed=mixed,
-        distributed=distributed, writing=writing, **same,
+        distributed=distributed, writing=writing, attack_precision=attack_precision, **same,
     )  # fmt: skip
     if begun:
         _refuse_others(kept, model)

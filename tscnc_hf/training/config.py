@@ -197,6 +197,8 @@ class TSCNCConfig(TrainingArguments):
             times as fast.
         fold_batch_norm (`bool`, *optional*, defaults to `True`): attack a copy in which batch norms are folded into
             the convolutions before them: the same gradients for a tenth less time and one more copy of the weights.
+        log_speed (`bool`, *optional*, defaults to `False`): also log images a second, which shares of a step attack,
+            constraints, masks (with averages) and the rest take, and the seconds left.
 
     Parameters that control the Trainer (with other defaults than those of `TrainingArguments`):
         remove_unused_columns (`bool`, *optional*, defaults to `False`): off, since a data set's transform needs the
@@ -263,6 +265,7 @@ class TSCNCConfig(TrainingArguments):
 
     channels_last: bool = False
     fold_batch_norm: bool = True
+    log_speed: bool = False
 
     # Upstream defaults that would break or hide something here.
     remove_unused_columns: bool = False
@@ -420,7 +423,7 @@ class TSCNCConfig(TrainingArguments):
             "dataloader_drop_last", "data_seed", "neftune_noise_alpha", "full_determinism", "tf32",
         )  # fmt: skip
         selection = ("load_best_model_at_end", "metric_for_best_model", "eval_strategy", "eval_steps")
-        hidden = ("remove_unused_columns", "logging_nan_inf_filter", "ddp_find_unused_parameters")
+        hidden = ("remove_unused_columns", "logging_nan_inf_filter", "ddp_find_unused_parameters", "log_speed")
         plain, usual = self.to_dict(), {f.name: f.default for f in fields(type(self))}
         plain["teacher"] = plain["teacher"] and without_paths(plain["teacher"])
         changed = [name for name in seldom if name in plain and plain[name] not in (usual[name], {})]

@@ -88,7 +88,8 @@ class Publisher:
     def write_extras(self, folder: Path, model: nn.Module) -> None:
         """What a folder has beside the dense model: the packed weights and readable options; no pickle."""
         if isinstance(model, PreTrainedModel):
-            save_sparse(model, folder)
+            rounded = self.card_options.get("value_dtype")  # which the weights are by now
+            save_sparse(model, folder, compression="zstd" if rounded else None, value_dtype=rounded)
         write_json(self.options() | self.facts(model), folder / METHOD_FILE)
         (folder / "training_args.bin").unlink(missing_ok=True)
 

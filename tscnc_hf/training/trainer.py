@@ -44,6 +44,7 @@ from tscnc_hf.training.metrics import Metrics, given, observed, spectral_metrics
 from tscnc_hf.training.publisher import Publisher, failed_pushes
 from tscnc_hf.training.resume.fsdp import check_sharding
 from tscnc_hf.training.resume.resumable import ResumableTrainer
+from tscnc_hf.training.speed import Speed
 from tscnc_hf.training.teacher import Teacher
 
 
@@ -133,7 +134,7 @@ class TSCNCTrainer(ResumableTrainer):
         if args.channels_last:
             model.to(memory_format=torch.channels_last)
         self.adversary, self.compressor = Adversary(args, *how), Compressor(model, args)
-        self.publisher = Publisher(args, *how)
+        self.publisher, self.speed = Publisher(args, *how), Speed(args.device, args.log_speed)
         self.publisher.data_name = dataset_name(train_dataset)
         self.publisher.image_size = seen and seen[1:]
         self._resize = None if self._shape is None else how.resize(*self._shape[1:])
@@ -173,7 +174,8 @@ class TSCNCTrainer(ResumableTrainer):
             self.publisher.image_size = self._shape[1:]
         inner = self.accelerator.unwrap_model(model, keep_torch_compile=True)
         # The attack runs on the module, the forward that trains on the wrapper: that one averages gradients.
-        x_adv = self.attack(inner, x, y) if self._objective_now() != "natural" else None
+        with self.speed.part("attack"):
+            x_adv = self.attack(inner, x, y) if self._objective_now() != "natural" else None
 
         taught = self.taught(x)
 
@@ -185,7 +187,8 @@ class TSCNCTrainer(ResumableTrainer):
 
         constraints = {}
         if self._micro_batch == 0:  # the same in every micro-batch: paid for once a step
-            constraints = self.constraints(self.accelerator.unwrap_model(model, keep_torch_compile=False))
+            with self.speed.part("constraints"):
+                constraints = self.constraints(self.accelerator.unwrap_model(model, keep_torch_compile=False))
         state = self.state
         with ExitStack() as now:
             perturbed = self.adversary.perturbed(inner, objective, state.global_step, state.max_steps, average)
@@ -262,6 +265,7 @@ class TSCNCTrainer(ResumableTrainer):
         self._micro_batch = 0
         self._steps += 1
         step, max_steps = self.state.global_step, self.state.max_steps
+        self.speed.start_step(step, self.state.logging_steps)
         self.teacher.before_step(step, max_steps, self.compressor, self.adversary.logits)  # before anything is pruned
         self.compressor.before_step(step, max_steps, optimizer)
 
@@ -283,7 +287,7 @@ class TSCNCTrainer(ResumableTrainer):
             self.check_terms()
             for name, total in self._term_sums.items():
                 logs[name] = (self.accelerator.reduce(total, "mean") / self._steps).item()
-            logs |= self.compressor.figures()
+            logs |= self.compressor.figures() | self.speed.figures(self.state.global_step, self.state.max_steps)
             self.clear_terms()
         super().log(logs, start_time)
 
@@ -335,7 +339,7 @@ class TSCNCTrainer(ResumableTrainer):
         self.compute_metrics.reset()
         # A data loader draws its seed from torch's global generator: evaluating must not change what follows.
         devices = [self.args.device] if self.args.device.type == "cuda" else []
-        with self.compressor.averaged(), torch.random.fork_rng(devices):
+        with self.speed.aside(), self.compressor.averaged(), torch.random.fork_rng(devices):
             if self.is_fsdp_enabled and not is_sharded(self.model):
                 raise RuntimeError(
                     "FSDP2 shards a model together with its optimizer, when training begins: evaluate after train(), "
@@ -393,6 +397,7 @@ class TSCNCTrainer(ResumableTrainer):
         full: bool = True,
         epsilon: float | str | None = None,
         norm: str | None = None,
+        attack_precision: str = "float32",
     ) -> dict:
         """
         The final figures, on data that training has not seen: robustness, sparsity and spectrum. Written to
@@ -408,6 +413,7 @@ class TSCNCTrainer(ResumableTrainer):
                 the attacks.
             epsilon, norm (*optional*): of this test; by default those of the options. What the card says of training
                 stays what training was.
+            attack_precision (`str`): in which attacks search, as in `evaluate_robustness`.
 
         Returns:
             `dict`: what `results.json` holds (docs/results_json.md).
@@ -432,6 +438,7 @@ class TSCNCTrainer(ResumableTrainer):
                 model,
                 dataset,
                 attacks=attacks,
+                attack_precision=attack_precision,
                 epsilon=args.epsilon if epsilon is None else epsilon,
                 norm=args.norm if norm is None else norm,
                 n=n,
@@ -504,7 +511,8 @@ class TSCNCTrainer(ResumableTrainer):
 
     def _save_checkpoint(self, model, trial):
         self.check_terms()
-        super()._save_checkpoint(model, trial)
+        with self.speed.aside():
+            super()._save_checkpoint(model, trial)
 
     def _save(self, output_dir=None, state_dict=None):
         """
@@ -639,6 +647,7 @@ class StepCallback(TrainerCallback):
         self.trainer.publisher.trained_with = None  # what the options are from now on
         planned = self.trainer._steps_planned
         self.trainer.compressor.begin(state.global_step, state.max_steps, planned, optimizer)
+        self.trainer.speed.begin(state.global_step)
 
     def on_train_end(self, args, state, control, **kwargs):
         self.trainer.check_terms()  # the steps since the last log
@@ -648,8 +657,13 @@ class StepCallback(TrainerCallback):
         self.trainer.start_step(optimizer)
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        self.trainer.compressor.after_backward(self.trainer.accelerator, state.global_step, state.max_steps)
+        with self.trainer.speed.part("masks"):
+            self.trainer.compressor.after_backward(self.trainer.accelerator, state.global_step, state.max_steps)
 
     def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
         # the trainer counts the step only after this event
-        self.trainer.compressor.after_step(state.global_step + 1, state.max_steps, optimizer)
+        with self.trainer.speed.part("masks"):
+            self.trainer.compressor.after_step(state.global_step + 1, state.max_steps, optimizer)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.trainer.speed.end_step(self.trainer._images * args.world_size)

@@ -164,7 +164,7 @@ def test_step_sizes_as_documented():
     assert clean.run is None and clean.parameters == {}
     assert make_attack("pgd-20", 0.1).parameters == {
         "steps": 20, "step_size": pytest.approx(0.0125), "restarts": 1, "random_start": True, "loss": "cross-entropy",
-        "early_stop": True, "implementation": "tscnc_hf", "version": tscnc_hf.__version__,
+        "early_stop": True, "implementation": "tscnc_hf", "version": tscnc_hf.__version__, "precision": "float32",
     }  # fmt: skip
     assert make_attack("fgsm", 0.1).parameters["random_start"] is False
     assert make_attack("cw-7x3", 0.1).parameters["loss"] == "cw"

@@ -6,6 +6,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -309,16 +310,47 @@ def test_workers_give_the_rows_of_one_process(ablation, tmp_path):
     assert all(differences(one[key], two[key]) == {} for key in one)
 
 
+@pytest.mark.launched
+def test_a_slot_that_is_killed_leaves_what_is_finished_and_is_attacked_without_training_anew(tmp_path):
+    """As recipes/slot.md has it, at a tiny size."""
+    pytest.importorskip("pyautoattack", reason="pyautoattack is not installed (tscnc-hf[eval])")
+    back, smaller = (
+        tmp_path / "back",
+        {"channels_last": "false", "bf16": "false", "sparsities": "0.9", "cpu_threads": 1},
+    )
+    given = TINY | smaller | {"results": back / "rows.jsonl", "bundles": back, "output_dir": tmp_path / "runs"}
+    given |= {"max_steps": 8, "eval_steps": 0.5, "save_steps": 0.5, "test_limit": 8} | NO_WORKERS
+    command = ["--config", str(CONFIGS / "slot_resnet18.yaml")]
+    for name, value in given.items():
+        command += [] if name in ("attack", "arms") else [f"--{name}", *(str(one) for one in words(name, value))]
+    working = ["--dataloader_num_workers", "1", "--dataloader_persistent_workers", "true"]
+    with started([sys.executable, RECIPES / "ablation.py", *command, *working], stdout=subprocess.PIPE) as process:
+        assert any(line.startswith("[1/2]") for line in process.stdout)
+        process.kill()
+    assert [row["arm"] for row in read_rows(back / "rows.jsonl")] == ["dense-all"]
+    assert [path.name for path in back.glob("*.tar*")] == ["dense-all-0-s0.tar"]
+    main = runpy.run_path(str(RECIPES / "ablation.py"))["main"]
+    main(command)
+    weights = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*/trained.safetensors")}
+    main([*command, "--test_attacks", "clean", "apgd-ce+t", "--results", str(back / "apgd.jsonl")])
+    assert len(weights) == 2 and all(path.stat().st_mtime_ns == at for path, at in weights.items())
+    assert [list(row["accuracy"]) for row in read_rows(back / "apgd.jsonl")] == [["clean", "apgd-ce+t"]] * 2
+    with tarfile.open(back / "all-0.9-s0.tar") as tar:
+        assert b"Accuracy under APGD-CE+T" in tar.extractfile("all-0.9-s0/README.md").read()
+    assert len([path for path in back.iterdir() if not path.name.startswith(".")]) == 4
+
+
 # ---- the other files of settings ----
 
+NO_WORKERS = {"dataloader_num_workers": 0, "dataloader_persistent_workers": "false"}
 TINY_VIT = json.dumps({"patch_size": 4, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2})
 # files over each other -> cells to run, of all that they say
 FILES = {
     ("ablation_vit.yaml",): ("dense TSC", {"TSC", "TSC + CNC"}),
     ("ablation_cnn.yaml", "ablation_baselines.yaml"): ("dense-0 learned latent", {"learned", "latent", "latent, ERK"}),
     ("ablation_vit.yaml", "ablation_search.yaml"): ("dense-0 plain", {"plain"}),
-    ("resnet18_gpu.yaml",): ("dense TSC", {"TSC"}),
-    ("vit_small_gpu.yaml",): ("dense-0 plain", {"plain"}),
+    ("slot_resnet18.yaml",): ("dense all", {"all"}),
+    ("slot_vit_small.yaml",): ("dense all", {"all"}),
 }
 
 
@@ -333,6 +365,8 @@ def test_files_of_settings_run(files, tmp_path, capsys):
         given |= {"model_args": TINY_VIT}
     elif merged.get("bf16"):  # see the kind "resnet-stride-8" of tests/trainers.py
         given |= {"model_args": json.dumps(json.loads(TINY["model_args"]) | {"output_stride": 8})}
+    if merged.get("bundles"):
+        given |= NO_WORKERS | {"bundles": tmp_path / "back", "eval_steps": 0.5, "save_steps": 0.5, "max_steps": 8}
     for name in ("attack", "arms"):
         del given[name]
     command = [text for name in files for text in ("--config", str(CONFIGS / name))]
@@ -348,4 +382,19 @@ def test_files_of_settings_run(files, tmp_path, capsys):
             used = json.loads((folder / "tscnc_config.json").read_text())
             assert used["tsc_weight"] == float(merged["arms"][arm].get("tsc_weight", 0))
             assert (used["bf16"], used["ema_decay"]) == (True, float(merged["ema_decay"]))
-            assert "90.0 %" in (folder / "README.md").read_text()
+            card = (folder / "README.md").read_text()
+            assert "90.0 %" in card and "All weights were rounded to fp16 after training" in card
+            assert "precision bf16" in card
+            with tarfile.open(tmp_path / "back" / f"{arm}-0.9-s0.tar") as tar:
+                tar.extractall(tmp_path / "carried", filter="data")
+            carried, kept = (
+                load_sparse(tmp_path / "carried" / f"{arm}-0.9-s0"),
+                load_file(folder / "model.safetensors"),
+            )
+            values = dict(carried.state_dict())
+            assert kept and all(
+                torch.equal(value, values[f"timm_model.{name}" if f"timm_model.{name}" in values else name])
+                for name, value in kept.items()
+                if name in values or f"timm_model.{name}" in values
+            )
+            assert all(torch.equal(value.half().float(), value) for value in kept.values() if value.ndim)

@@ -66,6 +66,7 @@ def write_card(
     notes: Sequence[str] = (),
     own_widths: bool = False,
     module: str = "",
+    value_dtype: str | None = None,
 ) -> Path:
     """Write README.md, figures/layers.png and, if there is something to draw, further figures into `folder`.
 
@@ -93,6 +94,7 @@ def write_card(
         notes: further sentences for what the model does not promise.
         own_widths: the widths of its layers are recorded in config.json, and only this library can build it.
         module: what a plain module, which no library builds from a folder, is made by; empty for any other model.
+        value_dtype: "fp16" or "bf16", to which the weights were rounded after training, before they were measured.
 
     Returns:
         the path of README.md.
@@ -167,6 +169,7 @@ def write_card(
         packed=bool(sizes) and 0 < sizes.get("sparse_bytes", 0) < sizes.get("dense_bytes", math.inf),
         own_widths=own_widths,
         module=module,
+        value_dtype=value_dtype,
         versions=plain(versions or (robustness or {}).get("versions") or {}),
         notes=[without_paths(str(note)) for note in notes],
         not_yet=NOT_YET,

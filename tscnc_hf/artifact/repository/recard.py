@@ -33,7 +33,7 @@ from tscnc_hf.method.reports.spectrum import spectral_report
 
 
 # what tscnc_config.json records of a run beside the options of its method: arguments of `write_card`
-RUN_FACTS = ("dataset_name", "base_model", "license", "tags", "command", "versions")
+RUN_FACTS = ("dataset_name", "base_model", "license", "tags", "command", "versions", "value_dtype")
 KEPT_FIGURES = ("training", "adversarial_examples")  # drawn from what no file holds
 
 

@@ -32,6 +32,7 @@ from tscnc_hf.evaluation.measures.classes import collapse, confusion
 from tscnc_hf.evaluation.measures.masking import masking_report
 from tscnc_hf.evaluation.measures.robustness_report import AttackResult, RobustnessReport
 from tscnc_hf.evaluation.memory import InParts, announce, halving
+from tscnc_hf.evaluation.precision import check_precision, lowered, multiplying
 from tscnc_hf.evaluation.state import FORMAT, EvaluationState, OtherEvaluation, data_identity
 from tscnc_hf.evaluation.subset import drawn
 from tscnc_hf.method.adversarial.ball import check_norm
@@ -43,6 +44,7 @@ logger = logging.get_logger(__name__)
 CHECKED = 64  # images, for hidden gradients
 
 
+@multiplying("float32")
 def evaluate_robustness(
     model: nn.Module | str | os.PathLike,
     dataset: Iterable,
@@ -61,6 +63,7 @@ def evaluate_robustness(
     dense_model: nn.Module | None = None,
     dense_processing_class: object | None = None,
     distributed: bool = False,
+    attack_precision: str = "float32",
 ) -> RobustnessReport:
     """
     Clean accuracy, accuracy under attack, and checks for gradients that mislead attacks.
@@ -90,11 +93,14 @@ def evaluate_robustness(
         dense_processing_class (*optional*): its image processor; defaults to `processing_class`.
         distributed (`bool`): share the batches among the processes of `accelerate launch`; all of them must call this
             and all get the whole report.
+        attack_precision (`str`): in which attacks search, "float32", "bf16", or "tf32" on a GPU. An image counts as
+            broken only if the model is fooled in float32, in which all else is computed: the masking checks, too.
 
     Raises:
-        ValueError: unknown attack or norm, an attack that needs more classes, epsilon outside its range, no images, n
-            too large, labels that the model has no output for, class names as `compare_class_names` (others are a
-            warning), a model that returns probabilities, a state folder of another evaluation.
+        ValueError: unknown attack or norm, a precision that the device has not, an attack that needs more classes,
+            epsilon outside its range, no images, n too large, labels that the model has no output for, class names as
+            `compare_class_names` (others are a warning), a model that returns probabilities, a state folder of another
+            evaluation.
         ImportError: an attack needs a package that is not installed.
     """
     model, processing_class = _by_name(model, processing_class)
@@ -115,6 +121,7 @@ def evaluate_robustness(
         progress=progress,
         state_folder=state_folder,
         distributed=distributed,
+        attack_precision=attack_precision,
     )
     if warning and work.state.rank == 0:
         logger.warning(warning)
@@ -151,14 +158,14 @@ class Robustness:
         n: int | None, seed: int, batch_size: int, processing_class: object | None,
         device: torch.device | str | None = None, progress: bool = True,
         state_folder: str | os.PathLike | None = None, mixed: bool = False, distributed: bool = False,
-        writing: Callable[[], AbstractContextManager] = nullcontext,
+        writing: Callable[[], AbstractContextManager] = nullcontext, attack_precision: str = "float32",
     ):  # fmt: skip
         check_norm(norm)
         self.epsilon = pixel_quantity("epsilon", epsilon, norm)
         if not attacks:
             raise ValueError(f"no attack was named; known are {KNOWN_ATTACKS}")
         attacks = [attacks] if isinstance(attacks, str) else attacks
-        self.attacks = [make_attack(name, self.epsilon, norm) for name in dict.fromkeys(attacks)]
+        self.attacks = [make_attack(name, self.epsilon, norm, attack_precision) for name in dict.fromkeys(attacks)]
         check_items(dataset)
         size = len(dataset)
         if size == 0:
@@ -171,6 +178,8 @@ class Robustness:
         device = next(model.parameters()).device if device is None else torch.device(device)
         rank, world = _processes(device) if distributed else (0, 1)
         self.device = PartialState().device if world > 1 else device
+        check_precision(attack_precision, self.device)
+        self.attack_precision = attack_precision
         model.to(self.device)
         self.processing_class, self.preprocessing = processing_class, preprocessing(model, processing_class)
         self.forward = pixel_logits(model, *self.preprocessing)
@@ -248,7 +257,9 @@ class Robustness:
         batch = collate([self.dataset[place] for place in self.places[: self.batch_size]])
         x, y = batch["pixel_values"].to(self.device), batch["labels"].to(self.device)
         with attack_mode(self.model):
-            gradient, forward = halving(lambda size: timed(self.forward, x[:size], y[:size]), len(x))
+            low = lowered(self.forward, self.attack_precision)
+            with multiplying(self.attack_precision):
+                gradient, forward = halving(lambda size: timed(low, x[:size], y[:size]), len(x))
         gradient, forward = gradient / self.state.world, forward / self.state.world
         sizes = {"few": min(self.n, few), "checked": min(self.n, CHECKED)}
         found = estimate(self.attacks, self.n, gradient, forward, **sizes, lipschitz=self.norm == "linf")

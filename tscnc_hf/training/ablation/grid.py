@@ -11,13 +11,17 @@ from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 
+import torch
+from torch import nn
 from transformers import set_seed
 
 from tscnc_hf.artifact.card.formatting import number
 from tscnc_hf.artifact.files.identity import RunIdentity
 from tscnc_hf.artifact.files.state import load_state, save_state
+from tscnc_hf.artifact.packed.file import VALUE_DTYPES
 from tscnc_hf.evaluation.run import as_published, evaluate
 from tscnc_hf.method.units.gates import fold_gates_
+from tscnc_hf.training.ablation.bundle import bundle
 from tscnc_hf.training.ablation.rows import origin
 from tscnc_hf.training.config import OWN_DENSE, TSCNCConfig
 from tscnc_hf.training.resume.checkpoints import checkpoints
@@ -111,6 +115,10 @@ class Grid:
         n: as many images of the split, drawn with the seed, where it has more.
         save_models: leave a publishable folder with a card for every cell, not only its line.
         about: what else decides the figures (the model), plain JSON types; part of each cell's identity.
+        full: with `save_models`, also measure what may take longer than the attacks (`evaluate`).
+        attack_precision: in which attacks search.
+        value_dtype: "fp16" or "bf16": what each training gives is rounded to it, and packed so.
+        bundles: where each measured cell's `bundle` is left, with `save_models`.
     """
 
     config: TSCNCConfig
@@ -122,6 +130,10 @@ class Grid:
     n: int | None = None
     save_models: bool = False
     about: Mapping = field(default_factory=dict)
+    full: bool = True
+    attack_precision: str = "float32"
+    value_dtype: str | None = None
+    bundles: str | None = None
 
     def settings(self, cell: Cell) -> TSCNCConfig:
         """The options of the cell's training, but for its folder."""
@@ -131,6 +143,7 @@ class Grid:
     def identity(self, cell: Cell) -> RunIdentity:
         """Of the cell's training, with that of the dense training that it starts from as options "dense.*"."""
         options, usual = dict(self.about) | self._options(cell), self._usual
+        options |= {"value_dtype": self.value_dtype} if self.value_dtype else {}
         if cell.pretraining is not None:
             options["dense"] = self._options(self.dense(cell))
             usual = usual | {f"dense.{name}": value for name, value in usual.items()}
@@ -152,6 +165,8 @@ class Grid:
         """Of everything that decides the cell's figures but the code: rows of other settings are not mixed with."""
         identity = self.identity(cell)
         measured = {"split": self.split, "attacks": list(self.attacks), "n": self.n}
+        if self.attack_precision != "float32":
+            measured["attack_precision"] = self.attack_precision
         return replace(identity, options={**identity.options, "measured": measured}).digest()
 
     def folder(self, cell: Cell) -> Path:
@@ -190,10 +205,15 @@ class Grid:
         if trained.exists():
             trainer.model.load_state_dict(load_state(trained)[0])
         else:
+            if self.value_dtype:
+                round_(trainer.model, self.value_dtype)
             save_state(dict(trainer.model.state_dict()), trained)
         seconds = time.perf_counter() - start
+        figures = self.measure(trainer)
+        if self.bundles:
+            bundle(folder, self.bundles, cell.name)
         row = {"model": self.label, "arm": cell.arm, "sparsity": cell.sparsity, "seed": cell.seed}
-        row |= {"split": self.split} | self.measure(trainer) | {"seconds": round(seconds, 1)}
+        row |= {"split": self.split} | figures | {"seconds": round(seconds, 1)}
         row |= {"parameters": sum(parameter.numel() for parameter in model.parameters())}
         return row | origin(trainer.args.device) | {"settings": self.fingerprint(cell)}
 
@@ -218,14 +238,16 @@ class Grid:
                 exclude=args.pruning_exclude,
                 model_name=self.label,
                 dataset_name=self.data.name,
-                full=self.save_models,
+                full=self.save_models and self.full,
+                attack_precision=self.attack_precision,
                 folder=args.output_dir,
                 mixed=True,
                 progress=False,
             )
         if self.save_models:
             trainer.publisher.results = results
-            trainer.publisher.keep(class_names=self.data.class_names, dataset_name=self.data.name)
+            rounded = {"value_dtype": self.value_dtype}
+            trainer.publisher.keep(class_names=self.data.class_names, dataset_name=self.data.name, **rounded)
             trainer.save_model()
         robustness, spectrum = results["robustness"], results["spectrum"]
         return ({"collapsed": True} if results["collapsed"] else {}) | {
@@ -239,6 +261,25 @@ class Grid:
             "empty_matrices": sum(row["rank"] == 0 for row in spectrum["rows"]),
             "matrices": len(spectrum["rows"]),
         }
+
+
+@torch.no_grad()
+def round_(model: nn.Module, value_dtype: str) -> None:
+    """
+    Round all floating weights and statistics of a model to "fp16" or "bf16"; their dtype stays.
+
+    Raises:
+        ValueError: one is finite and would not be.
+    """
+    narrow = getattr(torch, VALUE_DTYPES[value_dtype])
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point():
+            rounded = tensor.to(narrow).to(tensor.dtype)
+            if not torch.equal(rounded.isfinite(), tensor.isfinite()):
+                raise ValueError(
+                    f"{name} has values up to {float(tensor.abs().max()):.4g}, too large for {value_dtype}"
+                )
+            tensor.copy_(rounded)
 
 
 def _mean(values: Sequence[float]) -> float | str | None:
