@@ -1,28 +1,30 @@
 """
-Pruning under adversarial training with other libraries: `make bench-peers`.
+Pruning under adversarial training, beside other libraries: `make bench-peers`.
 
 The same network, images, epochs and seeds for each: torch's own `torch.nn.utils.prune`, NNCF and, for channels,
 Torch-Pruning under one training loop written by hand (`train`), and `TSCNCTrainer` with the same options. A dense
 network is trained by the loop once a seed, all start from it, and "not pruned" goes on without pruning. Sparsity rises
-by one cubic in the first part of training, masks are chosen at the same steps. Where libraries differ:
+by one cubic in the first part of training, and masks are chosen at the same steps. Where libraries differ:
 
 * Zeros: ours and torch's rank the weights of all layers by magnitude, NNCF by magnitude over the norm of their layer.
-  NNCF and ours let a pruned weight return until the schedule ends.
-* Channels: until the network has so many multiply-adds less. Torch-Pruning cuts them out while training, residual
-  streams too, in a few rounds, since each makes new parameters, of which the optimizer knows nothing; ours zeroes those
-  inside of blocks, and cuts them out in the end.
+  With NNCF and ours a pruned weight can return until the schedule ends.
+* Channels: every layer loses the same share, until so many multiply-adds are gone. Torch-Pruning cuts them out while
+  training, those of residual streams too, in a few rounds, since each makes new parameters, of which the optimizer
+  knows nothing. Ours zeroes those inside of blocks, and `slim` cuts them out in the end.
 
-What each leaves is tried in a process without this library (stock_loading.py). Seconds a step are of all in turn in one
-process, over the loop without pruning beside it: median (quartiles), and all steps together.
+What each leaves on disk is tried in a process without this library (stock_loading.py). Times are of all in turn in one
+process: a step over one of the loop without pruning, median (quartiles), of steps in which no mask is chosen, and what
+a choice takes on top.
 
 Rows are lines of JSON, one a cell. Started again it goes on: finished cells are skipped. A library that is not
-installed is left out, and named.
+installed is left out, and named. All of it is in torch's default memory format: NNCF's ranking fails on the other.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import json
 import math
 import statistics
 import subprocess
@@ -31,6 +33,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -39,17 +42,29 @@ import torch
 import torch.nn.functional as F
 import yaml
 from safetensors.torch import save_file
+from stock_loading import attempt
 from torch import Tensor, nn
 from torch.nn.utils import prune
-from transformers import TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
+from transformers.utils.logging import disable_progress_bar
 
-from tscnc_hf import TSCNCConfig, TSCNCTrainer, evaluate_robustness, flops_report, load_slim, load_sparse, save_sparse
-from tscnc_hf import slim, sparsity_report
+from tscnc_hf import (
+    TSCNCConfig,
+    TSCNCTrainer,
+    evaluate_robustness,
+    flops_report,
+    load_slim,
+    load_sparse,
+    save_sparse,
+    slim,
+    sparsity_report,
+)
 from tscnc_hf.artifact.files.identity import RunIdentity
 from tscnc_hf.artifact.files.state import load_state, save_state
 from tscnc_hf.artifact.models.building import MEAN, STD, timm_model
 from tscnc_hf.artifact.models.saving import disk_state
 from tscnc_hf.data.loading import ImageData, load_image_data
+from tscnc_hf.method.adversarial.pixels import pixel_quantity
 from tscnc_hf.method.matrices import weight_matrices
 from tscnc_hf.method.pruning.pruner import Pruner
 from tscnc_hf.method.pruning.unit_allocation import unit_allocation
@@ -60,6 +75,7 @@ from tscnc_hf.training.ablation.rows import Results, origin
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "recipes/configs/ablation_cnn.yaml"
 CLIP = 1.0  # what the Trainer clips gradients to
+WARM = 2  # steps that are not timed
 
 
 @dataclass(frozen=True)
@@ -92,8 +108,8 @@ def batches(data, size: int, seed: int) -> Iterator[dict[str, Tensor]]:
 def adamw(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     decayed = [parameter for parameter in model.parameters() if parameter.ndim > 1]
     rest = [parameter for parameter in model.parameters() if parameter.ndim < 2]
-    return torch.optim.AdamW([{"params": decayed, "weight_decay": recipe.weight_decay},
-                              {"params": rest, "weight_decay": 0.0}])  # fmt: skip
+    groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, recipe.learning_rate)
 
 
 def logits(model: nn.Module, x: Tensor) -> Tensor:
@@ -141,7 +157,7 @@ class Cubic:
 
     def __init__(self, target: float, steps: int, recipe: Recipe, rounds: int | None = None):
         self.target, self.end = target, max(round(recipe.pruning_end * steps), 1)
-        self.interval = recipe.pruning_interval if rounds is None else max(self.end // rounds, 1)
+        self.interval = recipe.pruning_interval if rounds is None else math.ceil(self.end / rounds)
 
     def __call__(self, done: int) -> float | None:
         if done != self.end and (done > self.end or done % self.interval):
@@ -150,6 +166,7 @@ class Cubic:
 
     @property
     def choices(self) -> list[int]:
+        """The steps at which masks are chosen; 0 is before the first."""
         return [done for done in range(self.end + 1) if self(done) is not None]
 
 
@@ -157,9 +174,10 @@ class Cubic:
 
 
 class NotPruned:
-    needs = package = None
+    package = None  # where it is from
 
     def __init__(self, model: nn.Module, target: float, steps: int, recipe: Recipe, x: Tensor):
+        """`target` is the share of weights, or of multiply-adds, that goes; `x` a batch that the model takes."""
         self.model = model
 
     def __call__(self, done: int) -> bool:
@@ -192,7 +210,7 @@ class TorchPrune(NotPruned):
 
 
 class NNCF(NotPruned):
-    needs, package = "nncf", "nncf"
+    package = "nncf"
 
     def __init__(self, model, target, steps, recipe, x):
         import nncf
@@ -203,7 +221,7 @@ class NNCF(NotPruned):
         self.scheduler = MultiStepMagnitudePruningScheduler(
             self.model, mode=mode, steps={done: due(done) for done in due.choices}
         )
-        self.choices = set(due.choices)
+        self.choices = due.choices
 
     def __call__(self, done):
         if done in self.choices:
@@ -217,7 +235,7 @@ class NNCF(NotPruned):
 
 
 class TorchPruning(NotPruned):
-    needs, package = "torch_pruning", "torch-pruning"
+    package = "torch-pruning"
 
     def __init__(self, model, target, steps, recipe, x):
         import torch_pruning
@@ -226,8 +244,8 @@ class TorchPruning(NotPruned):
         self.due, self.shape = Cubic(target, steps, recipe, recipe.channel_rounds), (1, *x.shape[1:])
         self.dense = flops_report(model, self.shape).macs
         self.pruner = torch_pruning.pruner.BasePruner(
-            model, x, torch_pruning.importance.GroupMagnitudeImportance(), global_pruning=True, pruning_ratio=1.0,
-            iterative_steps=400, ignored_layers=[model.timm_model.get_classifier()],
+            model, x, torch_pruning.importance.GroupMagnitudeImportance(), pruning_ratio=1.0, iterative_steps=200,
+            ignored_layers=[model.timm_model.get_classifier()],
             output_transform=lambda output: output.logits,
         )  # fmt: skip
 
@@ -240,43 +258,51 @@ class TorchPruning(NotPruned):
         return True
 
 
-PEERS = {
-    "not pruned": NotPruned,
-    "torch.nn.utils.prune": TorchPrune,
-    "NNCF": NNCF,
-    "Torch-Pruning": TorchPruning,
-}
-OURS = ("TSCNCTrainer, plain", "TSCNCTrainer, TSC", "TSCNCTrainer, channels")
+BARE = "not pruned"
+PEERS = {BARE: NotPruned, "torch.nn.utils.prune": TorchPrune, "NNCF": NNCF, "Torch-Pruning": TorchPruning}
+TSC = "TSCNCTrainer, TSC"
+OURS = ("TSCNCTrainer, plain", TSC, "TSCNCTrainer, channels")
 CHANNELS = ("Torch-Pruning", "TSCNCTrainer, channels")
+STEP = "a step"  # the row of times
+
+
+def package_of(arm: str) -> str | None:
+    return PEERS[arm].package if arm in PEERS else None
 
 
 def missing(arm: str) -> str | None:
     """Why an arm is left out."""
-    needs = PEERS[arm].needs if arm in PEERS else None
-    if needs is None or find_spec(needs):
+    package = package_of(arm)
+    if package is None or find_spec(package.replace("-", "_")):
         return None
-    return f"{arm} is left out: {PEERS[arm].package} is not installed (make bench-peers installs it)"
+    return f"{arm} is left out: {package} is not installed (make bench-peers installs it)"
 
 
 def sparsity_for(model: nn.Module, gone: float, shape: tuple[int, ...]) -> float:
     """
-    The sparsity at which pruning the channels of this network leaves so many multiply-adds less. What training makes of
+    The sparsity at which pruning the channels of this network takes so many multiply-adds off. What training makes of
     the same sparsity differs a little.
+
+    Raises:
+        ValueError: channels inside of blocks cannot take so many off.
     """
-    low, high, dense = 0.0, 1.0, flops_report(model, shape).macs
-    for _ in range(12):
+    low, high, dense, reached = 0.0, 1.0, flops_report(model, shape).macs, False
+    for _ in range(9):
         tried, pruned = (low + high) / 2, copy.deepcopy(model)
         records = list(weight_matrices(pruned))
-        pruner = Pruner(records, allocation=unit_allocation(pruned, records, ("channels",), "global"))
+        pruner = Pruner(records, allocation=unit_allocation(pruned, records, ("channels",), "uniform"))
         try:
             pruner.check(tried)
-            pruner.update(tried)
-            pruner.apply_()
-            enough = flops_report(pruned, shape).sparse_macs <= (1 - gone) * dense
         except ValueError:  # more than channels can give
-            enough = True
-        low, high = (low, tried) if enough else (tried, high)
-    return low
+            high = tried
+            continue
+        pruner.update(tried)
+        pruner.apply_()
+        enough = flops_report(pruned, shape).sparse_macs <= (1 - gone) * dense
+        low, high, reached = (low, tried, True) if enough else (tried, high, reached)
+    if not reached:
+        raise ValueError(f"channels={gone}: those inside of blocks cannot take so many multiply-adds off, give less")
+    return high
 
 
 # ---- the benchmark ----
@@ -286,8 +312,9 @@ class Benchmark:
     def __init__(self, args: argparse.Namespace):
         given = yaml.safe_load(Path(args.config).read_text(encoding="utf-8"))
         keys = ("learning_rate", "weight_decay", "warmup_steps", "per_device_train_batch_size", "pruning_end")
-        self.recipe = Recipe(8 / 255, *(given[key] for key in keys), given["pruning_interval"])
-        self.args, self.given = args, given
+        keys = (*keys, "pruning_interval")
+        self.recipe = Recipe(pixel_quantity("epsilon", given["epsilon"]), **{key: given[key] for key in keys})
+        self.args, self.given, self.label = args, given, given["label"]
         self.data: ImageData = load_image_data(
             args.dataset, augmentation=given["augmentation"], train_limit=args.train_limit, test_limit=args.test_limit
         )
@@ -298,25 +325,30 @@ class Benchmark:
         self.dense_steps = args.steps or args.dense_epochs * whole
 
     def network(self, seed: int):
+        """(model, image processor), with fresh weights."""
         torch.manual_seed(seed)
         shape = (self.data.class_names, self.data.image_size, self.data.channels)
         return timm_model(self.given["architecture"], *shape, model_args=self.given["model_args"])
 
-    def identity(self, arm: str) -> RunIdentity:
-        options = asdict(self.recipe) | {"steps": self.steps, "dense_steps": self.dense_steps}
+    def identity(self, **more) -> RunIdentity:
+        """Of the dense training, and of whatever decides what comes after."""
+        options = asdict(self.recipe) | {"dense_steps": self.dense_steps}
         options |= {name: self.given[name] for name in ("architecture", "model_args", "augmentation")}
-        options |= {"n": len(self.data.test), "identity": self.data.test.identity["digest"]}
-        if arm == "TSCNCTrainer, TSC":
-            options |= {"tsc_weight": self.args.tsc_weight, "tsc_a": self.args.tsc_a}
-        if arm in PEERS and PEERS[arm].package:
-            options["version"] = version(PEERS[arm].package)
-        return RunIdentity(options, self.data.train.identity)
+        return RunIdentity(options | more, self.data.train.identity)
+
+    def settings(self, arm: str) -> str:
+        """Of everything that decides an arm's row but the code."""
+        options = {"steps": self.args.timed_steps if arm == STEP else self.steps}
+        options |= {"test": self.data.test.identity, "attack_steps": self.args.attack_steps} if arm != STEP else {}
+        options |= {"tsc_weight": self.args.tsc_weight, "tsc_a": self.args.tsc_a} if arm in (TSC, STEP) else {}
+        libraries = [name for name in (PEERS if arm == STEP else [arm]) if package_of(name) and missing(name) is None]
+        options |= {package_of(name): version(package_of(name)) for name in libraries}
+        return self.identity(**options).digest()
 
     def dense(self, seed: int) -> nn.Module:
         """A new copy of the dense network of a seed, which is trained where it was not."""
         model, _ = self.network(seed)
-        options = {"seed": seed, "steps": self.dense_steps}
-        path = self.folder / f"dense-s{seed}-{RunIdentity(options, self.identity('').to_dict()).digest()}.safetensors"
+        path = self.folder / f"dense-s{seed}-{self.identity().digest()}.safetensors"
         if not path.exists():
             given = batches(self.data.train, self.recipe.per_device_train_batch_size, seed)
             for _ in train(model, given, self.dense_steps, self.recipe, seed):
@@ -334,17 +366,21 @@ class Benchmark:
 
     def trainer(self, arm: str, model: nn.Module, target: float, steps: int, seed: int, folder: str) -> TSCNCTrainer:
         options = {"target_sparsity": target}
-        if arm == "TSCNCTrainer, TSC":
+        if arm == TSC:
             options |= {"tsc_weight": self.args.tsc_weight, "tsc_a": self.args.tsc_a}
-        if arm == "TSCNCTrainer, channels":
+        if arm in CHANNELS:
             options = {"target_sparsity": sparsity_for(model, target, self.shape), "pruning_structure": "channels"}
+            options |= {"pruning_scope": "uniform"}
         recipe = {name: value for name, value in asdict(self.recipe).items() if name != "channel_rounds"}
         config = TSCNCConfig(
             folder, objective="pgd-at", adversary="fgsm-rs", pruning_start=0.0, max_steps=steps, seed=1000 + seed,
             lr_scheduler_type="cosine", max_grad_norm=CLIP, eval_strategy="no", save_strategy="no", logging_steps=100,
             report_to="none", disable_tqdm=True, use_cpu=True, **recipe, **options,
         )  # fmt: skip
-        return TSCNCTrainer(model, config, train_dataset=self.data.train, processing_class=self.network(0)[1])
+        processor = self.network(seed)[1]
+        trainer = TSCNCTrainer(model, config, train_dataset=self.data.train, processing_class=processor)
+        trainer.remove_callback(PrinterCallback)
+        return trainer
 
     def run(self, cell: Cell) -> dict:
         """Trains a cell and measures it: a row."""
@@ -368,67 +404,75 @@ class Benchmark:
             seed=cell.seed, batch_size=250, processing_class=self.network(0)[1], masking=False, progress=False,
         )  # fmt: skip
         flops = flops_report(pruned, self.shape)
-        return {"n": report.n, "accuracy": {attack.name: attack.accuracy for attack in report.attacks},
-                "zeros": sparsity_report(pruned).sparsity, "macs": flops.sparse_macs / dense,
-                "parameters": sum(parameter.numel() for parameter in pruned.parameters()),
-                "disk": self.left_on_disk(cell.arm, pruned), "seconds": round(seconds, 1)}  # fmt: skip
+        return {
+            "n": report.n,
+            "accuracy": {attack.name: attack.accuracy for attack in report.attacks},
+            "zeros": sparsity_report(pruned).sparsity,
+            "macs": flops.sparse_macs / dense,
+            "parameters": sum(parameter.numel() for parameter in pruned.parameters()),
+            "disk": self.left_on_disk(cell.arm, pruned),
+            "seconds": round(seconds, 1),
+        }
 
     def left_on_disk(self, arm: str, model: nn.Module) -> dict[str, dict]:
-        """Form -> bytes of its weights, and what stock libraries say to its folder."""
-        forms, x = {}, torch.rand(4, *self.shape[1:], generator=torch.Generator().manual_seed(1))
+        """Form -> bytes of its weights, and what stock libraries, and for our own forms we, make of its folder."""
+        x, found = torch.rand(4, *self.shape[1:], generator=torch.Generator().manual_seed(1)), {}
         with tempfile.TemporaryDirectory() as root, torch.no_grad():
-            small = slim(model)[0] if arm == "TSCNCTrainer, channels" else model
-            folders = {"dense": Path(root, "dense")}
-            if arm in OURS:
-                folders |= {"packed": Path(root, "packed"), "packed, zstd": Path(root, "zstd")}
+            right = {"inputs": (x - MEAN) / STD, "logits": logits(model, x)}
             if arm in CHANNELS:
-                folders = {"cut": Path(root, "cut")}
-            for form, folder in folders.items():
-                if form.startswith("packed"):
-                    save_sparse(small, folder, compression="zstd" if "zstd" in form else None)
-                else:
-                    small.save_pretrained(folder, state_dict=disk_state(small))
-                weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-                forms[form] = {"bytes": weights}
-                if arm in OURS and form != "dense":
-                    again = (load_slim if form == "cut" else load_sparse)(folder)
-                    assert torch.allclose(logits(again, x), logits(model, x), atol=1e-4), (arm, form)
-                    forms[form]["tscnc_hf"] = "loads"
-                inputs = ((x - MEAN) / STD).contiguous()
-                save_file({"inputs": inputs, "logits": logits(model, x)}, folder / "expected.safetensors")
-            command = [sys.executable, ROOT / "tests/benchmarks/stock_loading.py", *folders.values()]
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
-            said = [line for line in done.stdout.splitlines() if line.startswith("{")]
-            for form, line in zip(forms, said, strict=True):
-                forms[form] |= yaml.safe_load(line.replace(root, "..."))
-            if arm == "Torch-Pruning":  # as its README has it: a pickle of the module
+                small = slim(model)[0] if arm in OURS else model
+                forms = {"cut": lambda folder: small.save_pretrained(folder, state_dict=disk_state(small))}
+            else:
+                forms = {"dense": lambda folder: model.save_pretrained(folder, state_dict=disk_state(model))}
+                if arm in OURS:
+                    forms["packed"] = lambda folder: save_sparse(model, folder)
+                    forms["packed, zstd"] = lambda folder: save_sparse(model, folder, compression="zstd")
+            folders = {form: Path(root, form.replace(", ", "-")) for form in forms}
+            for form, save in forms.items():
+                save(folders[form])
+                found[form] = {"bytes": sum(file.stat().st_size for file in folders[form].glob("*.safetensors"))}
+                save_file(right, folders[form] / "expected.safetensors")
+            for form, said in zip(forms, stock_libraries(list(folders.values())), strict=True):
+                found[form] |= {library: answer.replace(root, "...") for library, answer in said.items()}
+                if arm in OURS:
+                    load = load_slim if form == "cut" else load_sparse
+                    found[form]["tscnc_hf"] = attempt(partial(load, folders[form]), right)
+            if arm == "Torch-Pruning":  # what its README has: a pickle of the module
                 torch.save(model, Path(root, "model.pth"))
-                forms["pickle"] = {"bytes": Path(root, "model.pth").stat().st_size}
-        return forms
+                found["pickle"] = {"bytes": Path(root, "model.pth").stat().st_size}
+                found["pickle"]["torch.load"] = attempt(lambda: torch.load(Path(root, "model.pth")), right)
+        return found
 
-    def time_steps(self, target: float, gone: float) -> dict[str, dict]:
-        """Arm -> seconds a step, and over the loop without pruning. Each of ours is trained beside it, one with all."""
-        times: dict[str, list[tuple[float, float]]] = {}
+    def time_steps(self, target: float, gone: float, seed: int) -> dict[str, dict]:
+        """
+        Arm -> a step of it, also over one of the loop without pruning. Each of ours is trained beside that, the first
+        one beside all libraries.
+        """
+        times: dict[str, list[tuple[int, float, float]]] = {}
         for arm in OURS:
-            beside = [name for name in PEERS if missing(name) is None] if arm == OURS[0] else ["not pruned"]
-            loops = {}
-            for name in beside:
-                amount = gone if name in CHANNELS else target
-                loops[name] = self.loop(name, self.dense(0), amount, self.args.timed_steps, 0)[1]
-            turns = InTurn(loops)
+            beside = [name for name in PEERS if missing(name) is None] if arm == OURS[0] else [BARE]
+            amounts = {name: gone if name in CHANNELS else target for name in (arm, *beside)}
+            count = self.args.timed_steps
+            turns = InTurn({name: self.loop(name, self.dense(seed), amounts[name], count, seed)[1] for name in beside})
             with tempfile.TemporaryDirectory() as folder:
-                amount = gone if arm in CHANNELS else target
-                trainer = self.trainer(arm, self.dense(0), amount, self.args.timed_steps, 0, folder)
+                trainer = self.trainer(arm, self.dense(seed), amounts[arm], count, seed, folder)
                 trainer.add_callback(turns)
                 trainer.train()
-            bare = turns.times.pop("not pruned")[WARM:]
-            times.setdefault("not pruned", []).extend((one, one) for one in bare)
             for name, taken in ({arm: turns.own} | turns.times).items():
-                times[name] = list(zip(taken[WARM:], bare, strict=True))
-        return {name: spread(pairs) for name, pairs in times.items()}
+                done = range(1, count + 1)
+                times.setdefault(name, []).extend(zip(done, taken, turns.times[BARE], strict=True))
+        rounds = {"Torch-Pruning": self.recipe.channel_rounds}
+        return {
+            name: spread(steps, Cubic(1.0, self.args.timed_steps, self.recipe, rounds.get(name)).choices)
+            for name, steps in times.items()
+        }
 
 
-WARM = 2  # steps that are not counted
+def stock_libraries(folders: list[Path]) -> list[dict[str, str]]:
+    """What they make of each, in a process of their own."""
+    command = [sys.executable, ROOT / "tests/benchmarks/stock_loading.py", *folders]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
 class InTurn(TrainerCallback):
@@ -450,25 +494,36 @@ class InTurn(TrainerCallback):
         self.start = time.perf_counter()
 
 
-def spread(pairs: list[tuple[float, float]]) -> dict:
-    own, bare = zip(*pairs, strict=True)
-    low, middle, high = statistics.quantiles([one / other for one, other in pairs], n=4)
-    return {"seconds": statistics.median(own), "ratio": [low, middle, high], "together": sum(own) / sum(bare)}
+def spread(steps: list[tuple[int, float, float]], choices: list[int]) -> dict:
+    """
+    Args:
+        steps: how many are done with a step, its seconds, and those of the bare one beside it.
+        choices: how many are done where masks are chosen.
+
+    Returns:
+        Of the steps that choose no masks, without the first, which warm up: their number, the median of the seconds,
+        and of the ratio between its quartiles. The median of the seconds that a choice takes on top.
+    """
+    usual = [(own, bare) for done, own, bare in steps if done > WARM and done not in choices]
+    middle = statistics.median(own for own, _ in usual)
+    ratio = statistics.quantiles((own / bare for own, bare in usual), n=4)
+    choice = statistics.median(own for done, own, _ in steps if done in choices) - middle
+    return {"steps": len(usual), "seconds": middle, "ratio": ratio, "choice": choice}
 
 
 def say(row: Mapping) -> str:
     if "times" in row:
         lines = [
-            f"  {arm:<23} {1e3 * t['seconds']:6.1f} ms a step   {t['ratio'][1]:.3f} ({t['ratio'][0]:.3f} to "
-            f"{t['ratio'][2]:.3f}), together {t['together']:.3f}"
-            for arm, t in row["times"].items()
+            f"  {arm:<23} {1e3 * found['seconds']:6.1f} ms   {found['ratio'][1]:.3f} ({found['ratio'][0]:.3f} to "
+            f"{found['ratio'][2]:.3f}); a choice of masks {1e3 * found['choice']:.1f} ms more"
+            for arm, found in row["times"].items()
         ]
-        return "\n".join(["A step over one of the loop without pruning:", *lines])
+        return "\n".join(["A step, and over one of the loop without pruning:", *lines])
     shown = ", ".join(f"{name} {value:.1%}" for name, value in row["accuracy"].items())
     disk = ", ".join(f"{form} {said['bytes']:,} bytes" for form, said in row["disk"].items())
     return (
-        f"{row['arm']:<23} {row['sparsity']:.0%}, seed {row['seed']}: {shown}; zeros {row['zeros']:.2%}, multiply-adds "
-        f"{row['macs']:.1%}; {disk}; {row['seconds']:.0f} s"
+        f"{row['arm']:<23} {row['sparsity']:.0%}, seed {row['seed']}: {shown}; zeros {row['zeros']:.2%}, "
+        f"multiply-adds {row['macs']:.1%}; {disk}; {row['seconds']:.0f} s"
     )
 
 
@@ -509,8 +564,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--dataset", default="uoft-cs/cifar10", help='Hub id, folder, or "digits"')
     parser.add_argument("--train_limit", type=int, default=8000, help="images to train on")
     parser.add_argument("--test_limit", type=int, default=1000)
-    parser.add_argument("--dense_epochs", type=int, default=10)
-    parser.add_argument("--epochs", type=int, default=4, help="of pruning")
+    parser.add_argument("--dense_epochs", type=int, default=8)
+    parser.add_argument("--epochs", type=int, default=3, help="of pruning")
     parser.add_argument("--steps", type=int, help="in place of either number of epochs, for a rehearsal")
     parser.add_argument("--attack_steps", type=int, default=20, help="of PGD on the test images")
     parser.add_argument("--sparsities", type=float, nargs="+", default=[0.95, 0.99])
@@ -524,32 +579,30 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--results", default="outputs/peers/rows.jsonl", help="file of rows, one a finished cell")
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
+    disable_progress_bar()
     benchmark = Benchmark(args)
     print(f"torch {torch.__version__}, {args.threads} threads; {benchmark.data.description}")
     print(f"{benchmark.dense_steps} steps dense, {benchmark.steps} steps while pruning; rows in {args.results}")
-    arms = [arm for arm in args.arms if missing(arm) is None]
-    for arm in args.arms:
-        if reason := missing(arm):
-            print(reason)
-    cells = []
+    for reason in filter(None, map(missing, args.arms)):
+        print(reason)
+    amounts = {arm: [args.channels] for arm in CHANNELS} | {BARE: [0.0]}
+    cells = [Cell(STEP, args.sparsities[0], args.seeds[0])] if args.timed_steps else []
     for seed in args.seeds:
-        cells += [Cell("a step", args.sparsities[0], seed)] if args.timed_steps and seed == args.seeds[0] else []
-        for arm in arms:
-            amounts = [0.0] if arm == "not pruned" else [args.channels] if arm in CHANNELS else args.sparsities
-            cells += [Cell(arm, amount, seed) for amount in amounts]
+        for arm in args.arms:
+            if missing(arm) is None:
+                cells += [Cell(arm, amount, seed) for amount in amounts.get(arm, args.sparsities)]
     rows = []
     for cell in cells:
-        settings = benchmark.identity(cell.arm).digest()
-        row = benchmark.results.find("small CNN", cell, settings)
+        settings = benchmark.settings(cell.arm)
+        row = benchmark.results.find(benchmark.label, cell, settings)
         if row is None:
-            if cell.arm == "a step":
-                found = {"accuracy": {}, "times": benchmark.time_steps(cell.sparsity, args.channels)}
+            row = {"model": benchmark.label, "arm": cell.arm, "sparsity": cell.sparsity, "seed": cell.seed}
+            if cell.arm == STEP:
+                row |= {"accuracy": {}, "times": benchmark.time_steps(cell.sparsity, args.channels, cell.seed)}
             else:
-                found = benchmark.run(cell)
-            row = {"model": "small CNN", "arm": cell.arm, "sparsity": cell.sparsity, "seed": cell.seed}
-            row |= {"split": "test"} | found | origin(torch.device("cpu")) | {"settings": settings}
-            if cell.arm in PEERS and PEERS[cell.arm].package:
-                row["version"] = version(PEERS[cell.arm].package)
+                row |= benchmark.run(cell)
+            row |= {"version": version(package)} if (package := package_of(cell.arm)) else {}
+            row |= {"split": "test"} | origin(torch.device("cpu")) | {"settings": settings}
             benchmark.results.add(row)
         rows.append(row)
         print(say(row), flush=True)
