@@ -9,6 +9,7 @@ A folder also holds `expected.safetensors`, a batch `inputs` and its `logits`. S
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import timm
@@ -17,19 +18,20 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification
 
 
-def attempt(load, given: dict[str, torch.Tensor]) -> str:
+def attempt(load: Callable[[], torch.nn.Module], given: dict[str, torch.Tensor]) -> str:
+    """Whether the model that comes of it gives the `logits` for the `inputs`: "loads", or else what went wrong."""
     try:
         with torch.no_grad():
             found = load().eval()(given["inputs"])
         found = getattr(found, "logits", found)
     except Exception as error:  # whatever it is, it is the answer
-        return f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        return f"{type(error).__name__}: {str(error).splitlines()[0].split('. ')[0]}"
     apart = float((found - given["logits"]).abs().max())
     return "loads" if apart < 1e-4 else f"loads, logits are {apart:.2g} apart"
 
 
 def attempts(folder: Path) -> dict[str, str]:
-    """Library -> "loads" or the first line of its error."""
+    """Library -> "loads" or the first sentence of its error."""
     given = load_file(folder / "expected.safetensors")
     return {
         "transformers": attempt(lambda: AutoModelForImageClassification.from_pretrained(folder), given),
