@@ -133,6 +133,13 @@ def test_channels_take_multiply_adds_off(peers, benchmark):
         peers.sparsity_for(model, 0.99, shape)
 
 
+def test_times_are_of_steps_that_choose_no_masks(peers):
+    steps = [(1, 9.0, 1.0), (2, 9.0, 1.0), (3, 2.0, 1.0), (4, 7.0, 1.0), (5, 3.0, 1.0), (6, 4.0, 2.0)]
+    found = peers.spread(steps, [0, 4])
+    assert found == {"steps": 3, "seconds": 3.0, "ratio": [2.0, 2.0, 3.0], "choice": 4.0}
+
+
+@pytest.mark.launched
 def test_rows_go_on_and_name_what_is_missing(peers, arguments, monkeypatch, capsys):
     monkeypatch.setattr(peers, "find_spec", lambda name: None)  # as where nothing else is installed
     monkeypatch.setattr(peers, "stock_libraries", lambda folders: [{"transformers": "loads"} for _ in folders])
