@@ -9,6 +9,9 @@ RUNTIMES := .peers-runtimes
 RUNTIME_PACKAGES := onnx onnx_ir onnxscript onnxruntime openvino openvino-telemetry ml_dtypes flatbuffers protobuf
 PEER_PACKAGES := torchattacks==3.5.1 foolbox==3.3.4 eagerpy==0.30.0 GitPython gitdb smmap \
 	adversarial-robustness-toolbox==1.20.1 six
+# nncf.strip imports torchao, which NNCF does not ask for; openvino-telemetry, which it asks for, is what it sends with.
+PRUNING_PEERS := .peers-pruning
+PRUNING_PEER_PACKAGES := nncf==3.4.0 torchao==0.18.0 pydot==4.0.1 tabulate==0.10.0 torch-pruning==1.6.1
 
 # The oldest versions that pyproject.toml allows, in a folder of their own. Python 3.11 and 3.12 have wheels of them.
 OLDEST := .venv-oldest
@@ -19,7 +22,7 @@ FAST := tests/method tests/data tests/artifact --ignore tests/artifact/repositor
 	--ignore-glob '*/test_slim*' --ignore tests/artifact/models/test_loading_models.py
 
 .PHONY: demo docs test test-launched test-fast test-oldest test-faults test-peers test-runtimes test-sanitizers lint bench bench-constraints bench-slimming \
-	bench-adversary bench-packing bench-pruning bench-training bench-inputs bench-inference clean
+	bench-adversary bench-peers bench-packing bench-pruning bench-training bench-inputs bench-inference clean
 
 demo: $(STAMP)
 	rm -rf outputs/vit-digits-demo/checkpoint-* outputs/vit-digits-demo-dense-twin/checkpoint-*  # of a demo before
@@ -48,8 +51,8 @@ test-sanitizers: $(STAMP)
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
 		$(BIN)/python -m tests.inference.fuzz 1000
 
-test-peers: $(STAMP) $(PEERS)/.installed
-	PYTHONPATH=$(PEERS) $(BIN)/python -m pytest tests/peers
+test-peers: $(STAMP) $(PEERS)/.installed $(PRUNING_PEERS)/.installed
+	PYTHONPATH=$(PEERS):$(PRUNING_PEERS) $(BIN)/python -m pytest tests/peers
 
 test-runtimes: $(STAMP) $(RUNTIMES)/.installed
 	PYTHONPATH=$(RUNTIMES) $(BIN)/python -m pytest tests/inference
@@ -62,6 +65,10 @@ bench-adversary: $(STAMP) $(PEERS)/.installed
 
 bench-pruning: $(STAMP)
 	$(BIN)/python tests/benchmarks/pruning.py
+
+# Trains for most of an hour, and needs CIFAR-10: no part of `make bench`.
+bench-peers: $(STAMP) $(PRUNING_PEERS)/.installed
+	PYTHONPATH=$(PRUNING_PEERS) $(BIN)/python tests/benchmarks/pruning_peers.py
 
 # Beside other runtimes, in a folder of their own.
 bench-inference: $(STAMP) $(RUNTIMES)/.installed
@@ -110,9 +117,13 @@ $(PEERS)/.installed: Makefile | $(STAMP)
 	$(BIN)/python -m pip install --quiet --upgrade --no-deps --target $(PEERS) $(PEER_PACKAGES)
 	touch $@
 
+$(PRUNING_PEERS)/.installed: Makefile | $(STAMP)
+	$(BIN)/python -m pip install --quiet --upgrade --no-deps --target $(PRUNING_PEERS) $(PRUNING_PEER_PACKAGES)
+	touch $@
+
 $(RUNTIMES)/.installed: Makefile | $(STAMP)
 	$(BIN)/python -m pip install --quiet --upgrade --no-deps --target $(RUNTIMES) $(RUNTIME_PACKAGES)
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(PEERS) $(RUNTIMES) outputs build *.egg-info
+	rm -rf $(VENV) $(OLDEST) $(PEERS) $(PRUNING_PEERS) $(RUNTIMES) outputs build *.egg-info
