@@ -13,7 +13,9 @@
 #include <cstring>
 #include <memory>
 #include <new>
+#include <numeric>
 #include <type_traits>
+#include <vector>
 
 namespace tscnc {
 
@@ -30,6 +32,7 @@ constexpr int LINEAR_VECTORS = 8;
 typedef float vec __attribute__((vector_size(BYTES)));
 typedef float vec_at __attribute__((vector_size(BYTES), aligned(4)));
 typedef int32_t ivec __attribute__((vector_size(BYTES)));
+typedef int32_t ivec_at __attribute__((vector_size(BYTES), aligned(4)));
 
 struct Entry {
   int32_t offset;  // bytes into the tile
@@ -437,40 +440,97 @@ struct Planes {
   int64_t size(const Shape& s) const { return s.channels * channel + (REGISTERS + 1) * LANES; }
 };
 
-inline void fill_planes(const Shape& s, const Planes& planes, const float* image, const Strides& in, int64_t c,
-                        float* to) {
-  float* target = to + c * planes.channel;
-  for (int64_t kx = 0; kx < s.kernel_width; ++kx) {
-    const int64_t shift = kx * s.dilation_x - s.padding_x;  // input column of output column 0
-    const int64_t low = shift >= 0 ? 0 : std::min(s.out_width, (-shift + s.stride_x - 1) / s.stride_x);
-    const int64_t high =
-        shift >= s.width ? low : std::max(low, std::min(s.out_width, (s.width - 1 - shift) / s.stride_x + 1));
-    for (int64_t phase = 0; phase < planes.phases; ++phase)
-      for (int64_t row = 0; row < planes.rows; ++row, target += s.out_width) {
-        const int64_t y = row * s.stride_y + phase - s.padding_y;
-        if (y < 0 || y >= s.height) {
-          std::fill(target, target + s.out_width, 0.0f);
-          continue;
-        }
-        const float* source = image + c * in.c + y * in.y + shift * in.x;
-        const int64_t step = s.stride_x * in.x;
-        std::fill(target, target + low, 0.0f);
-        if (step == 1)
-          std::copy(source + low, source + high, target + low);
-        else
-          for (int64_t x = low; x < high; ++x) target[x] = source[x * step];
-        std::fill(target + high, target + s.out_width, 0.0f);
+// Fills planes of one image, of its rows only those that are asked for; may write more after them, up to the planes' end.
+class PlaneFiller {
+ public:
+  PlaneFiller(const Shape& shape, const Strides& strides) : s(shape), planes(shape), in(strides) {
+    flat_ = s.stride_y == 1 && s.stride_x == 1 && in.x == 1 && in.y == s.width && in.c == s.height * s.width &&
+            s.out_width == s.width;
+    if (!flat_) return;
+    // which columns are inside, for each column of the kernel and each place where a vector may begin in a row
+    period_ = s.width / std::gcd<int64_t>(s.width, LANES);
+    masks_.resize(s.kernel_width * period_ * LANES);
+    for (int64_t kx = 0; kx < s.kernel_width; ++kx)
+      for (int64_t i = 0; i < period_ * LANES; ++i) {
+        const int64_t x = i % s.width + shift(kx);
+        masks_[kx * period_ * LANES + i] = x >= 0 && x < s.width ? -1 : 0;
       }
   }
-}
 
-// `out` and `residual` (or null) are contiguous (images, outputs, out_height, out_width). `shared` holds the planes of
-// `Planes::size` floats: of one image, or of one for each thread where images are shared out.
+  // Rows [first, last) of all planes.
+  void fill(const float* image, int64_t first, int64_t last, float* to) const {
+    for (int64_t c = 0; c < s.channels; ++c)
+      for (int64_t kx = 0; kx < s.kernel_width; ++kx)
+        for (int64_t phase = 0; phase < planes.phases; ++phase, to += planes.plane)
+          if (flat_)
+            fill_flat(image, c, kx, first, last, to);
+          else
+            fill_rows(image + c * in.c, kx, phase, first, last, to);
+  }
+
+ private:
+  int64_t shift(int64_t kx) const { return kx * s.dilation_x - s.padding_x; }  // input column of output column 0
+
+  // Row upon row is one copy, a little to the left or right, with zeros where a row's neighbours would come in.
+  void fill_flat(const float* image, int64_t c, int64_t kx, int64_t first, int64_t last, float* to) const {
+    const int64_t y0 = std::clamp<int64_t>(first - s.padding_y, 0, s.height);
+    const int64_t y1 = std::clamp<int64_t>(last - s.padding_y, y0, s.height);
+    const int64_t begin = std::max(first, std::min(last, y0 + s.padding_y)) * s.width;  // of what is no padding
+    for (int64_t i = first * s.width; i < begin; i += LANES) store(to + i, vec{});
+    const int64_t all = s.channels * in.c, count = (y1 - y0) * s.width;
+    int64_t from = c * in.c + y0 * s.width + shift(kx);
+    const int32_t* mask = masks_.data() + kx * period_ * LANES;
+    for (int64_t i = 0, at = 0; i < count; i += LANES, from += LANES, at = at + 1 == period_ ? 0 : at + 1) {
+      vec v{};
+      if (from >= 0 && from + LANES <= all)
+        v = load(image + from);
+      else
+        for (int lane = 0; lane < LANES; ++lane)
+          if (from + lane >= 0 && from + lane < all) v[lane] = image[from + lane];
+      store(to + begin + i, (vec)((ivec)v & *reinterpret_cast<const ivec_at*>(mask + at * LANES)));
+    }
+    for (int64_t i = begin + count; i < last * s.width; i += LANES) store(to + i, vec{});
+  }
+
+  void fill_rows(const float* channel, int64_t kx, int64_t phase, int64_t first, int64_t last, float* to) const {
+    const int64_t left = shift(kx), step = s.stride_x * in.x;
+    const int64_t low = left >= 0 ? 0 : std::min(s.out_width, (-left + s.stride_x - 1) / s.stride_x);
+    const int64_t high =
+        left >= s.width ? low : std::max(low, std::min(s.out_width, (s.width - 1 - left) / s.stride_x + 1));
+    for (int64_t row = first; row < last; ++row) {
+      float* target = to + row * s.out_width;
+      const int64_t y = row * s.stride_y + phase - s.padding_y;
+      if (y < 0 || y >= s.height) {
+        std::fill(target, target + s.out_width, 0.0f);
+        continue;
+      }
+      const float* source = channel + y * in.y + left * in.x;
+      std::fill(target, target + low, 0.0f);
+      if (step == 1)
+        std::copy(source + low, source + high, target + low);
+      else
+        for (int64_t x = low; x < high; ++x) target[x] = source[x * step];
+      std::fill(target + high, target + s.out_width, 0.0f);
+    }
+  }
+
+  const Shape s;
+  const Planes planes;
+  const Strides in;
+  bool flat_;
+  int64_t period_ = 0;
+  std::vector<int32_t> masks_;
+};
+
+// `out` and `residual` (or null) are contiguous (images, outputs, out_height, out_width). Each thread has planes of its
+// own, with the rows that its tiles need.
 template <class Parallel>
 void conv_pixels(const Matrix& m, int64_t group, const Shape& s, const float* in, const Strides& strides, float* out,
                  const float* residual, int64_t activation, int64_t threads, Parallel parallel) {
   const Planes planes(s);
+  const PlaneFiller filler(s, strides);
   const int64_t pixels = s.out_height * s.out_width, groups = (m.outputs + group - 1) / group;
+  const int64_t reach = (s.kernel_height - 1) * s.dilation_y / s.stride_y;  // rows that a pixel needs below its own
   const Tiling tiling(pixels, REGISTERS);
   auto rows = [&](const float* filled, int64_t image, int64_t tile, int64_t first, int64_t last) {
     with_constant<REGISTERS>(tiling.vectors(tile), [&](auto vectors) {
@@ -494,34 +554,29 @@ void conv_pixels(const Matrix& m, int64_t group, const Shape& s, const float* in
       });
     });
   };
-  const int64_t size = planes.size(s);
-  if (s.images >= 2 * threads) {
-    parallel(s.images, [&](int64_t from, int64_t to) {
-      thread_local Scratch planes_memory;
-      float* filled = planes_memory.get(size);
-      for (int64_t image = from; image < to; ++image) {
-        for (int64_t c = 0; c < s.channels; ++c) fill_planes(s, planes, in + image * strides.n, strides, c, filled);
-        std::fill(filled + s.channels * planes.channel, filled + size, 0.0f);
-        for (int64_t tile = 0; tile < tiling.tiles; ++tile) rows(filled, image, tile, 0, m.outputs);
+  const int64_t size = planes.size(s), tiles = s.images * tiling.tiles;
+  const int64_t parts = threads == 1 || s.images >= 2 * threads
+                            ? 1
+                            : std::min(groups, (4 * threads + tiles - 1) / tiles);
+  // whole images where there are enough of them; else tiles, and parts of the outputs
+  const int64_t unit = s.images >= 2 * threads ? tiling.tiles : 1;
+  parallel(tiles * parts / unit, [&](int64_t begin, int64_t end) {
+    thread_local Scratch planes_memory;
+    float* filled = planes_memory.get(size);
+    int64_t there = -1;  // the image whose rows are filled
+    for (int64_t task = begin * unit; task < end * unit; ++task) {
+      const int64_t tile = task / parts, part = task % parts, image = tile / tiling.tiles;
+      if (image != there) {
+        const int64_t most = std::min((image + 1) * tiling.tiles, (end * unit - 1) / parts + 1) - image * tiling.tiles;
+        const int64_t first = tiling.begin(tile % tiling.tiles) / s.out_width;
+        const int64_t last = std::min(pixels - 1, tiling.begin(most) - 1) / s.out_width + reach + 1;
+        filler.fill(in + image * strides.n, first, std::min(planes.rows, last), filled);
+        there = image;
       }
-    });
-    return;
-  }
-  thread_local Scratch shared_memory;
-  float* filled = shared_memory.get(size);
-  const int64_t parts = threads == 1 ? 1 : std::min(groups, (4 * threads + tiling.tiles - 1) / tiling.tiles);
-  for (int64_t image = 0; image < s.images; ++image) {
-    parallel(s.channels, [&](int64_t from, int64_t to) {
-      for (int64_t c = from; c < to; ++c) fill_planes(s, planes, in + image * strides.n, strides, c, filled);
-    });
-    std::fill(filled + s.channels * planes.channel, filled + size, 0.0f);
-    parallel(tiling.tiles * parts, [&](int64_t from, int64_t to) {
-      for (int64_t task = from; task < to; ++task) {
-        const int64_t tile = task / parts, part = task % parts;
-        rows(filled, image, tile, part_of(m.outputs, group, part, parts), part_of(m.outputs, group, part + 1, parts));
-      }
-    });
-  }
+      rows(filled, image, tile % tiling.tiles, part_of(m.outputs, group, part, parts),
+           part_of(m.outputs, group, part + 1, parts));
+    }
+  });
 }
 
 // -- images as vectors: a tile is what NY x NX output pixels of LANES images need of a block of channels. Images lie

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 @dataclass
 class Timing:
-    """Milliseconds of single calls, in the order in which they were made."""
+    """Milliseconds of a call, in each turn."""
 
     calls: list[float]
 
@@ -37,6 +37,7 @@ def interleaved(
     least: int = 3,
     most: int = 200,
     after: Callable[[int], None] = lambda turn: None,
+    burst: float = 0.0,
 ) -> dict[str, Timing]:
     """
     One call of each in turn, after one of each that does not count, until `seconds` have passed.
@@ -44,6 +45,8 @@ def interleaved(
     Args:
         least, most: numbers of turns.
         after: called with the number of each turn that is done.
+        burst: seconds for which each is called again and again in its turn; the median counts, without the first call
+            if there are more: some runtimes' threads go on spinning for a while, which is in the way of the next one's.
     """
     for call in calls.values():
         call()
@@ -53,11 +56,18 @@ def interleaved(
         if turn >= least and time.perf_counter() > end:
             break
         for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            taken[name].append((time.perf_counter() - start) * 1e3)
+            taken[name].append(_milliseconds(call, burst))
         after(turn)
     return {name: Timing(times) for name, times in taken.items()}
+
+
+def _milliseconds(call: Callable[[], object], burst: float) -> float:
+    taken, begun = [], time.perf_counter()
+    while not taken or time.perf_counter() < begun + burst:
+        start = time.perf_counter()
+        call()
+        taken.append((time.perf_counter() - start) * 1e3)
+    return statistics.median(taken[1:] or taken)
 
 
 def ratios(numerator: Sequence[float], denominator: Sequence[float]) -> Timing:

@@ -18,6 +18,7 @@ from tscnc_hf.method.reports.report import Report, markdown_table
 
 
 SECONDS = 10.0  # for all runtimes of one batch size
+BURST = 0.05  # for one runtime's turn
 
 
 @dataclass
@@ -26,10 +27,10 @@ class Latency:
     Attributes:
         batch: images of a call.
         runtime: its name.
-        median_ms, low_ms, high_ms: median and quartiles of the calls.
+        median_ms, low_ms, high_ms: median and quartiles, over turns.
         difference: the largest of logits to those of torch eager, over their range.
         times_ours: the median, over turns, of this runtime's time divided by that of `sparse_compile`.
-        calls: how many.
+        calls: how many turns there were.
     """
 
     batch: int
@@ -135,7 +136,7 @@ def _rows(
             if not differences[name] <= TOLERANCE:
                 raise ValueError(f"{name}: logits differ by {differences[name]:.1e} of their range from torch's own")
         say(f"{len(images)} images: measuring")
-        times = interleaved(calls, seconds, least=5, most=2000)
+        times = interleaved(calls, seconds, least=5, most=2000, burst=BURST)
     ours = times.get(OURS)
     return [
         Latency(
