@@ -22,7 +22,7 @@ FAST := tests/method tests/data tests/artifact --ignore tests/artifact/repositor
 	--ignore-glob '*/test_slim*' --ignore tests/artifact/models/test_loading_models.py
 
 .PHONY: demo docs test test-launched test-fast test-oldest test-faults test-peers test-runtimes test-sanitizers lint bench bench-constraints bench-slimming \
-	bench-adversary bench-peers bench-packing bench-pruning bench-training bench-inputs bench-inference clean
+	bench-adversary bench-peers bench-packing bench-pruning bench-training bench-inputs bench-inference bench-sweep clean
 
 demo: $(STAMP)
 	rm -rf outputs/vit-digits-demo/checkpoint-* outputs/vit-digits-demo-dense-twin/checkpoint-*  # of a demo before
@@ -73,6 +73,10 @@ bench-peers: $(STAMP) $(PRUNING_PEERS)/.installed
 # Beside other runtimes, in a folder of their own.
 bench-inference: $(STAMP) $(RUNTIMES)/.installed
 	PYTHONPATH=$(RUNTIMES) $(BIN)/python tests/benchmarks/inference.py
+
+# Whether a compiled model is ever slower than what it was made from: about half an hour.
+bench-sweep: $(STAMP)
+	$(BIN)/python tests/benchmarks/inference_sweep.py
 
 bench-constraints: $(STAMP)
 	$(BIN)/python tests/benchmarks/constraints.py
