@@ -46,7 +46,7 @@ def interleaved(
         least, most: numbers of turns.
         after: called with the number of each turn that is done.
         burst: seconds for which each is called again and again in its turn; the median counts, without the first call
-            if there are more: some runtimes' threads go on spinning for a while, which is in the way of the next one's.
+            if there are more: some runtimes' threads go on spinning for a while, in the way of the next one's.
     """
     for call in calls.values():
         call()
