@@ -95,7 +95,11 @@ def test_every_arm_of_a_config_has_options_that_go_together(name, make_config):
     """Those of dense trainings, too; no two cells have one identity."""
     data = SimpleNamespace(identity={})
     shared = yaml.safe_load((CONFIGS / f"ablation_{name}.yaml").read_text())
-    runs = Grid(make_config(target_sparsity=0.0, tsc_a=1.0, tsc_weight=0.0, cnc_weight=0.0), None, data, "a model")
+    size = yaml.safe_load(CONFIG.read_text())["per_device_train_batch_size"]
+    config = make_config(
+        target_sparsity=0.0, tsc_a=1.0, tsc_weight=0.0, cnc_weight=0.0, per_device_train_batch_size=size
+    )
+    runs = Grid(config, None, data, "a model")
     cells = grid(shared["arms"], [0.99], [0], {"num_train_epochs": 8})
     assert len(cells) > len(shared["arms"])
     sparsities = {cell: cell.options.get("target_sparsity", 0.0 if cell.is_dense else 0.99) for cell in cells}
