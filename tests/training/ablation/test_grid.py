@@ -371,6 +371,7 @@ def test_files_of_settings_run(files, tmp_path, capsys):
         given |= {"model_args": json.dumps(json.loads(TINY["model_args"]) | {"output_stride": 8})}
     if merged.get("bundles"):
         given |= NO_WORKERS | {"bundles": tmp_path / "back", "eval_steps": 0.5, "save_steps": 0.5, "max_steps": 8}
+        given |= {"input_size": 32} if "input_size" in merged else {}
     for name in ("attack", "arms"):
         del given[name]
     command = [text for name in files for text in ("--config", str(CONFIGS / name))]
