@@ -14,7 +14,7 @@ READS = {
 }  # fmt: skip
 CASES = {
     "trades": {"objective": "trades", "adversary": "kl-pgd", "attack_steps": 2},
-    "one step, averaged": {"objective": "pgd-at", "adversary": "fgsm-rs", "ema_decay": 0.9, "tsc_decoupled": True},
+    "one step, averaged": {"objective": "pgd-at", "adversary": "fgsm-rs", "ema_decay": 0.9},
     "taught": {"objective": "pgd-at", "adversary": "mixed", "teacher": "dense", "distill_weight": 1.0},
     "mart": {"objective": "mart", "adversary": "pgd", "norm": "l2", "epsilon": 0.5},
     "gates": {"objective": "pgd-at", "adversary": "n-fgsm", "tsc_on": "gates"},

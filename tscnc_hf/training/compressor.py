@@ -28,7 +28,6 @@ from tscnc_hf.method.pruning.regrowth import regrow_end, regrow_share
 from tscnc_hf.method.pruning.schedule import sparsity_at
 from tscnc_hf.method.pruning.unit_allocation import unit_allocation
 from tscnc_hf.method.sharding import copy_whole_, is_sharded, reshard_, share_buffers_
-from tscnc_hf.method.shrinkage import learning_rates, shrink_
 from tscnc_hf.method.units.gates import (
     attach_gates,
     clamp_gates_,
@@ -95,20 +94,15 @@ class Compressor:
 
     # ---- around an optimizer step ----
 
-    def begin(
-        self, step: int, max_steps: int, planned: int | None = None, optimizer: torch.optim.Optimizer | None = None
-    ) -> None:
+    def begin(self, step: int, max_steps: int, planned: int | None = None) -> None:
         """
         Training begins, or goes on after `step` steps. At step 0 nothing is left of a training before. Where the run
         was `planned` to have more steps, so that its schedule was not over and now is, the next step ends it.
 
         Raises:
             ScheduleError: it is too short for a gradual schedule, or to end one.
-            ValueError: the optimizer has no learning rates for TSC apart from the gradient.
         """
         self._check_regrowth(max_steps)
-        if self._decoupled and optimizer is not None:
-            learning_rates(_inner(optimizer), self.pruner.trained.values())
         before = max_steps if planned is None else planned
         self._overdue = False
         self._overdue = step > 0 and self.masks_frozen(step, max_steps) and not self.masks_frozen(step, before)
@@ -148,13 +142,12 @@ class Compressor:
         args = self.args
         reshard_(model)  # after a forward some weights are rounded to the dtype it was computed in
         on_weights = args.tsc_on == "weights"
-        in_loss = on_weights and not self._decoupled
         now = step % args.cnc_interval == 0
         records = [record for record in weight_matrices(model) if record.weight.requires_grad]
         terms = constraint_terms(
             records,
             {record.name: self.scales[record.name] for record in records if record.name in self.scales},
-            tsc_weight=args.tsc_weight if in_loss else 0.0,
+            tsc_weight=args.tsc_weight if on_weights else 0.0,
             tsc_a=args.tsc_a,
             cnc_weight=args.cnc_weight * args.cnc_interval if now else 0.0,
             cnc_ridge=args.cnc_ridge,
@@ -192,8 +185,6 @@ class Compressor:
             share_buffers_(self.model)
         pruner.after_step()
         skipped = getattr(optimizer, "step_was_skipped", False)  # as one is after an overflow
-        if self._decoupled and not skipped:
-            self._shrink(_inner(optimizer))
         if args.target_sparsity > 0:
             start, end = self._schedule(max_steps)
             last = step == end or self._overdue
@@ -226,19 +217,6 @@ class Compressor:
         if (step - start) % args.regrow_interval:
             return 0.0
         return regrow_share(step, start, regrow_end(start, max_steps), args.regrow_fraction)
-
-    @property
-    def _decoupled(self) -> bool:
-        """Whether TSC is a step of its own, not a term of the loss."""
-        return self.args.tsc_decoupled and self.args.tsc_weight > 0
-
-    def _shrink(self, optimizer: torch.optim.Optimizer) -> None:
-        """TSC apart from the gradient, at each weight's own learning rate."""
-        args, pruner, pruned = self.args, self.pruner, self.pruner.pruned
-        trained = pruner.trained
-        rates = learning_rates(optimizer, [pruner.weights[name] for name in trained])
-        for (name, tensor), rate in zip(trained.items(), rates, strict=True):
-            shrink_(tensor, rate * args.tsc_weight, self.scales[name], args.tsc_a, pruned.get(name))
 
     def _frozen_text(self) -> str:
         weights = list(weight_matrices(self.model))

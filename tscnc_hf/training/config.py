@@ -55,7 +55,6 @@ USED_WITH = {
         ("distill_weight",), lambda args: args.target_sparsity > 0 or args.keep_masks,
     ),
     "regrow_fraction above 0": (("regrow_interval",), lambda args: args.regrow_fraction > 0),
-    'tsc_on="weights"': (("tsc_decoupled",), lambda args: args.tsc_on == "weights"),
     "awp_gamma above 0": (("awp_start",), lambda args: args.awp_gamma > 0),
     'objective="trades" or "mart"': (("trades_beta",), lambda args: args.objective in ("trades", "mart")),
     'adversary="pgd", "cw-pgd" or "kl-pgd"': (
@@ -122,10 +121,6 @@ class TSCNCConfig(TrainingArguments):
             weights.
         tsc_a (`float`, *optional*, defaults to 10): shape of transformed l1, > 0; towards 0 it is like l0, large like
             l1.
-        tsc_decoupled (`bool`, *optional*, defaults to `False`): apply TSC on weights after the optimizer's step, as
-            AdamW does its decay: a weight moves towards zero by learning rate x tsc_weight x the constraint's slope,
-            in units of its layer's scale. tsc_weight is then about 1, whatever the network; the loss has no part of
-            it.
         tsc_on (`str`, *optional*, defaults to `"weights"`): what TSC makes sparse, "weights" or "gates" (hard-concrete
             gates on hidden units, heads and channels, attached before training and folded into what is published).
         gate_layers (`list[str]`, *optional*): names (or their ends) of the layers whose inputs get gates; found by
@@ -227,7 +222,6 @@ class TSCNCConfig(TrainingArguments):
 
     tsc_weight: Annotated[float, "[0, infinity)"] = 0.0
     tsc_a: Annotated[float, "(0, infinity)"] = 10.0
-    tsc_decoupled: bool = False
     tsc_on: str = _choice("weights", ("weights", "gates"))
     gate_layers: list[str] = field(default_factory=list)
     gate_learning_rate: Annotated[float, "(0, infinity)"] = 0.01

@@ -642,11 +642,10 @@ class StepCallback(TrainerCallback):
     def __init__(self, trainer: TSCNCTrainer):
         self.trainer = trainer
 
-    def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
+    def on_train_begin(self, args, state, control, **kwargs):
         self.trainer.clear_terms()
         self.trainer.publisher.trained_with = None  # what the options are from now on
-        planned = self.trainer._steps_planned
-        self.trainer.compressor.begin(state.global_step, state.max_steps, planned, optimizer)
+        self.trainer.compressor.begin(state.global_step, state.max_steps, self.trainer._steps_planned)
         self.trainer.speed.begin(state.global_step)
 
     def on_train_end(self, args, state, control, **kwargs):

@@ -13,7 +13,6 @@ from tests.processes import run_processes
 from tscnc_hf.method.matrices import full_tensor, weight_matrices
 from tscnc_hf.method.pruning.allocation import Allocation
 from tscnc_hf.method.pruning.pruner import Pruner
-from tscnc_hf.method.shrinkage import shrink_
 
 
 WAYS = {
@@ -47,8 +46,6 @@ def train(model: nn.Module, pruner: Pruner, data: slice) -> None:
         pruner.before_step()
         optimizer.step()
         pruner.after_step()
-        for name, weight in pruner.trained.items():
-            shrink_(weight, 0.01, torch.tensor(0.1), 10.0, pruner.pruned.get(name))
         if step in SPARSITIES:
             pruner.update(SPARSITIES[step])
         if step == 5 and not pruner.active:

@@ -72,7 +72,7 @@ def used_settings(config: Mapping[str, Any]) -> dict[str, Any]:
         ("attack_steps",): adversary in ("fgsm-rs", "n-fgsm", "mixed"),
         ("trades_beta",): objective not in ("trades", "mart", None),
         ("awp_",): not config.get("awp_gamma", True),
-        ("tsc_a", "tsc_decoupled"): not config.get("tsc_weight", True),
+        ("tsc_a",): not config.get("tsc_weight", True),
         ("regrow_",): not (config.get("target_sparsity", True) and config.get("regrow_fraction", True)),
         ("teacher", "distill_"): not config.get("distill_weight", True),
         ("gate_",): config.get("tsc_on", "gates") != "gates",

@@ -93,18 +93,6 @@ class Pruner:
         return {name: ~pruned for name, pruned in self._pruned.items()}
 
     @property
-    def trained(self) -> dict[str, Tensor]:
-        """What training moves, as it is between two steps: latent weights or the weights; none while scores move."""
-        if self.learns_scores:
-            return {}
-        return {name: self._dense.get(name, weight) for name, weight in self.weights.items() if weight.requires_grad}
-
-    @property
-    def pruned(self) -> dict[str, Tensor]:
-        """Bool, True = zero, sharded as the weights are; empty before the first `update`."""
-        return dict(self._pruned)
-
-    @property
     def prunable_count(self) -> int:
         return sum(weight.numel() for weight in self.weights.values())
 
