@@ -214,6 +214,7 @@ def on_a_process(rank: int, folder: str, port: int) -> None:
     Path(f"{folder}/{rank}.json").write_text(json.dumps(found))
 
 
+@pytest.mark.launched
 def test_two_processes_give_the_same_report(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -269,6 +270,7 @@ def test_autoattack(evaluate):
     assert evaluate(attacks=attacks[-1:], epsilon=0.1, n=8)["square"] == report["square"]
 
 
+@pytest.mark.launched
 def test_autoattack_goes_on_within_a_batch(evaluate, robust_network, digits, tmp_path):
     """It is kept part by part, and the parts find what pyautoattack's own run of them all does."""
     pyautoattack = pytest.importorskip("pyautoattack", reason="pyautoattack is not installed (tscnc-hf[eval])")
