@@ -244,6 +244,10 @@ template <int... I>
 inline vec interleave_high(vec a, vec b, Indices<I...>) {
   return __builtin_shufflevector(a, b, (I / 2 + LANES / 2 + (I % 2) * LANES)...);
 }
+template <int... I>
+inline vec even_lanes(vec a, vec b, Indices<I...>) {
+  return __builtin_shufflevector(a, b, (2 * I)...);
+}
 
 // A square of LANES x LANES in registers: log2(LANES) perfect shuffles.
 inline __attribute__((always_inline)) void transpose_square(vec (&r)[LANES]) {
@@ -444,15 +448,16 @@ struct Planes {
 class PlaneFiller {
  public:
   PlaneFiller(const Shape& shape, const Strides& strides) : s(shape), planes(shape), in(strides) {
-    flat_ = s.stride_y == 1 && s.stride_x == 1 && in.x == 1 && in.y == s.width && in.c == s.height * s.width &&
-            s.out_width == s.width;
-    if (!flat_) return;
+    const bool plain = in.x == 1 && in.y == s.width && in.c == s.height * s.width;
+    flat_ = plain && s.stride_y == 1 && s.stride_x == 1 && s.out_width == s.width;
+    halved_ = plain && s.stride_x == 2;
+    if (!flat_ && !halved_) return;
     // which columns are inside, for each column of the kernel and each place where a vector may begin in a row
-    period_ = s.width / std::gcd<int64_t>(s.width, LANES);
+    period_ = flat_ ? s.width / std::gcd<int64_t>(s.width, LANES) : (s.out_width + LANES - 1) / LANES;
     masks_.resize(s.kernel_width * period_ * LANES);
     for (int64_t kx = 0; kx < s.kernel_width; ++kx)
       for (int64_t i = 0; i < period_ * LANES; ++i) {
-        const int64_t x = i % s.width + shift(kx);
+        const int64_t x = (flat_ ? i % s.width : i * 2) + shift(kx);
         masks_[kx * period_ * LANES + i] = x >= 0 && x < s.width ? -1 : 0;
       }
   }
@@ -464,6 +469,8 @@ class PlaneFiller {
         for (int64_t phase = 0; phase < planes.phases; ++phase, to += planes.plane)
           if (flat_)
             fill_flat(image, c, kx, first, last, to);
+          else if (halved_)
+            fill_halved(image, c, kx, phase, first, last, to);
           else
             fill_rows(image + c * in.c, kx, phase, first, last, to);
   }
@@ -492,6 +499,29 @@ class PlaneFiller {
     for (int64_t i = begin + count; i < last * s.width; i += LANES) store(to + i, vec{});
   }
 
+  // Every second column: the even ones of two vectors. What is more than a row is written over by the next one.
+  void fill_halved(const float* image, int64_t c, int64_t kx, int64_t phase, int64_t first, int64_t last,
+                   float* to) const {
+    const int64_t all = s.channels * in.c;
+    const int32_t* mask = masks_.data() + kx * period_ * LANES;
+    for (int64_t row = first; row < last; ++row) {
+      const int64_t y = row * s.stride_y + phase - s.padding_y;
+      float* target = to + row * s.out_width;
+      int64_t from = c * in.c + y * s.width + shift(kx);
+      for (int64_t x = 0; x < s.out_width; x += LANES, from += 2 * LANES) {
+        vec v{};
+        if (y >= 0 && y < s.height) {
+          if (from >= 0 && from + 2 * LANES <= all)
+            v = even_lanes(load(image + from), load(image + from + LANES), typename Count<LANES>::type());
+          else
+            for (int lane = 0; lane < LANES; ++lane)
+              if (from + 2 * lane >= 0 && from + 2 * lane < all) v[lane] = image[from + 2 * lane];
+        }
+        store(target + x, (vec)((ivec)v & *reinterpret_cast<const ivec_at*>(mask + x)));
+      }
+    }
+  }
+
   void fill_rows(const float* channel, int64_t kx, int64_t phase, int64_t first, int64_t last, float* to) const {
     const int64_t left = shift(kx), step = s.stride_x * in.x;
     const int64_t low = left >= 0 ? 0 : std::min(s.out_width, (-left + s.stride_x - 1) / s.stride_x);
@@ -517,7 +547,7 @@ class PlaneFiller {
   const Shape s;
   const Planes planes;
   const Strides in;
-  bool flat_;
+  bool flat_, halved_;
   int64_t period_ = 0;
   std::vector<int32_t> masks_;
 };
