@@ -11,7 +11,14 @@ import torch
 from torch import nn
 
 from tscnc_hf.inference import building
-from tscnc_hf.inference.layers import SparseConvBlock, SparseConvImages, SparseConvPixels, SparseLinear, SparseMLP
+from tscnc_hf.inference.layers import (
+    SparseChain,
+    SparseConvBlock,
+    SparseConvImages,
+    SparseConvPixels,
+    SparseLinear,
+    SparseMLP,
+)
 
 
 SANITIZERS = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer")
@@ -66,6 +73,14 @@ def drawn_conv(draw: random.Random):
     elif order == "gaps":
         x = torch.cat([x, x], dim=-1)[..., : size[1]]
     dense = layer
+    if isinstance(sparse, SparseConvPixels) and draw.random() < 0.4:
+        second = thin(nn.Conv2d(outputs, outputs, 1), draw)
+        last = SparseConvPixels(second, layer(x[:1]).shape[2:])
+        whole = SparseChain(nn.Sequential(sparse, last), [(sparse, 0, -1), (last, 1, 1)])
+
+        def dense(x):
+            return second(between := layer(x)) + between
+
     if isinstance(sparse, SparseConvImages) and draw.random() < 0.6:
         sides = layer(x[:1]).shape[2:]
         kernel, dilation = pair(1, 3), pair(1, 2)

@@ -213,6 +213,50 @@ class SparseConvPixels(SparseConv):
         )
 
 
+class SparseChain(nn.Module):
+    """
+    Convolutions of a block, one after another and with its residual sums, as one call: for few images, where a call
+    costs as much as what it computes.
+
+    Args:
+        block: what they are called in; its modules stay where they are.
+        steps: (layer, input, residual): which of what came before it gets, and adds: 0 is the block's own input,
+            1 what the first layer returns, and so on; -1 is no residual.
+    """
+
+    def __init__(self, block: nn.Module, steps: list[tuple[SparseConvPixels, int, int]]):
+        super().__init__()
+        for name, child in block.named_children():
+            self.add_module(name, child)
+        self.steps = tuple(steps)
+        self.size = steps[0][0].size
+        self.plan = [
+            number
+            for layer, source, residual in steps
+            for number in (source, residual, layer.in_channels, *layer.kernel_size, *layer.stride, *layer.padding,
+                           *layer.dilation, GROUP, ACTIVATIONS[layer.activation])
+        ]  # fmt: skip
+        self.eval()
+
+    @property
+    def weight(self) -> Tensor:
+        return self.steps[0][0].weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, in_channels of the first, h, w) to what the last layer returns."""
+        if self.training or x.requires_grad:
+            self.steps[0][0]._check(x)
+        if x.shape[2:] == self.size:
+            tensors = []
+            for layer, _, _ in self.steps:
+                tensors += layer._buffers["placed"], layer._buffers["rows"], layer._parameters["bias"]
+            return torch.ops.tscnc.chain.default(x, tensors, self.plan)
+        made = [x]
+        for layer, source, residual in self.steps:
+            made.append(layer(made[source], None if residual < 0 else made[residual]))
+        return made[-1]
+
+
 class SparseConvImages(SparseConv):
     """
     Images side by side in vectors, and innermost in memory, in what comes out as well: for many images.

@@ -187,6 +187,28 @@ Tensor sparse_conv_pixels(const Tensor& x, const Tensor& entries, const Tensor& 
   return y;
 }
 
+// Convolutions of pixels, each of `x` (0) or of what the one before it so many returned (1, 2, ...), in one call.
+// `tensors`: entries, rows and bias of each; `plan`: STEP numbers of each, as they are read here.
+constexpr int64_t STEP = 13;
+
+Tensor sparse_chain(const Tensor& x, at::TensorList tensors, at::IntArrayRef plan) {
+  const int64_t steps = tensors.size() / 3;
+  TORCH_CHECK(steps > 0 && tensors.size() % 3 == 0 && static_cast<int64_t>(plan.size()) == steps * STEP,
+              "a chain of ", tensors.size(), " tensors and ", plan.size(), " numbers: 3 and ", STEP,
+              " for each convolution are needed");
+  std::vector<Tensor> made{x};
+  for (int64_t step = 0; step < steps; ++step) {
+    const auto of = plan.slice(step * STEP, STEP);
+    const int64_t input = of[0], residual = of[1];
+    TORCH_CHECK(input >= 0 && input <= step && residual >= -1 && residual <= step, "convolution ", step,
+                " of a chain takes ", input, " and ", residual, ", which are none before it");
+    made.push_back(sparse_conv_pixels(made[input], tensors[step * 3], tensors[step * 3 + 1], tensors[step * 3 + 2],
+                                      residual < 0 ? std::nullopt : optional<Tensor>(made[residual]), of[2],
+                                      of.slice(3, 2), of.slice(5, 2), of.slice(7, 2), of.slice(9, 2), of[11], of[12]));
+  }
+  return made.back();
+}
+
 // (n, c, h, w) as it is called, with images innermost in memory.
 Tensor empty_innermost(int64_t n, int64_t c, int64_t h, int64_t w, const Tensor& like) {
   return at::empty_strided({n, c, h, w}, {1, h * w * n, w * n, n}, like.options());
@@ -286,6 +308,7 @@ TORCH_LIBRARY(tscnc, m) {
   m.def(
       "conv_pixels(Tensor x, Tensor entries, Tensor rows, Tensor? bias, Tensor? residual, int channels, int[] kernel, "
       "int[] stride, int[] padding, int[] dilation, int group, int activation) -> Tensor");
+  m.def("chain(Tensor x, Tensor[] tensors, int[] plan) -> Tensor");
   m.def(
       "conv_images(Tensor x, Tensor entries, Tensor rows, Tensor? bias, Tensor? residual, int channels, int[] kernel, "
       "int[] stride, int[] padding, int[] dilation, int[] tile, int block_channels, int group, int activation) -> "
@@ -302,6 +325,7 @@ TORCH_LIBRARY_IMPL(tscnc, CPU, m) {
   m.impl("linear", sparse_linear);
   m.impl("mlp", sparse_mlp);
   m.impl("conv_pixels", sparse_conv_pixels);
+  m.impl("chain", sparse_chain);
   m.impl("conv_images", sparse_conv_images);
   m.impl("conv_block", sparse_conv_block);
 }
