@@ -169,6 +169,7 @@ inline __attribute__((always_inline)) void accumulate(const char* tile, int64_t 
       for (int x = 0; x < NX; ++x) chains[k][y][x] = k ? vec{} : sums[y][x];
   auto one = [&](int k, const Entry& entry) __attribute__((always_inline)) {
     const char* p = tile + entry.offset;
+    asm("" : "+r"(p));  // else compilers add the tile's address to each distance: more than there are registers
     const vec value = broadcast(entry.value);
 #pragma GCC unroll 16
     for (int y = 0; y < NY; ++y)
