@@ -4,6 +4,7 @@ damaged one is an error, and no call touches memory that is not its own. `make t
 that AddressSanitizer is loaded into, with kernels that it and UndefinedBehaviorSanitizer watch.
 """
 
+import contextlib
 import random
 import sys
 
@@ -100,9 +101,19 @@ def drawn_conv(draw: random.Random):
     return sparse, whole, dense, x
 
 
+WILD = (-1, -4, 2**31 - 1, -(2**31), 10**7)
+
+
+def damage_unseen(layer: nn.Module, draw: random.Random) -> None:
+    """Numbers that change without torch's noticing: what comes out may be anything, but of memory that is ours."""
+    for packed in (layer.placed if isinstance(layer, SparseConvPixels) else layer.entries, layer.rows):
+        for _ in range(3 if packed.numel() else 0):
+            packed.data.view(-1)[draw.randrange(packed.numel())] = draw.choice(WILD)
+
+
 def damage(layer: nn.Module, x: torch.Tensor, draw: random.Random) -> None:
     """One number among offsets, rows or sizes that a kernel must not follow."""
-    wild = draw.choice([-1, -4, 2**31 - 1, -(2**31), 10**7])
+    wild = draw.choice(WILD)
     entries = layer.entries
     if isinstance(layer, SparseConvPixels):
         layer.size = tuple(x.shape[2:])
@@ -132,6 +143,9 @@ def fuzz(rounds: int, seed: int = 0) -> None:
             with torch.backends.mkldnn.flags(enabled=False):  # oneDNN crashes where all of a row is padding
                 expected = dense(x)
             assert torch.allclose(sparse(x), expected, rtol=1e-4, atol=2e-5), f"seed {seed}, round {number}: {sparse}"
+            damage_unseen(damaged, draw)
+            with contextlib.suppress(RuntimeError):
+                sparse(x)
             damage(damaged, x, draw)
             try:
                 sparse(x)

@@ -231,6 +231,26 @@ def test_training_mode_is_refused():
         SparseLinear(nn.Linear(6, 3)).train()(torch.randn(2, 6))
 
 
+def test_packed_weights_are_looked_at_again_when_they_change():
+    layer, x = nn.Linear(6, 3).requires_grad_(False), torch.randn(2, 6)
+    sparse = SparseLinear(layer)
+    for make in (lambda: torch.tensor([[[0, 0, 99]] * 3], dtype=torch.int32), lambda: sparse.rows.clone()):
+        for _ in range(50):  # in the memory of the ones before, often
+            right, sparse.rows = sparse.rows, make()
+            if (sparse.rows == right).all():
+                assert_close(sparse(x), in_float64(layer, x))
+                sparse.rows[0, 0, 0] = 3
+            with pytest.raises(RuntimeError, match="rows do not name|among the"):
+                sparse(x)
+            sparse.rows = right
+    with torch.inference_mode():  # in which tensors have no versions
+        fresh = SparseLinear(layer)
+        assert_close(fresh(x), in_float64(layer, x))
+        fresh.entries[:, 0] = 2**30
+        with pytest.raises(RuntimeError, match="outside the tile"):
+            fresh(x)
+
+
 def test_images_smaller_than_the_kernel_are_refused():
     for kernel in (SparseConvPixels(nn.Conv2d(1, 1, 5), (5, 5)), SparseConvImages(nn.Conv2d(1, 1, 5), (1, 1))):
         with pytest.raises(RuntimeError, match="smaller than the kernel"):

@@ -46,6 +46,8 @@ struct Matrix {
   const Entry* entries;
   const Row* rows;
   int64_t blocks, block_channels, inputs, outputs;
+  int64_t count;   // of entries
+  uint32_t limit;  // the largest offset that lies inside a tile: no entry is followed further, and no row
   const float* bias;  // of `outputs`, or null
 };
 
@@ -153,11 +155,17 @@ class Scratch {
   int64_t size_ = 0;
 };
 
+// A row that names an output and entries that there are, whatever it says.
+inline Row within(const Matrix& m, const Row& row) {
+  const int32_t end = std::clamp<int32_t>(row.end, 0, m.count);
+  return {std::clamp<int32_t>(row.output, 0, m.outputs - 1), std::clamp<int32_t>(row.begin, 0, end), end};
+}
+
 // sums[y][x] += value * the vector at tile + offset + y * pitch + x * step, over entries.
 // `step` is a number or, where it is known when this is compiled, std::integral_constant: fewer registers hold addresses.
 template <int NY, int NX, class Step>
-inline __attribute__((always_inline)) void accumulate(const char* tile, int64_t pitch, Step step, const Entry* e,
-                                                      const Entry* end, vec (&sums)[NY][NX]) {
+inline __attribute__((always_inline)) void accumulate(const char* tile, uint32_t limit, int64_t pitch, Step step,
+                                                      const Entry* e, const Entry* end, vec (&sums)[NY][NX]) {
   // few sums would wait for each other: several chains, added up in the end
   constexpr int CHAINS = NY * NX == 1 ? 4 : NY * NX <= 4 ? 2 : 1;
   vec chains[CHAINS][NY][NX];
@@ -168,7 +176,7 @@ inline __attribute__((always_inline)) void accumulate(const char* tile, int64_t 
 #pragma GCC unroll 16
       for (int x = 0; x < NX; ++x) chains[k][y][x] = k ? vec{} : sums[y][x];
   auto one = [&](int k, const Entry& entry) __attribute__((always_inline)) {
-    const char* p = tile + entry.offset;
+    const char* p = tile + std::min(static_cast<uint32_t>(entry.offset), limit);
     asm("" : "+r"(p));  // else compilers add the tile's address to each distance: more than there are registers
     const vec value = broadcast(entry.value);
 #pragma GCC unroll 16
@@ -205,8 +213,8 @@ inline __attribute__((always_inline)) void walk(const Matrix& m, int64_t first, 
     fill(block);
     const Row* rows = m.rows + block * m.outputs;
     for (int64_t i = first; i < last; ++i) {
-      const Row row = rows[i];
-      expect(block, rows[i + 1 < last ? i + 1 : i].output);
+      const Row row = within(m, rows[i]);
+      expect(block, within(m, rows[i + 1 < last ? i + 1 : i]).output);
       float* kept = partial + row.output * partial_pitch;
       vec sums[NY][NX];
       const vec start = broadcast(m.bias ? m.bias[row.output] : 0.0f);
@@ -214,7 +222,7 @@ inline __attribute__((always_inline)) void walk(const Matrix& m, int64_t first, 
       for (int y = 0; y < NY; ++y)
 #pragma GCC unroll 16
         for (int x = 0; x < NX; ++x) sums[y][x] = block ? load(kept + (y * NX + x) * LANES) : start;
-      accumulate<NY, NX>(tile, pitch, step, m.entries + row.begin, m.entries + row.end, sums);
+      accumulate<NY, NX>(tile, m.limit, pitch, step, m.entries + row.begin, m.entries + row.end, sums);
       if (block + 1 == m.blocks) {
         finish(row.output, sums);
       } else {

@@ -6,8 +6,9 @@
 #include <ATen/ops/empty_strided.h>
 #include <torch/library.h>
 
-#include <atomic>
+#include <mutex>
 #include <optional>
+#include <unordered_map>
 #include <vector>
 
 #include "kernels.h"
@@ -33,6 +34,62 @@ void check_activation(int64_t activation) {
   TORCH_CHECK(activation >= NONE && activation <= SILU, "activation ", activation, " is none of 0 to 3");
 }
 
+// What a walk through the entries and rows of a matrix has found.
+struct Found {
+  c10::weak_intrusive_ptr<c10::StorageImpl> entries, rows;  // while these are kept, no others get their addresses
+  const void *first_entry, *first_row;
+  int64_t entries_version, rows_version, count, blocks, outputs;
+  uint32_t furthest;
+};
+
+// The largest offset, as an unsigned number; an error where rows are not right.
+uint32_t walked(const Tensor& entries, const Tensor& rows) {
+  const int64_t blocks = rows.size(0), outputs = rows.size(1), count = entries.size(0);
+  const auto* entry = reinterpret_cast<const Entry*>(entries.const_data_ptr<int32_t>());
+  const auto* row = reinterpret_cast<const Row*>(rows.const_data_ptr<int32_t>());
+  uint32_t furthest = 0;  // a negative offset is a large one here
+  for (int64_t i = 0; i < count; ++i) furthest = std::max(furthest, static_cast<uint32_t>(entry[i].offset));
+  std::vector<bool> seen(outputs);
+  for (int64_t block = 0; block < blocks; ++block, row += outputs) {
+    seen.assign(outputs, false);
+    for (int64_t i = 0; i < outputs; ++i) {
+      TORCH_CHECK(row[i].output >= 0 && row[i].output < outputs && !seen[row[i].output],
+                  "rows do not name each of ", outputs, " outputs once");
+      TORCH_CHECK(row[i].begin >= 0 && row[i].begin <= row[i].end && row[i].end <= count,
+                  "a row's entries are not among the ", count);
+      seen[row[i].output] = true;
+    }
+  }
+  return furthest;
+}
+
+// As walked(), but once for tensors that have not changed since, as far as torch knows. It does not know of all: that no
+// memory is touched that is not a tile's or the output's does not rest on this, the kernels see to it (`limit`).
+uint32_t furthest_of(const Tensor& entries, const Tensor& rows) {
+  if (entries.is_inference() || rows.is_inference()) return walked(entries, rows);  // these have no version
+  static std::mutex mutex;
+  static std::unordered_map<const c10::StorageImpl*, Found> known;
+  const auto* key = entries.storage().unsafeGetStorageImpl();
+  const auto* other = rows.storage().unsafeGetStorageImpl();
+  const void *first_entry = entries.const_data_ptr(), *first_row = rows.const_data_ptr();
+  const int64_t entries_version = entries._version(), rows_version = rows._version();
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (const auto at = known.find(key); at != known.end()) {
+    const Found& f = at->second;
+    if (f.rows._unsafe_get_target() == other && f.first_entry == first_entry && f.first_row == first_row &&
+        f.entries_version == entries_version && f.rows_version == rows_version && f.count == entries.size(0) &&
+        f.blocks == rows.size(0) && f.outputs == rows.size(1))
+      return f.furthest;
+  }
+  const uint32_t furthest = walked(entries, rows);
+  for (auto at = known.begin(); at != known.end();)
+    at = at->second.entries.expired() || at->second.rows.expired() || at->first == key ? known.erase(at) : ++at;
+  known.emplace(key, Found{entries.storage().getWeakStorageImpl(), rows.storage().getWeakStorageImpl(), first_entry,
+                           first_row, entries_version, rows_version, entries.size(0), rows.size(0), rows.size(1),
+                           furthest});
+  return furthest;
+}
+
 // `reach`: bytes of a tile from an entry's offset that are read; `size`: bytes of a whole tile.
 Matrix checked(const Tensor& entries, const Tensor& rows, const optional<Tensor>& bias, int64_t inputs,
                int64_t block_channels, int64_t reach, int64_t size) {
@@ -49,30 +106,12 @@ Matrix checked(const Tensor& entries, const Tensor& rows, const optional<Tensor>
     TORCH_CHECK(bias->device().is_cpu() && bias->scalar_type() == at::kFloat && bias->is_contiguous() &&
                     bias->dim() == 1 && bias->size(0) == outputs,
                 "bias: a contiguous float32 (", outputs, ") on the CPU is needed, this is ", bias->sizes());
-  const auto* entry = reinterpret_cast<const Entry*>(entries.const_data_ptr<int32_t>());
-  const auto* row = reinterpret_cast<const Row*>(rows.const_data_ptr<int32_t>());
   TORCH_CHECK(size >= reach && size <= INT32_MAX, "a tile of ", size, " bytes is too large or too small");
   const uint32_t limit = static_cast<uint32_t>(size - reach);
-  std::atomic<bool> inside{true};
-  at::parallel_for(0, count, 1 << 14, [&](int64_t from, int64_t to) {
-    uint32_t furthest = 0;  // a negative offset is a large one here
-    for (int64_t i = from; i < to; ++i) furthest = std::max(furthest, static_cast<uint32_t>(entry[i].offset));
-    if (from < to && furthest > limit) inside = false;
-  });
-  TORCH_CHECK(inside, "an offset lies outside the tile of ", size, " bytes");
-  std::vector<bool> seen(outputs);
-  for (int64_t block = 0; block < blocks; ++block, row += outputs) {
-    seen.assign(outputs, false);
-    for (int64_t i = 0; i < outputs; ++i) {
-      TORCH_CHECK(row[i].output >= 0 && row[i].output < outputs && !seen[row[i].output],
-                  "rows do not name each of ", outputs, " outputs once");
-      TORCH_CHECK(row[i].begin >= 0 && row[i].begin <= row[i].end && row[i].end <= count,
-                  "a row's entries are not among the ", count);
-      seen[row[i].output] = true;
-    }
-  }
-  return {entry, reinterpret_cast<const Row*>(rows.const_data_ptr<int32_t>()), blocks, block_channels, inputs, outputs,
-          bias ? bias->const_data_ptr<float>() : nullptr};
+  TORCH_CHECK(furthest_of(entries, rows) <= limit, "an offset lies outside the tile of ", size, " bytes");
+  return {reinterpret_cast<const Entry*>(entries.const_data_ptr<int32_t>()),
+          reinterpret_cast<const Row*>(rows.const_data_ptr<int32_t>()), blocks, block_channels, inputs, outputs, count,
+          limit, bias ? bias->const_data_ptr<float>() : nullptr};
 }
 
 void check_group(int64_t group) { TORCH_CHECK(group > 0, "group ", group, " is not positive"); }
