@@ -114,10 +114,10 @@ def profile(model: nn.Module, x: Tensor) -> str:
     fast(x)
     for hook in hooks:
         hook.remove()
-    small = SparseLinear(nn.Linear(16, 16))
-    calls = {"all": lambda: fast(x), "small": lambda: small(torch.ones(1, 16))}
+    small, few = SparseLinear(nn.Linear(16, 16)), torch.ones(1, 16)
+    calls = {"all": lambda: fast(x), "small": lambda: small(few)}
     calls |= {m: lambda m=m, g=given, k=named: m(*g, **k) for m, (given, named) in found.items()}
-    took = {name: timing.median * 1e3 for name, timing in interleaved(calls, 8, burst=0.01).items()}
+    took = {name: timing.median * 1e3 for name, timing in interleaved(calls, 8, burst=0.03).items()}
     best, alike = peak(torch.get_num_threads()), {}
     for module, (given, named) in found.items():
         layers = list(parts(module, given, named))
