@@ -3,23 +3,35 @@ What zeros gain at inference on a CPU: `make bench-inference`, on an idle machin
 
 A ResNet-18 (32 px, stride-1 stem) and a ViT-S/4 whose weights are pruned by magnitude, each layer alike but for the
 first and the last, in every runtime that is installed; all in turns, outputs compared first. "Over the best" is the
-median of the fastest other runtime over that of `sparse_compile`.
+median of the fastest other runtime over that of `sparse_compile`. With `--profile`, instead, where the time of a
+compiled model goes: for the layers of each kind the multiply-adds, beside the peak that a loop of nothing else reaches
+here, and the bytes that a call walks through.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
+import math
 import platform
+import subprocess
 import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from tscnc_hf import sparse_compile
+from tscnc_hf.inference.layers import SparseChain, SparseLayer, SparseLinear
 from tscnc_hf.inference.runtimes.benchmark import measure_latency
 from tscnc_hf.inference.runtimes.installed import OURS, RUNTIMES
+from tscnc_hf.inference.timing import interleaved
 
 
 def resnet18() -> nn.Module:
@@ -49,6 +61,87 @@ def prune(model: nn.Module, zeros: float) -> nn.Module:
     return model
 
 
+LOOP = """
+typedef float vec __attribute__((vector_size(64)));
+extern "C" float loop(long count) {  // 16 chains: as many as hide the latency
+  vec sums[16], a = vec{} + 0.5f, b = vec{} + 0.25f;
+  for (int k = 0; k < 16; ++k) sums[k] = vec{} + 1.0f * k;  // else one of them is computed, for all
+  for (long i = 0; i < count; ++i)
+#pragma GCC unroll 16
+    for (int k = 0; k < 16; ++k) sums[k] = sums[k] * a + b;
+  float all = 0;
+  for (int k = 0; k < 16; ++k) all += sums[k][0];
+  return all;
+}
+"""
+
+
+def peak(threads: int, count: int = 10_000_000) -> float:
+    """Multiply-adds of numbers a second in registers, in 1e9, the best of five."""
+    with tempfile.TemporaryDirectory() as folder:
+        source, library = Path(folder, "loop.cpp"), Path(folder, "loop.so")
+        source.write_text(LOOP, encoding="utf-8")
+        flags = ["-O3", "-march=native", "-mprefer-vector-width=512", "-Wno-psabi", "-shared", "-fPIC"]
+        subprocess.run(["c++", *flags, "-o", library, source], check=True)
+        loop = ctypes.CDLL(str(library)).loop
+    loop.argtypes, loop.restype = [ctypes.c_long], ctypes.c_float
+    rates = []
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in range(5):
+            start = time.perf_counter()
+            list(pool.map(loop, [count] * threads))
+            rates.append(count * 16 * 16 * threads / (time.perf_counter() - start) / 1e9)
+    return max(rates)
+
+
+def parts(module: nn.Module, given: tuple, named: dict) -> Iterator[tuple[SparseLayer, int]]:
+    """The sparse layers that a call computes, and how many outputs each has for one row of its weights."""
+    made = [given[0]]
+    for layer, source, residual in module.steps if isinstance(module, SparseChain) else [(module, 0, -1)]:
+        made.append(layer(made[source], made[residual]) if residual >= 0 else layer(made[source]))
+        yield layer, made[-1].numel() // layer.rows.shape[1]
+
+
+@torch.no_grad()
+def profile(model: nn.Module, x: Tensor) -> str:
+    fast, found = sparse_compile(model, x), {}
+
+    def seen(module: nn.Module, given: tuple, named: dict) -> None:
+        found[module] = given, named
+
+    layers = [module for module in fast.modules() if isinstance(module, (SparseLayer, SparseChain))]
+    hooks = [layer.register_forward_pre_hook(seen, with_kwargs=True) for layer in layers]
+    fast(x)
+    for hook in hooks:
+        hook.remove()
+    small, few = SparseLinear(nn.Linear(16, 16)), torch.ones(1, 16)
+    calls = {"all": lambda: fast(x), "small": lambda: small(few)}
+    calls |= {m: lambda m=m, g=given, k=named: m(*g, **k) for m, (given, named) in found.items()}
+    took = {name: timing.median * 1e3 for name, timing in interleaved(calls, 8, burst=0.03).items()}
+    best, alike = peak(torch.get_num_threads()), {}
+    for module, (given, named) in found.items():
+        layers = list(parts(module, given, named))
+        key = tuple(given[0].shape), len(layers), layers[-1][0].rows.shape[1]
+        alike.setdefault(key, []).append((module, layers))
+    lines = ["| input | layers x calls | million multiply-adds | us | of the peak | weights, KB | activations, KB |"]
+    lines.append("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
+    for (shape, count, _), group in alike.items():
+        work = sum(len(layer.entries) * outputs for _, layers in group for layer, outputs in layers) / 1e6
+        us = sum(took[module] for module, _ in group)
+        weights = sum(layer.entries.numel() * 4 for _, layers in group for layer, _ in layers) / 1e3
+        outputs = [layer.rows.shape[1] * outputs for _, layers in group for layer, outputs in layers]
+        lines.append(
+            f"| {tuple(shape)} | {count} x {len(group)} | {work:.1f} | {us:.0f} | {work * 1e3 / us / best:.0%} | "
+            f"{weights:.0f} | {(math.prod(shape) * len(group) + sum(outputs)) * 4 / 1e3:.0f} |"
+        )
+    alone = sum(took[module] for module in found)
+    lines.append(
+        f"\nPeak: {best:.0f} billion multiply-adds a second. The whole model: {took['all']:.0f} us; its sparse layers "
+        f"alone: {alone:.0f} us in {len(found)} calls; a call that computes next to nothing: {took['small']:.1f} us."
+    )
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
@@ -57,6 +150,7 @@ def main() -> None:
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--runtimes", nargs="+", default=list(RUNTIMES))
     parser.add_argument("--seconds", type=float, default=15.0, help="for each batch size")
+    parser.add_argument("--profile", action="store_true", help="where the time of a compiled model goes")
     parser.add_argument("--json", type=Path, help="file for all figures")
     args = parser.parse_args()
     print(f"torch {torch.__version__}, {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}\n")
@@ -67,6 +161,12 @@ def main() -> None:
             torch.manual_seed(0)
             model = prune(MODELS[name](), zeros).eval()
             for threads in args.threads:
+                if args.profile:
+                    torch.set_num_threads(threads)
+                    for batch in args.batches:
+                        print(f"{name}, {zeros:.0%} zeros, batch {batch}, {threads} threads\n", flush=True)
+                        print(profile(model, torch.rand(batch, 3, 32, 32)), "\n", flush=True)
+                    continue
                 report = measure_latency(
                     model, (3, 32, 32), args.batches, threads, args.runtimes, args.seconds,
                     say=lambda text: print(text, file=sys.stderr, flush=True),
@@ -80,6 +180,8 @@ def main() -> None:
                         f"| {name} | {zeros:.0%} | {threads} | {batch} | {ours.median_ms:.2f} | {best.median_ms:.2f} "
                         f"({best.runtime}) | {best.times_ours:.2f} |"
                     )
+    if args.profile:
+        return
     if report.left_out:
         print(f"Not installed: {', '.join(report.left_out)}.\n")
     print("\n".join(summary))

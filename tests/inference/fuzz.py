@@ -4,6 +4,7 @@ damaged one is an error, and no call touches memory that is not its own. `make t
 that AddressSanitizer is loaded into, with kernels that it and UndefinedBehaviorSanitizer watch.
 """
 
+import contextlib
 import random
 import sys
 
@@ -11,7 +12,14 @@ import torch
 from torch import nn
 
 from tscnc_hf.inference import building
-from tscnc_hf.inference.layers import SparseConvBlock, SparseConvImages, SparseConvPixels, SparseLinear, SparseMLP
+from tscnc_hf.inference.layers import (
+    SparseChain,
+    SparseConvBlock,
+    SparseConvImages,
+    SparseConvPixels,
+    SparseLinear,
+    SparseMLP,
+)
 
 
 SANITIZERS = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer")
@@ -66,6 +74,14 @@ def drawn_conv(draw: random.Random):
     elif order == "gaps":
         x = torch.cat([x, x], dim=-1)[..., : size[1]]
     dense = layer
+    if isinstance(sparse, SparseConvPixels) and draw.random() < 0.4:
+        second = thin(nn.Conv2d(outputs, outputs, 1), draw)
+        last = SparseConvPixels(second, layer(x[:1]).shape[2:])
+        whole = SparseChain(nn.Sequential(sparse, last), [(sparse, 0, -1), (last, 1, 1)])
+
+        def dense(x):
+            return second(between := layer(x)) + between
+
     if isinstance(sparse, SparseConvImages) and draw.random() < 0.6:
         sides = layer(x[:1]).shape[2:]
         kernel, dilation = pair(1, 3), pair(1, 2)
@@ -85,9 +101,19 @@ def drawn_conv(draw: random.Random):
     return sparse, whole, dense, x
 
 
+WILD = (-1, -4, 2**31 - 1, -(2**31), 10**7)
+
+
+def damage_unseen(layer: nn.Module, draw: random.Random) -> None:
+    """Numbers that change without torch's noticing: what comes out may be anything, but of memory that is ours."""
+    for packed in (layer.placed if isinstance(layer, SparseConvPixels) else layer.entries, layer.rows):
+        for _ in range(3 if packed.numel() else 0):
+            packed.data.view(-1)[draw.randrange(packed.numel())] = draw.choice(WILD)
+
+
 def damage(layer: nn.Module, x: torch.Tensor, draw: random.Random) -> None:
     """One number among offsets, rows or sizes that a kernel must not follow."""
-    wild = draw.choice([-1, -4, 2**31 - 1, -(2**31), 10**7])
+    wild = draw.choice(WILD)
     entries = layer.entries
     if isinstance(layer, SparseConvPixels):
         layer.size = tuple(x.shape[2:])
@@ -117,6 +143,9 @@ def fuzz(rounds: int, seed: int = 0) -> None:
             with torch.backends.mkldnn.flags(enabled=False):  # oneDNN crashes where all of a row is padding
                 expected = dense(x)
             assert torch.allclose(sparse(x), expected, rtol=1e-4, atol=2e-5), f"seed {seed}, round {number}: {sparse}"
+            damage_unseen(damaged, draw)
+            with contextlib.suppress(RuntimeError):
+                sparse(x)
             damage(damaged, x, draw)
             try:
                 sparse(x)

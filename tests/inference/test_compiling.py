@@ -284,31 +284,45 @@ def test_a_compiled_model_is_for_inference_only(always_sparse):
         fast.eval()(torch.randn(2, 3, 8, 8, requires_grad=True))
 
 
-@pytest.mark.parametrize("batch", [2, 16])
-def test_residual_sums_are_part_of_the_layer_before(batch, always_sparse):
+def only_kind(monkeypatch, kind):
+    choose = compiling.choose
+
+    def chosen(call, alike):
+        choice = choose(call, alike)
+        choice.kernels = {name: kernel for name, kernel in choice.kernels.items() if name == kind}
+        return choice
+
+    monkeypatch.setattr(compiling, "choose", chosen)
+
+
+@pytest.mark.parametrize("batch, kind", [(2, "pixels"), (16, "images")])
+def test_residual_sums_are_part_of_the_layer_before(batch, kind, always_sparse, monkeypatch):
+    only_kind(monkeypatch, kind)
     model = thinned(timm.create_model("resnet18", num_classes=10, channels=(8, 16, 24, 32)))
     x = torch.randn(batch, 3, 64, 64)
     fast = sparse_compile(model, x)
-    code = fast.layer1[0].code
-    assert "residual = downsample_1" in code and "add" not in code and "act2" not in code
-    assert "residual = " in fast.layer1[1].code
-    last = [module for module in fast.layer1[0].modules() if isinstance(module, SparseConv)][-1]
+    if kind == "pixels":  # a block is one call: both convolutions, and what is added
+        first, second, shortcut = fast.layer1[0].conv1, fast.layer1[0].conv2, fast.layer1[0].downsample[0]
+        assert set(fast.layer1[0].steps) == {(first, 0, -1), (shortcut, 0, -1), (second, 1, 2)}
+        assert fast.layer1[1].steps[1] == (fast.layer1[1].conv2, 1, 0)
+        last = second
+    else:
+        code = fast.layer1[0].code
+        assert "residual = downsample_0" in code and "add" not in code and "act2" not in code
+        assert "residual = " in fast.layer1[1].code
+        last = [module for module in fast.layer1[0].modules() if isinstance(module, SparseConv)][-1]
     assert last.activation == "relu" and model.layer1[0].act2 is not None
     assert_same(fast, model, x)
     assert_same(copy.deepcopy(fast), model, torch.randn(5, 3, 80, 64))
+    with torch.no_grad():
+        assert_same(torch.compile(fast, backend="aot_eager", fullgraph=True), model, x)
+        assert_same(torch.export.export(fast, (x,)).module(), model, x)
 
 
 def test_two_convolutions_of_a_block_are_one_call(always_sparse, monkeypatch):
     model = thinned(timm.create_model("resnet18", num_classes=10, channels=(8, 16, 24, 32)))
     x = torch.randn(16, 3, 64, 64)
-    choose = compiling.choose
-
-    def images_only(call, alike):
-        choice = choose(call, alike)
-        choice.kernels = {kind: kernel for kind, kernel in choice.kernels.items() if kind == "images"}
-        return choice
-
-    monkeypatch.setattr(compiling, "choose", images_only)
+    only_kind(monkeypatch, "images")
     fast = sparse_compile(model, x)
     block = fast.layer2[0]
     assert isinstance(block.conv1, SparseConvBlock) and isinstance(block.conv2, Absorbed)

@@ -7,7 +7,14 @@ import torch
 from torch import nn
 
 from tests.inference.fuzz import TILES, fuzz, thin
-from tscnc_hf.inference.layers import SparseConvBlock, SparseConvImages, SparseConvPixels, SparseLinear, SparseMLP
+from tscnc_hf.inference.layers import (
+    SparseChain,
+    SparseConvBlock,
+    SparseConvImages,
+    SparseConvPixels,
+    SparseLinear,
+    SparseMLP,
+)
 
 
 BATCHES = [1, 3, 16, 17, 64]
@@ -147,7 +154,53 @@ def test_only_a_second_convolution_of_stride_1_can_be_joined():
         SparseConvBlock(SparseConvImages(layer, (2, 2)), SparseConvImages(layer, (2, 2)))
 
 
+def small_chain():
+    convs = [thin(nn.Conv2d(*of), random.Random(0)) for of in ((4, 6, 3, 2, 1), (6, 6, 3, 1, 1), (4, 6, 1, 2))]
+    sizes = (9, 8), (5, 4), (9, 8)
+    first, second, shortcut = (SparseConvPixels(conv, size) for conv, size in zip(convs, sizes, strict=True))
+    second.activation = "relu"
+    steps = [(shortcut, 0, -1), (first, 0, -1), (second, 2, 1)]
+    return convs, SparseChain(nn.Sequential(first, second, shortcut), steps)
+
+
+def test_convolutions_of_a_block_as_one_call():
+    (first, second, shortcut), chain = small_chain()
+    for size in ((9, 8), (12, 7)):
+        x = torch.randn(3, 4, *size)
+        between = in_float64(first, x)
+        assert_close(chain(x), torch.relu(in_float64(second, between) + in_float64(shortcut, x)))
+    with pytest.raises(RuntimeError, match="no gradients"):
+        chain(x.requires_grad_())
+    with pytest.raises(RuntimeError, match="training mode"):
+        chain.train()(x.detach())
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda tensors, plan: (tensors[:-1], plan), "8 tensors and 39 numbers"),
+        (lambda tensors, plan: ([], []), "0 tensors"),
+        (lambda tensors, plan: (tensors, [1, *plan[1:]]), "takes 1 and -1, which are none before it"),
+        (lambda tensors, plan: (tensors, [0, 1, *plan[2:]]), "takes 0 and 1, which are none before it"),
+        (lambda tensors, plan: (tensors, [0, 0, *plan[2:]]), "residual is"),
+        (lambda tensors, plan: (tensors, [*plan[:-1], 7]), "activation 7"),
+    ],
+)
+def test_a_damaged_chain_is_refused(change, message):
+    _, chain = small_chain()
+    tensors = [tensor for layer, _, _ in chain.steps for tensor in (layer.placed, layer.rows, layer.bias)]
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.tscnc.chain(torch.randn(1, 4, 9, 8), *change(tensors, chain.plan))
+
+
 def test_shapes_for_compilers():
+    _, chain = small_chain()
+    tensors = [tensor for layer, _, _ in chain.steps for tensor in (layer.placed, layer.rows, layer.bias)]
+    torch.library.opcheck(
+        torch.ops.tscnc.chain.default,
+        (torch.randn(3, 4, 9, 8), tensors, chain.plan),
+        test_utils=("test_schema", "test_faketensor"),
+    )
     conv = thin(nn.Conv2d(4, 6, 3, 2, 1), random.Random(0))
     x = torch.randn(3, 4, 9, 8)
     for kernel in (SparseConvPixels(conv, (9, 8)), SparseConvImages(conv, (2, 2))):
@@ -176,6 +229,26 @@ def test_wrong_input_is_refused(x, message):
 def test_training_mode_is_refused():
     with pytest.raises(RuntimeError, match="training mode"):
         SparseLinear(nn.Linear(6, 3)).train()(torch.randn(2, 6))
+
+
+def test_packed_weights_are_looked_at_again_when_they_change():
+    layer, x = nn.Linear(6, 3).requires_grad_(False), torch.randn(2, 6)
+    sparse = SparseLinear(layer)
+    for make in (lambda: torch.tensor([[[0, 0, 99]] * 3], dtype=torch.int32), lambda: sparse.rows.clone()):
+        for _ in range(50):  # in the memory of the ones before, often
+            right, sparse.rows = sparse.rows, make()
+            if (sparse.rows == right).all():
+                assert_close(sparse(x), in_float64(layer, x))
+                sparse.rows[0, 0, 0] = 3
+            with pytest.raises(RuntimeError, match="rows do not name|among the"):
+                sparse(x)
+            sparse.rows = right
+    with torch.inference_mode():  # in which tensors have no versions
+        fresh = SparseLinear(layer)
+        assert_close(fresh(x), in_float64(layer, x))
+        fresh.entries[:, 0] = 2**30
+        with pytest.raises(RuntimeError, match="outside the tile"):
+            fresh(x)
 
 
 def test_images_smaller_than_the_kernel_are_refused():

@@ -10,7 +10,15 @@ import torch
 from torch import fx, nn
 
 from tscnc_hf.inference.following import activation_of, is_plain
-from tscnc_hf.inference.layers import Absorbed, SparseConv, SparseConvBlock, SparseConvImages, SparseLinear
+from tscnc_hf.inference.layers import (
+    Absorbed,
+    SparseChain,
+    SparseConv,
+    SparseConvBlock,
+    SparseConvImages,
+    SparseConvPixels,
+    SparseLinear,
+)
 
 
 MOST_LAYERS = 8  # sparse layers in a block: what has more is a stage or a whole network
@@ -51,9 +59,14 @@ def fuse_blocks(model: nn.Module, pair: Pair) -> int:
         absorbed = {}
         for node in list(graph.nodes):
             absorbed |= _fuse_pair(block, graph, node, lambda one, two, path=path: pair(path + one, path + two))
-        if found or absorbed:
+        steps = _steps(block, graph)
+        if found or absorbed or steps:
+            for node in list(graph.nodes):
+                if _module(block, node, _does_nothing) is not None:
+                    node.replace_all_uses_with(node.args[0])
+                    graph.erase_node(node)
             graph.lint()
-            made = fx.GraphModule(block, graph, type(block).__name__)
+            made = SparseChain(block, steps) if steps else fx.GraphModule(block, graph, type(block).__name__)
             for target, layer in absorbed.items():
                 made.add_submodule(target, Absorbed(layer))
             for key, value in vars(block).items():  # what others may ask a block for
@@ -130,6 +143,29 @@ def _fuse_pair(block: nn.Module, graph: fx.Graph, node: fx.Node, pair: Pair) -> 
     return {node.target: second}
 
 
+def _steps(block: nn.Module, graph: fx.Graph) -> list[tuple[SparseConvPixels, int, int]]:
+    """What `SparseChain` takes, if the block is nothing but two or more convolutions of pixels; else none."""
+    made: dict[fx.Node, int] = {}
+    steps: list[tuple[SparseConvPixels, int, int]] = []
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            if made:
+                return []
+            made[node] = 0
+        elif node.op == "output":
+            return steps if len(steps) > 1 and made.get(node.args[0]) == len(steps) else []
+        elif _module(block, node, _does_nothing) is not None:
+            made[node] = made[node.args[0]]
+        else:
+            layer = _module(block, node, lambda module: isinstance(module, SparseConvPixels))
+            given = [*node.args, *node.kwargs.values()]
+            if layer is None or len(node.args) != 1 or not {"residual"} >= set(node.kwargs):
+                return []
+            steps.append((layer, made[given[0]], made[given[1]] if len(given) > 1 else -1))
+            made[node] = len(steps)
+    return []
+
+
 def _behind(block: nn.Module, node: object) -> tuple[object, list[fx.Node]]:
     """What a node gets through modules that do nothing and that nothing else uses; and these, last first."""
     between = []
@@ -140,6 +176,8 @@ def _behind(block: nn.Module, node: object) -> tuple[object, list[fx.Node]]:
 
 
 def _does_nothing(module: nn.Module) -> bool:
+    if type(module) is nn.Sequential:  # of what a folded batch norm leaves
+        return all(_does_nothing(child) for child in module)
     return is_plain(module) and activation_of(module) == "none"
 
 

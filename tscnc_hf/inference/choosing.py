@@ -26,7 +26,7 @@ FEW_CHANNELS = 4  # a first layer among others that keep images innermost, whate
 FEATURES = 768  # times vectors of them: what is walked at a time stays in a first cache of 48 KB
 SECONDS = 0.03  # for all kernels of a layer
 TILES = ((1, 1), (2, 2), (2, 4), (2, 7), (2, 8), (4, 4))  # as in `with_tile` of kernels.h
-CACHES = (None, 1 << 16, 1 << 15)  # bytes that a block of a tile may take: all, half of a usual L2, L1
+CACHES = (None, 1 << 16, 1 << 15)  # bytes that a block of channels may take: all, some of a usual L2, L1
 
 
 @dataclass
@@ -99,7 +99,8 @@ def _candidates(call: Call) -> Iterator[nn.Module]:
                     yield SparseLinear(layer, vectors, block)
         return
     images, _, height, width = call.shape
-    yield SparseConvPixels(layer, (height, width))
+    for block in sorted({_plane_channels(layer, height, width, cache) for cache in CACHES}):
+        yield SparseConvPixels(layer, (height, width), block)
     if images >= lanes // 2:
         for tile in _tiles(layer, height, width)[:2]:
             for block in sorted({_block_channels(layer, tile, cache) for cache in CACHES}):
@@ -116,16 +117,26 @@ def _block_channels(layer: nn.Conv2d, tile: tuple[int, int], cache: int | None) 
     return min(layer.in_channels, most)
 
 
-def _tiles(layer: nn.Conv2d, height: int, width: int) -> list[tuple[int, int]]:
-    """Those that the kernels have, the largest first among those that waste least of an output."""
-    padding = conv_padding(layer)
-    out = [
+def _plane_channels(layer: nn.Conv2d, height: int, width: int, cache: int | None) -> int:
+    """Channels of which so many bytes are read for as many pixels of an output as are summed up at a time."""
+    rows, across = _out_size(layer, height, width)
+    pixels = min(rows * across, machine()[0] * machine()[1]) + (layer.kernel_size[0] - 1) * layer.dilation[0] * across
+    most = layer.in_channels if cache is None else max(8, cache // (layer.kernel_size[1] * pixels * 4))
+    return min(layer.in_channels, most)
+
+
+def _out_size(layer: nn.Conv2d, height: int, width: int) -> list[int]:
+    return [
         (side + 2 * p - (k - 1) * d - 1) // s + 1
         for side, k, s, p, d in zip(
-            (height, width), layer.kernel_size, layer.stride, padding, layer.dilation, strict=True
+            (height, width), layer.kernel_size, layer.stride, conv_padding(layer), layer.dilation, strict=True
         )
     ]
-    most = machine()[1]
+
+
+def _tiles(layer: nn.Conv2d, height: int, width: int) -> list[tuple[int, int]]:
+    """Those that the kernels have, the largest first among those that waste least of an output."""
+    out, most = _out_size(layer, height, width), machine()[1]
 
     def computed(tile: tuple[int, int]) -> int:
         return math.prod(-(-side // t) * t for side, t in zip(out, tile, strict=True))

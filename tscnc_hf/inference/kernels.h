@@ -46,6 +46,8 @@ struct Matrix {
   const Entry* entries;
   const Row* rows;
   int64_t blocks, block_channels, inputs, outputs;
+  int64_t count;   // of entries
+  uint32_t limit;  // the largest offset that lies inside a tile: no entry is followed further, and no row
   const float* bias;  // of `outputs`, or null
 };
 
@@ -153,11 +155,17 @@ class Scratch {
   int64_t size_ = 0;
 };
 
+// A row that names an output and entries that there are, whatever it says.
+inline Row within(const Matrix& m, const Row& row) {
+  const int32_t end = std::clamp<int32_t>(row.end, 0, m.count);
+  return {std::clamp<int32_t>(row.output, 0, m.outputs - 1), std::clamp<int32_t>(row.begin, 0, end), end};
+}
+
 // sums[y][x] += value * the vector at tile + offset + y * pitch + x * step, over entries.
 // `step` is a number or, where it is known when this is compiled, std::integral_constant: fewer registers hold addresses.
 template <int NY, int NX, class Step>
-inline __attribute__((always_inline)) void accumulate(const char* tile, int64_t pitch, Step step, const Entry* e,
-                                                      const Entry* end, vec (&sums)[NY][NX]) {
+inline __attribute__((always_inline)) void accumulate(const char* tile, uint32_t limit, int64_t pitch, Step step,
+                                                      const Entry* e, const Entry* end, vec (&sums)[NY][NX]) {
   // few sums would wait for each other: several chains, added up in the end
   constexpr int CHAINS = NY * NX == 1 ? 4 : NY * NX <= 4 ? 2 : 1;
   vec chains[CHAINS][NY][NX];
@@ -168,7 +176,8 @@ inline __attribute__((always_inline)) void accumulate(const char* tile, int64_t 
 #pragma GCC unroll 16
       for (int x = 0; x < NX; ++x) chains[k][y][x] = k ? vec{} : sums[y][x];
   auto one = [&](int k, const Entry& entry) __attribute__((always_inline)) {
-    const char* p = tile + entry.offset;
+    const char* p = tile + std::min(static_cast<uint32_t>(entry.offset), limit);
+    asm("" : "+r"(p));  // else compilers add the tile's address to each distance: more than there are registers
     const vec value = broadcast(entry.value);
 #pragma GCC unroll 16
     for (int y = 0; y < NY; ++y)
@@ -204,8 +213,8 @@ inline __attribute__((always_inline)) void walk(const Matrix& m, int64_t first, 
     fill(block);
     const Row* rows = m.rows + block * m.outputs;
     for (int64_t i = first; i < last; ++i) {
-      const Row row = rows[i];
-      expect(block, rows[i + 1 < last ? i + 1 : i].output);
+      const Row row = within(m, rows[i]);
+      expect(block, within(m, rows[i + 1 < last ? i + 1 : i]).output);
       float* kept = partial + row.output * partial_pitch;
       vec sums[NY][NX];
       const vec start = broadcast(m.bias ? m.bias[row.output] : 0.0f);
@@ -213,7 +222,7 @@ inline __attribute__((always_inline)) void walk(const Matrix& m, int64_t first, 
       for (int y = 0; y < NY; ++y)
 #pragma GCC unroll 16
         for (int x = 0; x < NX; ++x) sums[y][x] = block ? load(kept + (y * NX + x) * LANES) : start;
-      accumulate<NY, NX>(tile, pitch, step, m.entries + row.begin, m.entries + row.end, sums);
+      accumulate<NY, NX>(tile, m.limit, pitch, step, m.entries + row.begin, m.entries + row.end, sums);
       if (block + 1 == m.blocks) {
         finish(row.output, sums);
       } else {
@@ -243,6 +252,10 @@ inline vec interleave_low(vec a, vec b, Indices<I...>) {
 template <int... I>
 inline vec interleave_high(vec a, vec b, Indices<I...>) {
   return __builtin_shufflevector(a, b, (I / 2 + LANES / 2 + (I % 2) * LANES)...);
+}
+template <int... I>
+inline vec even_lanes(vec a, vec b, Indices<I...>) {
+  return __builtin_shufflevector(a, b, (2 * I)...);
 }
 
 // A square of LANES x LANES in registers: log2(LANES) perfect shuffles.
@@ -444,15 +457,16 @@ struct Planes {
 class PlaneFiller {
  public:
   PlaneFiller(const Shape& shape, const Strides& strides) : s(shape), planes(shape), in(strides) {
-    flat_ = s.stride_y == 1 && s.stride_x == 1 && in.x == 1 && in.y == s.width && in.c == s.height * s.width &&
-            s.out_width == s.width;
-    if (!flat_) return;
+    const bool plain = in.x == 1 && in.y == s.width && in.c == s.height * s.width;
+    flat_ = plain && s.stride_y == 1 && s.stride_x == 1 && s.out_width == s.width;
+    halved_ = plain && s.stride_x == 2;
+    if (!flat_ && !halved_) return;
     // which columns are inside, for each column of the kernel and each place where a vector may begin in a row
-    period_ = s.width / std::gcd<int64_t>(s.width, LANES);
+    period_ = flat_ ? s.width / std::gcd<int64_t>(s.width, LANES) : (s.out_width + LANES - 1) / LANES;
     masks_.resize(s.kernel_width * period_ * LANES);
     for (int64_t kx = 0; kx < s.kernel_width; ++kx)
       for (int64_t i = 0; i < period_ * LANES; ++i) {
-        const int64_t x = i % s.width + shift(kx);
+        const int64_t x = (flat_ ? i % s.width : i * 2) + shift(kx);
         masks_[kx * period_ * LANES + i] = x >= 0 && x < s.width ? -1 : 0;
       }
   }
@@ -464,6 +478,8 @@ class PlaneFiller {
         for (int64_t phase = 0; phase < planes.phases; ++phase, to += planes.plane)
           if (flat_)
             fill_flat(image, c, kx, first, last, to);
+          else if (halved_)
+            fill_halved(image, c, kx, phase, first, last, to);
           else
             fill_rows(image + c * in.c, kx, phase, first, last, to);
   }
@@ -492,6 +508,29 @@ class PlaneFiller {
     for (int64_t i = begin + count; i < last * s.width; i += LANES) store(to + i, vec{});
   }
 
+  // Every second column: the even ones of two vectors. What is more than a row is written over by the next one.
+  void fill_halved(const float* image, int64_t c, int64_t kx, int64_t phase, int64_t first, int64_t last,
+                   float* to) const {
+    const int64_t all = s.channels * in.c;
+    const int32_t* mask = masks_.data() + kx * period_ * LANES;
+    for (int64_t row = first; row < last; ++row) {
+      const int64_t y = row * s.stride_y + phase - s.padding_y;
+      float* target = to + row * s.out_width;
+      int64_t from = c * in.c + y * s.width + shift(kx);
+      for (int64_t x = 0; x < s.out_width; x += LANES, from += 2 * LANES) {
+        vec v{};
+        if (y >= 0 && y < s.height) {
+          if (from >= 0 && from + 2 * LANES <= all)
+            v = even_lanes(load(image + from), load(image + from + LANES), typename Count<LANES>::type());
+          else
+            for (int lane = 0; lane < LANES; ++lane)
+              if (from + 2 * lane >= 0 && from + 2 * lane < all) v[lane] = image[from + 2 * lane];
+        }
+        store(target + x, (vec)((ivec)v & *reinterpret_cast<const ivec_at*>(mask + x)));
+      }
+    }
+  }
+
   void fill_rows(const float* channel, int64_t kx, int64_t phase, int64_t first, int64_t last, float* to) const {
     const int64_t left = shift(kx), step = s.stride_x * in.x;
     const int64_t low = left >= 0 ? 0 : std::min(s.out_width, (-left + s.stride_x - 1) / s.stride_x);
@@ -517,7 +556,7 @@ class PlaneFiller {
   const Shape s;
   const Planes planes;
   const Strides in;
-  bool flat_;
+  bool flat_, halved_;
   int64_t period_ = 0;
   std::vector<int32_t> masks_;
 };

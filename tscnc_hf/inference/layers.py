@@ -47,7 +47,14 @@ class SparseLayer(nn.Module):
     def weight(self) -> Tensor:
         raise WeightIsRead(f"a {type(self).__name__} has no dense weight; take it from the uncompiled model", self)
 
+    def _packed(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Entries, rows and bias, without the detour of a module's attributes: a call is as short as that."""
+        buffers = self._buffers
+        return buffers["entries"], buffers["rows"], self._parameters["bias"]
+
     def _check(self, x: Tensor) -> None:
+        if not (self.training or x.requires_grad):
+            return
         if self.training:
             raise RuntimeError(
                 f"{type(self).__name__} is for inference, and this model is in training mode: call .eval(), or train "
@@ -86,8 +93,8 @@ class SparseLinear(SparseLayer):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """(..., in_features) to (..., out_features); `residual` is added before the activation."""
         self._check(x)
-        return torch.ops.tscnc.linear(
-            x, self.entries, self.rows, self.bias, residual, self.in_features, self.block_features, GROUP,
+        return torch.ops.tscnc.linear.default(
+            x, *self._packed(), residual, self.in_features, self.block_features, GROUP,
             self.vectors, ACTIVATIONS[self.activation],
         )  # fmt: skip
 
@@ -125,9 +132,9 @@ class SparseMLP(nn.Module):
         """(..., first.in_features) to (..., second.out_features)."""
         one, two = self.first, self.second
         one._check(x)
-        return torch.ops.tscnc.mlp(
-            x, one.entries, one.rows, one.bias, two.entries, two.rows, two.bias, None, one.in_features,
-            one.block_features, two.block_features, one.vectors, ACTIVATIONS[one.activation],
+        return torch.ops.tscnc.mlp.default(
+            x, *one._packed(), *two._packed(), None, one.in_features, one.block_features, two.block_features,
+            one.vectors, ACTIVATIONS[one.activation],
         )  # fmt: skip
 
 
@@ -207,10 +214,55 @@ class SparseConvPixels(SparseConv):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """(n, in_channels, h, w) to contiguous (n, out_channels, h', w'); `residual` is added before activation."""
         self._check(x)
-        entries = self.placed if tuple(x.shape[2:]) == self.size else self._placed(x.shape[2], x.shape[3])
-        return torch.ops.tscnc.conv_pixels(
-            x, entries, self.rows, self.bias, residual, *self._geometry(), GROUP, ACTIVATIONS[self.activation]
+        _, rows, bias = self._packed()
+        entries = self._buffers["placed"] if x.shape[2:] == self.size else self._placed(x.shape[2], x.shape[3])
+        return torch.ops.tscnc.conv_pixels.default(
+            x, entries, rows, bias, residual, *self._geometry(), GROUP, ACTIVATIONS[self.activation]
         )
+
+
+class SparseChain(nn.Module):
+    """
+    Convolutions of a block, one after another and with its residual sums, as one call: for few images, where a call
+    costs as much as what it computes.
+
+    Args:
+        block: what they are called in; its modules stay where they are.
+        steps: (layer, input, residual): which of what came before it gets, and adds: 0 is the block's own input,
+            1 what the first layer returns, and so on; -1 is no residual.
+    """
+
+    def __init__(self, block: nn.Module, steps: list[tuple[SparseConvPixels, int, int]]):
+        super().__init__()
+        for name, child in block.named_children():
+            self.add_module(name, child)
+        self.steps = tuple(steps)
+        self.size = steps[0][0].size
+        self.plan = [
+            number
+            for layer, source, residual in steps
+            for number in (source, residual, layer.in_channels, *layer.kernel_size, *layer.stride, *layer.padding,
+                           *layer.dilation, GROUP, ACTIVATIONS[layer.activation])
+        ]  # fmt: skip
+        self.eval()
+
+    @property
+    def weight(self) -> Tensor:
+        return self.steps[0][0].weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, in_channels of the first, h, w) to what the last layer returns."""
+        self.steps[0][0]._check(x)
+        if x.shape[2:] == self.size:
+            tensors = []
+            for layer, _, _ in self.steps:
+                _, rows, bias = layer._packed()
+                tensors += layer._buffers["placed"], rows, bias
+            return torch.ops.tscnc.chain.default(x, tensors, self.plan)
+        made = [x]
+        for layer, source, residual in self.steps:
+            made.append(layer(made[source], None if residual < 0 else made[residual]))
+        return made[-1]
 
 
 class SparseConvImages(SparseConv):
@@ -243,8 +295,8 @@ class SparseConvImages(SparseConv):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """(n, in_channels, h, w) to (n, out_channels, h', w'), n innermost; `residual` is added before."""
         self._check(x)
-        return torch.ops.tscnc.conv_images(
-            x, self.entries, self.rows, self.bias, residual, *self._geometry(), self.tile, self.block_channels, GROUP,
+        return torch.ops.tscnc.conv_images.default(
+            x, *self._packed(), residual, *self._geometry(), self.tile, self.block_channels, GROUP,
             ACTIVATIONS[self.activation],
         )  # fmt: skip
 
@@ -271,8 +323,8 @@ class SparseConvBlock(nn.Module):
         """As the first layer's, then the second's forward."""
         one, two = self.first, self.second
         one._check(x)
-        return torch.ops.tscnc.conv_block(
-            x, one.entries, one.rows, one.bias, two.entries, two.rows, two.bias, residual, *one._geometry(),
+        return torch.ops.tscnc.conv_block.default(
+            x, *one._packed(), *two._packed(), residual, *one._geometry(),
             two.kernel_size, two.padding, two.dilation, one.tile, one.block_channels, two.block_channels,
             ACTIVATIONS[one.activation], ACTIVATIONS[two.activation],
         )  # fmt: skip

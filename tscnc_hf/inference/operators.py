@@ -21,6 +21,7 @@ def machine() -> tuple[int, int, int]:
         ("linear", _linear),
         ("mlp", _mlp),
         ("conv_pixels", _conv_pixels),
+        ("chain", _chain),
         ("conv_images", _conv_images),
         ("conv_block", _conv_block),
     ):
@@ -48,6 +49,19 @@ def _conv_pixels(
     x: Tensor, entries: Tensor, rows: Tensor, bias, residual, channels, kernel, stride, padding, dilation, *rest
 ) -> Tensor:
     return x.new_empty(_sizes(x, rows, kernel, stride, padding, dilation))
+
+
+STEP = 13  # numbers of a convolution in a chain, as `sparse_chain` in ops.cpp reads them
+
+
+def _chain(x: Tensor, tensors: list[Tensor], plan: list[int]) -> Tensor:
+    made = [x]
+    for step in range(len(tensors) // 3):
+        source, _, channels, *rest = plan[step * STEP : (step + 1) * STEP]
+        geometry = [rest[i : i + 2] for i in range(0, 8, 2)]
+        entries, rows, bias = tensors[step * 3 : step * 3 + 3]
+        made.append(_conv_pixels(made[source], entries, rows, bias, None, channels, *geometry))
+    return made[-1]
 
 
 def _conv_images(

@@ -6,8 +6,9 @@
 #include <ATen/ops/empty_strided.h>
 #include <torch/library.h>
 
-#include <atomic>
+#include <mutex>
 #include <optional>
+#include <unordered_map>
 #include <vector>
 
 #include "kernels.h"
@@ -33,6 +34,62 @@ void check_activation(int64_t activation) {
   TORCH_CHECK(activation >= NONE && activation <= SILU, "activation ", activation, " is none of 0 to 3");
 }
 
+// What a walk through the entries and rows of a matrix has found.
+struct Found {
+  c10::weak_intrusive_ptr<c10::StorageImpl> entries, rows;  // while these are kept, no others get their addresses
+  const void *first_entry, *first_row;
+  int64_t entries_version, rows_version, count, blocks, outputs;
+  uint32_t furthest;
+};
+
+// The largest offset, as an unsigned number; an error where rows are not right.
+uint32_t walked(const Tensor& entries, const Tensor& rows) {
+  const int64_t blocks = rows.size(0), outputs = rows.size(1), count = entries.size(0);
+  const auto* entry = reinterpret_cast<const Entry*>(entries.const_data_ptr<int32_t>());
+  const auto* row = reinterpret_cast<const Row*>(rows.const_data_ptr<int32_t>());
+  uint32_t furthest = 0;  // a negative offset is a large one here
+  for (int64_t i = 0; i < count; ++i) furthest = std::max(furthest, static_cast<uint32_t>(entry[i].offset));
+  std::vector<bool> seen(outputs);
+  for (int64_t block = 0; block < blocks; ++block, row += outputs) {
+    seen.assign(outputs, false);
+    for (int64_t i = 0; i < outputs; ++i) {
+      TORCH_CHECK(row[i].output >= 0 && row[i].output < outputs && !seen[row[i].output],
+                  "rows do not name each of ", outputs, " outputs once");
+      TORCH_CHECK(row[i].begin >= 0 && row[i].begin <= row[i].end && row[i].end <= count,
+                  "a row's entries are not among the ", count);
+      seen[row[i].output] = true;
+    }
+  }
+  return furthest;
+}
+
+// As walked(), but once for tensors that have not changed since, as far as torch knows. It does not know of all: that no
+// memory is touched that is not a tile's or the output's does not rest on this, the kernels see to it (`limit`).
+uint32_t furthest_of(const Tensor& entries, const Tensor& rows) {
+  if (entries.is_inference() || rows.is_inference()) return walked(entries, rows);  // these have no version
+  static std::mutex mutex;
+  static std::unordered_map<const c10::StorageImpl*, Found> known;
+  const auto* key = entries.storage().unsafeGetStorageImpl();
+  const auto* other = rows.storage().unsafeGetStorageImpl();
+  const void *first_entry = entries.const_data_ptr(), *first_row = rows.const_data_ptr();
+  const int64_t entries_version = entries._version(), rows_version = rows._version();
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (const auto at = known.find(key); at != known.end()) {
+    const Found& f = at->second;
+    if (f.rows._unsafe_get_target() == other && f.first_entry == first_entry && f.first_row == first_row &&
+        f.entries_version == entries_version && f.rows_version == rows_version && f.count == entries.size(0) &&
+        f.blocks == rows.size(0) && f.outputs == rows.size(1))
+      return f.furthest;
+  }
+  const uint32_t furthest = walked(entries, rows);
+  for (auto at = known.begin(); at != known.end();)
+    at = at->second.entries.expired() || at->second.rows.expired() || at->first == key ? known.erase(at) : ++at;
+  known.emplace(key, Found{entries.storage().getWeakStorageImpl(), rows.storage().getWeakStorageImpl(), first_entry,
+                           first_row, entries_version, rows_version, entries.size(0), rows.size(0), rows.size(1),
+                           furthest});
+  return furthest;
+}
+
 // `reach`: bytes of a tile from an entry's offset that are read; `size`: bytes of a whole tile.
 Matrix checked(const Tensor& entries, const Tensor& rows, const optional<Tensor>& bias, int64_t inputs,
                int64_t block_channels, int64_t reach, int64_t size) {
@@ -49,30 +106,12 @@ Matrix checked(const Tensor& entries, const Tensor& rows, const optional<Tensor>
     TORCH_CHECK(bias->device().is_cpu() && bias->scalar_type() == at::kFloat && bias->is_contiguous() &&
                     bias->dim() == 1 && bias->size(0) == outputs,
                 "bias: a contiguous float32 (", outputs, ") on the CPU is needed, this is ", bias->sizes());
-  const auto* entry = reinterpret_cast<const Entry*>(entries.const_data_ptr<int32_t>());
-  const auto* row = reinterpret_cast<const Row*>(rows.const_data_ptr<int32_t>());
   TORCH_CHECK(size >= reach && size <= INT32_MAX, "a tile of ", size, " bytes is too large or too small");
   const uint32_t limit = static_cast<uint32_t>(size - reach);
-  std::atomic<bool> inside{true};
-  at::parallel_for(0, count, 1 << 14, [&](int64_t from, int64_t to) {
-    uint32_t furthest = 0;  // a negative offset is a large one here
-    for (int64_t i = from; i < to; ++i) furthest = std::max(furthest, static_cast<uint32_t>(entry[i].offset));
-    if (from < to && furthest > limit) inside = false;
-  });
-  TORCH_CHECK(inside, "an offset lies outside the tile of ", size, " bytes");
-  std::vector<bool> seen(outputs);
-  for (int64_t block = 0; block < blocks; ++block, row += outputs) {
-    seen.assign(outputs, false);
-    for (int64_t i = 0; i < outputs; ++i) {
-      TORCH_CHECK(row[i].output >= 0 && row[i].output < outputs && !seen[row[i].output],
-                  "rows do not name each of ", outputs, " outputs once");
-      TORCH_CHECK(row[i].begin >= 0 && row[i].begin <= row[i].end && row[i].end <= count,
-                  "a row's entries are not among the ", count);
-      seen[row[i].output] = true;
-    }
-  }
-  return {entry, reinterpret_cast<const Row*>(rows.const_data_ptr<int32_t>()), blocks, block_channels, inputs, outputs,
-          bias ? bias->const_data_ptr<float>() : nullptr};
+  TORCH_CHECK(furthest_of(entries, rows) <= limit, "an offset lies outside the tile of ", size, " bytes");
+  return {reinterpret_cast<const Entry*>(entries.const_data_ptr<int32_t>()),
+          reinterpret_cast<const Row*>(rows.const_data_ptr<int32_t>()), blocks, block_channels, inputs, outputs, count,
+          limit, bias ? bias->const_data_ptr<float>() : nullptr};
 }
 
 void check_group(int64_t group) { TORCH_CHECK(group > 0, "group ", group, " is not positive"); }
@@ -187,6 +226,28 @@ Tensor sparse_conv_pixels(const Tensor& x, const Tensor& entries, const Tensor& 
   return y;
 }
 
+// Convolutions of pixels, each of `x` (0) or of what the one before it so many returned (1, 2, ...), in one call.
+// `tensors`: entries, rows and bias of each; `plan`: STEP numbers of each, as they are read here.
+constexpr int64_t STEP = 13;
+
+Tensor sparse_chain(const Tensor& x, at::TensorList tensors, at::IntArrayRef plan) {
+  const int64_t steps = tensors.size() / 3;
+  TORCH_CHECK(steps > 0 && tensors.size() % 3 == 0 && static_cast<int64_t>(plan.size()) == steps * STEP,
+              "a chain of ", tensors.size(), " tensors and ", plan.size(), " numbers: 3 and ", STEP,
+              " for each convolution are needed");
+  std::vector<Tensor> made{x};
+  for (int64_t step = 0; step < steps; ++step) {
+    const auto of = plan.slice(step * STEP, STEP);
+    const int64_t input = of[0], residual = of[1];
+    TORCH_CHECK(input >= 0 && input <= step && residual >= -1 && residual <= step, "convolution ", step,
+                " of a chain takes ", input, " and ", residual, ", which are none before it");
+    made.push_back(sparse_conv_pixels(made[input], tensors[step * 3], tensors[step * 3 + 1], tensors[step * 3 + 2],
+                                      residual < 0 ? std::nullopt : optional<Tensor>(made[residual]), of[2],
+                                      of.slice(3, 2), of.slice(5, 2), of.slice(7, 2), of.slice(9, 2), of[11], of[12]));
+  }
+  return made.back();
+}
+
 // (n, c, h, w) as it is called, with images innermost in memory.
 Tensor empty_innermost(int64_t n, int64_t c, int64_t h, int64_t w, const Tensor& like) {
   return at::empty_strided({n, c, h, w}, {1, h * w * n, w * n, n}, like.options());
@@ -286,6 +347,7 @@ TORCH_LIBRARY(tscnc, m) {
   m.def(
       "conv_pixels(Tensor x, Tensor entries, Tensor rows, Tensor? bias, Tensor? residual, int channels, int[] kernel, "
       "int[] stride, int[] padding, int[] dilation, int group, int activation) -> Tensor");
+  m.def("chain(Tensor x, Tensor[] tensors, int[] plan) -> Tensor");
   m.def(
       "conv_images(Tensor x, Tensor entries, Tensor rows, Tensor? bias, Tensor? residual, int channels, int[] kernel, "
       "int[] stride, int[] padding, int[] dilation, int[] tile, int block_channels, int group, int activation) -> "
@@ -302,6 +364,7 @@ TORCH_LIBRARY_IMPL(tscnc, CPU, m) {
   m.impl("linear", sparse_linear);
   m.impl("mlp", sparse_mlp);
   m.impl("conv_pixels", sparse_conv_pixels);
+  m.impl("chain", sparse_chain);
   m.impl("conv_images", sparse_conv_images);
   m.impl("conv_block", sparse_conv_block);
 }
