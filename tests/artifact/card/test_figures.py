@@ -1,7 +1,9 @@
 import math
 import sys
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from tests.processes import run_command
 from tscnc_hf.artifact.card.figures import layer_figure, save_figure, short_names, training_figure
@@ -177,6 +179,15 @@ def test_png_is_written_whole_or_not_at_all(tmp_path):
     with pytest.raises(OSError, match="disk full"):
         save_figure(Broken(), path)
     assert path.read_bytes() == before and [p.name for p in path.parent.iterdir()] == ["layers.png"]
+
+
+def test_few_colours_make_a_small_file_that_looks_the_same(tmp_path):
+    figure = layer_figure(*report_dicts(vit_names(2)))
+    small, whole = (save_figure(figure, tmp_path / f"{photos}.png", photos) for photos in (False, True))
+    assert small.stat().st_size < 0.5 * whole.stat().st_size
+    with Image.open(small) as few, Image.open(whole) as all_colours:
+        far = np.abs(np.asarray(few.convert("RGB"), int) - np.asarray(all_colours.convert("RGB"), int))
+    assert far.max() <= 24 and far.mean() < 0.5  # of 255
 
 
 def test_pyplot_is_not_imported():

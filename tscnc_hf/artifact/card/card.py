@@ -131,7 +131,7 @@ def write_card(
     }
     drawn = {name: figure for name, figure in drawn.items() if figure is not None}
     for name, figure in drawn.items():
-        figures.save_figure(figure, folder / "figures" / f"{name}.png")
+        figures.save_figure(figure, folder / "figures" / f"{name}.png", photographs=name == "adversarial_examples")
 
     card_data = ModelCardData(
         library_name=None if module else "transformers",

@@ -239,8 +239,17 @@ def finish_panel(axes: Axes, title: str, label: str = "", legend: bool = False) 
     axes.tick_params(which="both", length=0, labelsize=8.5, labelcolor=MUTED)
 
 
-def save_figure(fig: Figure, path: str | os.PathLike[str]) -> Path:
-    """Write `fig` as a PNG (150 dots per inch); the file appears whole or not at all. Returns the path."""
+def save_figure(fig: Figure, path: str | os.PathLike[str], photographs: bool = False) -> Path:
+    """
+    Write `fig` as a PNG (150 dots per inch); the file appears whole or not at all. Returns the path. One without
+    photographs gets the 256 colours that suit it best, which makes the file a third as large.
+    """
     with atomic_file(path) as temporary:
         fig.savefig(temporary, format="png", dpi=150)
+        if not photographs:
+            from PIL import Image
+
+            with Image.open(temporary) as drawn:
+                few = drawn.convert("RGB").quantize(256, dither=Image.Dither.NONE)
+            few.save(temporary, format="png", optimize=True)
     return Path(path)
