@@ -267,6 +267,12 @@ def test_pack_in_place_and_with_rounded_values(capsys, folders, tmp_path):
     assert run(capsys, "pack", folder, "--value-dtype", "bf16", "--output", tmp_path / "small")[0] == 0
     assert {"config.json", PACKED, "preprocessor_config.json"} == set(contents(tmp_path / "small"))  # no old results
     assert as_json(capsys, "inspect", tmp_path / "small")["dtype"] == "float32"
+    (tmp_path / "small" / "results.json").write_text("{}")  # of weights that bf16 holds already: it is the same model
+    assert run(capsys, "unpack", tmp_path / "small")[0] == 0
+    assert run(capsys, "pack", tmp_path / "small", "--value-dtype", "bf16", "--output", tmp_path / "same")[0] == 0
+    assert contents(tmp_path / "same") == {
+        name: data for name, data in contents(tmp_path / "small").items() if name != "model.safetensors"
+    }
 
 
 def test_another_model_is_never_overwritten(capsys, folders):

@@ -86,7 +86,7 @@ def test_dense_twin_is_drawn_behind_and_named():
     assert len(markers(axes_of(figure, "condition"), "o")) == 2 * len(names)
     words = " ".join(text.get_text() for text in figure.texts)
     before, after = (s["median_effective_condition_number"] for s in (other["spectrum"], spectrum))
-    assert f"median effective condition number {format_kappa(after)} (dense twin: {format_kappa(before)})" in words
+    assert f"median effective condition number {format_kappa(after)} (dense: {format_kappa(before)})" in words
     assert format_percent(sparsity["sparsity"]) in words
 
 
