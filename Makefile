@@ -21,12 +21,25 @@ PYTEST := -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 FAST := tests/method tests/data tests/artifact --ignore tests/artifact/repository --ignore-glob '*shard*' \
 	--ignore-glob '*/test_slim*' --ignore tests/artifact/models/test_loading_models.py
 
-.PHONY: demo docs test test-launched test-fast test-oldest test-faults test-peers test-runtimes test-sanitizers lint bench bench-constraints bench-slimming \
+.PHONY: demo shelf shelf-digits docs test test-launched test-fast test-oldest test-faults test-peers test-runtimes test-sanitizers lint bench bench-constraints bench-slimming \
 	bench-adversary bench-peers bench-packing bench-pruning bench-training bench-inputs bench-inference bench-sweep clean
 
 demo: $(STAMP)
 	rm -rf outputs/vit-digits-demo/checkpoint-* outputs/vit-digits-demo-dense-twin/checkpoint-*  # of a demo before
 	$(BIN)/python recipes/vit_cifar10.py --config recipes/configs/vit_digits_demo.yaml
+
+# What is published of the folder FROM, packed, as recipes/models/NAME, with a card of what lies there; PACK: `tscnc pack --help`.
+shelf: $(STAMP)
+	test -n "$(FROM)" && test -n "$(NAME)"
+	rm -rf "recipes/models/$(NAME)"
+	$(BIN)/tscnc pack "$(FROM)" --output "recipes/models/$(NAME)" --compression zstd $(PACK)
+	$(BIN)/tscnc card "recipes/models/$(NAME)"
+
+shelf-digits: $(STAMP)
+	rm -rf outputs/vit-digits-90 outputs/vit-digits-90-dense-twin
+	$(BIN)/python recipes/vit_cifar10.py --config recipes/configs/vit_digits_demo.yaml \
+		--test_attacks clean pgd-20 autoattack --output_dir outputs/vit-digits-90
+	$(MAKE) shelf FROM=outputs/vit-digits-90 NAME=vit-digits-90
 
 test: $(STAMP)
 	$(BIN)/python $(PYTEST)

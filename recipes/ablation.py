@@ -20,7 +20,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 
 from tscnc_hf.artifact.card.formatting import format_kappa
-from tscnc_hf.cli.recipe import check_test, interruptible, load_data, parse, resume_point
+from tscnc_hf.cli.recipe import check_test, command_line, interruptible, load_data, parse, resume_point
 from tscnc_hf.cli.threads import set_cpu_threads
 from tscnc_hf.training.config import json_option
 from tscnc_hf.training.numbers import check_numbers
@@ -73,8 +73,8 @@ class AblationArguments:
             raise ValueError(f"value_dtype={self.value_dtype!r} packs with zstandard: pip install 'tscnc-hf[pack]'")
 
 
-def make_grid(config, data_arguments, arguments):
-    """The `Grid` of the options; data is read here, once a process."""
+def make_grid(config, data_arguments, arguments, command=None):
+    """The `Grid` of the options, which were typed as `command`; data is read here, once a process."""
     from transformers.utils.logging import disable_progress_bar
 
     from tscnc_hf.artifact.models.building import timm_model, vit_from_config
@@ -106,6 +106,7 @@ def make_grid(config, data_arguments, arguments):
         data_arguments.attack_precision,
         arguments.value_dtype,
         arguments.bundles,
+        command,
     )
 
 
@@ -166,7 +167,8 @@ def say(row: dict, done: int, total: int, start: float, begun: int) -> None:
 
 @interruptible()
 def main(args: list[str] | None = None) -> None:
-    config, data_arguments, arguments = options = parse(AblationArguments, args)
+    options = (*parse(AblationArguments, args), command_line())
+    config, data_arguments, arguments, _ = options
     if config.world_size > 1:
         raise SystemExit("error: each cell is one process; run several beside each other with --workers")
     if resume_point(config, data_arguments) not in (True, False):

@@ -267,6 +267,14 @@ def test_pack_in_place_and_with_rounded_values(capsys, folders, tmp_path):
     assert run(capsys, "pack", folder, "--value-dtype", "bf16", "--output", tmp_path / "small")[0] == 0
     assert {"config.json", PACKED, "preprocessor_config.json"} == set(contents(tmp_path / "small"))  # no old results
     assert as_json(capsys, "inspect", tmp_path / "small")["dtype"] == "float32"
+    (tmp_path / "small" / "results.json").write_text("{}")  # of weights that bf16 holds already: it is the same model
+    assert run(capsys, "unpack", tmp_path / "small")[0] == 0
+    assert run(capsys, "pack", tmp_path / "small", "--value-dtype", "bf16", "--output", tmp_path / "same")[0] == 0
+    assert set(contents(tmp_path / "small")) - set(contents(tmp_path / "same")) == {"model.safetensors"}
+    assert (tmp_path / "same" / "results.json").is_file()
+    assert run(capsys, "unpack", tmp_path / "same")[0] == 0
+    dense = [load_file(tmp_path / name / "model.safetensors") for name in ("small", "same")]
+    assert all(np.array_equal(dense[0][name], dense[1][name]) for name in dense[0].keys() | dense[1].keys())
 
 
 def test_another_model_is_never_overwritten(capsys, folders):

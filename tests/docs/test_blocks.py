@@ -57,10 +57,10 @@ def program(page: str, languages: tuple[str, ...]) -> str:
 
 @pytest.mark.parametrize("page", pages_to_run(PYTHON))
 def test_python_runs(page, tmp_path):
-    """From top to bottom, as a reader would paste it, in a folder where nothing is."""
+    """From top to bottom, as a reader would paste it, in a folder where nothing is but the shelf."""
     script, folder = tmp_path / Path(page).with_suffix(".py").name, tmp_path / "empty"
     script.write_text(program(page, PYTHON), encoding="utf-8")
-    folder.mkdir()
+    shutil.copytree(ROOT / "recipes" / "models", folder / "recipes" / "models")
     run_python([script], cwd=folder, environment=OFFLINE)
 
 

@@ -33,7 +33,7 @@ def write_page(
     if "curve" in results:
         save_figure(curve_figure(results["curve"]), folder / CURVE_FIGURE)
     if examples is not None:
-        save_figure(examples_figure(**examples), folder / EXAMPLES_FIGURE)
+        save_figure(examples_figure(**examples), folder / EXAMPLES_FIGURE, photographs=True)
 
 
 def _page(results: Mapping, class_names: Sequence[str] | None) -> str:

@@ -175,6 +175,15 @@ def test_load_snippets_are_python_and_need_transformers_alone(tmp_path):
     assert len(fast.body) == 2 and fast.body[0].names[0].name == "sparse_compile"
 
 
+def test_a_folder_without_dense_weights_is_loaded_from_its_packed_file(tmp_path):
+    text = write(tmp_path, sizes={"sparse_bytes": 160_000, "limit_bytes": 150_000}).read_text(encoding="utf-8")
+    packed, fast = (ast.parse(code) for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL))
+    names = [alias.name for statement in packed.body[:2] for alias in statement.names]
+    assert names == ["AutoImageProcessor", "load_sparse"] and len(fast.body) == 2
+    assert "AutoModelForImageClassification" not in text and "tscnc unpack" in text
+    assert row(text, "packed, `model.sparse.safetensors`") == ["160 kB", ""]
+
+
 def test_settings_that_were_not_used_are_not_claimed(tmp_path):
     plain = {"objective": "natural", "adversary": "none", "tsc_weight": 0.0, "cnc_weight": 0.0, "target_sparsity": 0.0}
     card = ModelCard.load(write(tmp_path, config=plain))

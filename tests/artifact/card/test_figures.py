@@ -1,7 +1,9 @@
 import math
 import sys
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from tests.processes import run_command
 from tscnc_hf.artifact.card.figures import layer_figure, save_figure, short_names, training_figure
@@ -84,7 +86,7 @@ def test_dense_twin_is_drawn_behind_and_named():
     assert len(markers(axes_of(figure, "condition"), "o")) == 2 * len(names)
     words = " ".join(text.get_text() for text in figure.texts)
     before, after = (s["median_effective_condition_number"] for s in (other["spectrum"], spectrum))
-    assert f"median effective condition number {format_kappa(after)} (dense twin: {format_kappa(before)})" in words
+    assert f"median effective condition number {format_kappa(after)} (dense: {format_kappa(before)})" in words
     assert format_percent(sparsity["sparsity"]) in words
 
 
@@ -177,6 +179,15 @@ def test_png_is_written_whole_or_not_at_all(tmp_path):
     with pytest.raises(OSError, match="disk full"):
         save_figure(Broken(), path)
     assert path.read_bytes() == before and [p.name for p in path.parent.iterdir()] == ["layers.png"]
+
+
+def test_few_colours_make_a_small_file_that_looks_the_same(tmp_path):
+    figure = layer_figure(*report_dicts(vit_names(2)))
+    small, whole = (save_figure(figure, tmp_path / f"{photos}.png", photos) for photos in (False, True))
+    assert small.stat().st_size < 0.5 * whole.stat().st_size
+    with Image.open(small) as few, Image.open(whole) as all_colours:
+        far = np.abs(np.asarray(few.convert("RGB"), int) - np.asarray(all_colours.convert("RGB"), int))
+    assert far.max() <= 24 and far.mean() < 0.5  # of 255
 
 
 def test_pyplot_is_not_imported():

@@ -32,7 +32,7 @@ def folder(tmp_path, tiny_vit):
     save_sparse(model, folder)
     (folder / "README.md").write_text("---\nlicense: mit\n---\n# by hand\n")
     never = ("training_args.bin", "optimizer.pt", "_notes.txt", ".hidden", "checkpoint-3/model.safetensors")
-    for name in (*never, "state/evaluation.json"):
+    for name in (*never, "state/evaluation.json", "trained.safetensors"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(b"never")
     return folder

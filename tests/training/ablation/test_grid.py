@@ -287,7 +287,11 @@ def test_a_time_limit_ends_it_and_it_goes_on_from_there(ablation, tmp_path):
     check_results(results)
     check_results(json.loads((trained(tmp_path / "whole", "plain-0.5-s0").parent / "results.json").read_text()))
     assert zeros == results["sparsity"]["zeros"] > 0 and results["robustness"]["n"] == 12
-    assert "50.0 %" in (folder / "README.md").read_text() and (folder / "figures").is_dir()
+    dense = json.loads((trained(tmp_path, "dense-s0").parent / "results.json").read_text())
+    assert results["dense"] == dense and "dense" not in dense
+    card = (folder / "README.md").read_text()
+    assert "50.0 %" in card and "| | dense | this model |" in card and (folder / "figures").is_dir()
+    assert "```bash\npython " in card  # what was typed
 
 
 @pytest.mark.launched

@@ -131,7 +131,7 @@ def write_card(
     }
     drawn = {name: figure for name, figure in drawn.items() if figure is not None}
     for name, figure in drawn.items():
-        figures.save_figure(figure, folder / "figures" / f"{name}.png")
+        figures.save_figure(figure, folder / "figures" / f"{name}.png", photographs=name == "adversarial_examples")
 
     card_data = ModelCardData(
         library_name=None if module else "transformers",
@@ -167,6 +167,7 @@ def write_card(
         command=formatting.wrapped_command(without_paths(command)) if command else "",
         sizes=size_table(sizes) if sizes else [],
         packed=bool(sizes) and 0 < sizes.get("sparse_bytes", 0) < sizes.get("dense_bytes", math.inf),
+        packed_only=bool(sizes) and "sparse_bytes" in sizes and "dense_bytes" not in sizes,
         own_widths=own_widths,
         module=module,
         value_dtype=value_dtype,

@@ -150,7 +150,7 @@ def _draw_condition_numbers(axes: Axes, names: Sequence[str], matrices: Mapping,
     for points, label, look in (
         (whole, "full rank", dict(marker="o", ms=6.5, color=BLUE, mec="white", mew=0.8, zorder=5)),
         (short, "rank deficient (over the non-zero part)", dict(marker="D", ms=6, mfc="white", mec=ORANGE, mew=1.6)),
-        (twins, "dense twin", dict(marker="o", ms=4.5, color=GREY, zorder=3)),
+        (twins, "dense", dict(marker="o", ms=4.5, color=GREY, zorder=3)),
     ):
         if points:
             axes.plot(*zip(*points, strict=True), label=label, **{"ls": "", "zorder": 5} | look)
@@ -175,7 +175,7 @@ def _headline(fig: Figure, sparsity: Mapping, spectrum: Mapping, dense: Mapping 
     title = f"{format_percent(sparsity['sparsity'])} sparse, median effective condition number {median}"
     before = ((dense or {}).get("spectrum") or {}).get("median_effective_condition_number")
     if before is not None:
-        title += f" (dense twin: {format_kappa(before)})"
+        title += f" (dense: {format_kappa(before)})"
     facts = [
         f"{len(spectrum['rows'])} matrices in {len(by_layer(spectrum))} layers",
         f"largest effective condition number {format_kappa(spectrum.get('max_effective_condition_number'))}",
@@ -239,8 +239,17 @@ def finish_panel(axes: Axes, title: str, label: str = "", legend: bool = False) 
     axes.tick_params(which="both", length=0, labelsize=8.5, labelcolor=MUTED)
 
 
-def save_figure(fig: Figure, path: str | os.PathLike[str]) -> Path:
-    """Write `fig` as a PNG (150 dots per inch); the file appears whole or not at all. Returns the path."""
+def save_figure(fig: Figure, path: str | os.PathLike[str], photographs: bool = False) -> Path:
+    """
+    Write `fig` as a PNG (150 dots per inch); the file appears whole or not at all. Returns the path. One without
+    photographs gets the 256 colours that suit it best, which makes the file a third as large.
+    """
     with atomic_file(path) as temporary:
         fig.savefig(temporary, format="png", dpi=150)
+        if not photographs:
+            from PIL import Image
+
+            with Image.open(temporary) as drawn:
+                few = drawn.convert("RGB").quantize(256, dither=Image.Dither.NONE)
+            few.save(temporary, format="png", optimize=True)
     return Path(path)

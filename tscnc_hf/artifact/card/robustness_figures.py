@@ -25,7 +25,7 @@ def curve_figure(curve: Mapping[str, Any], dense: Mapping[str, Any] | None = Non
     axes = fig.subplots()
     lines = [(curve, BLUE, "o", "this model")]
     if dense is not None:
-        lines.insert(0, (dense, GREY, "s", "dense twin"))
+        lines.insert(0, (dense, GREY, "s", "dense"))
     for data, colour, marker, label in lines:
         radii = [255 * point["epsilon"] for point in data["points"]]
         low, high = ([point[side] for point in data["points"]] for side in ("low", "high"))

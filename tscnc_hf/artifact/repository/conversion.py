@@ -42,8 +42,8 @@ def pack(
         repository: from `open_repository`, with dense weights.
         output: another folder, which then gets everything but the dense weights; by default the file is written
             beside them.
-        compression, value_dtype: as in `save_sparse`. Rounded values make another model: it needs an `output`, which
-            gets neither the card nor the figures of this one.
+        compression, value_dtype: as in `save_sparse`. Where rounding changes a value, it makes another model, which
+            needs an `output`, and gets neither the card nor the figures of this one.
 
     Raises:
         FileExistsError: the output holds another model.
@@ -54,8 +54,10 @@ def pack(
     digest = config_digest(folder)
     with atomic_file(target / SPARSE_FILE) as temporary:
         write_sparse_file(tensors, temporary, compression=compression, value_dtype=value_dtype, config=digest)
-        _refuse_other_model(folder, target, read_sparse_file(temporary, digest))
-    left_out = (CARD_FILE, RESULTS_FILE, FIGURES_PAGE, "figures/") if value_dtype else ()
+        packed = read_sparse_file(temporary, digest)
+        _refuse_other_model(folder, target, packed)
+    rounded = value_dtype and not same_tensors(packed, tensors)
+    left_out = (CARD_FILE, RESULTS_FILE, FIGURES_PAGE, "figures/") if rounded else ()
     _copy_side_files(folder, target, left_out)
     return target / SPARSE_FILE
 

@@ -28,6 +28,7 @@ RESULTS_FILE = "results.json"
 FIGURES_PAGE = "robustness.md"
 METHOD_FILE = "tscnc_config.json"
 SHARD = re.compile(r"model-\d+-of-\d+\.safetensors$")
+TRAINED_FILE = "trained.safetensors"  # what other cells of an ablation start from
 STATE_FOLDER = "state"  # where an evaluation stands: of use to nobody but its next start
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 READABLE = ("*.json", "*.md", "*.txt", "figures/*", "LICENSE*")  # what a repository has beside its weights
@@ -127,13 +128,15 @@ def published_files(folder: str | os.PathLike) -> list[str]:
     card last.
 
     Left out are pickles (`.bin`, `.pt`, ... and so `training_args.bin` and optimizer states), hidden files and what
-    starts with "_", training checkpoints (`checkpoint-*`), and the state of an evaluation (`state/`).
+    starts with "_", training checkpoints (`checkpoint-*`), the state of an evaluation (`state/`), and what other
+    cells of an ablation start from (`trained.safetensors`).
     """
     folder, names = Path(folder), []
     for path in sorted(folder.rglob("*")):
         parts = path.relative_to(folder).parts
         hidden = any(part.startswith((".", "_")) for part in parts)
         kept = not hidden and not parts[0].startswith("checkpoint-") and parts[0] != STATE_FOLDER
+        kept = kept and parts != (TRAINED_FILE,)
         if kept and path.is_file() and path.suffix not in PICKLES:
             names.append("/".join(parts))
     return sorted(names, key=lambda name: (name == CARD_FILE, not name.endswith(".safetensors")))

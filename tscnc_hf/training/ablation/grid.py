@@ -19,6 +19,7 @@ from tscnc_hf.artifact.card.formatting import number
 from tscnc_hf.artifact.files.identity import RunIdentity
 from tscnc_hf.artifact.files.state import load_state, save_state
 from tscnc_hf.artifact.packed.file import VALUE_DTYPES
+from tscnc_hf.artifact.repository.opening import RESULTS_FILE, TRAINED_FILE, read_json
 from tscnc_hf.evaluation.run import as_published, evaluate
 from tscnc_hf.method.units.gates import fold_gates_
 from tscnc_hf.training.ablation.bundle import bundle
@@ -31,7 +32,6 @@ from tscnc_hf.training.trainer import TSCNCTrainer
 
 DENSE = "dense"
 DENSE_OPTIONS = {"target_sparsity": 0.0, "tsc_weight": 0.0, "cnc_weight": 0.0, "tsc_on": "weights"}
-TRAINED = "trained.safetensors"
 
 
 @dataclass(frozen=True)
@@ -119,6 +119,7 @@ class Grid:
         attack_precision: in which attacks search.
         value_dtype: "fp16" or "bf16": what each training gives is rounded to it, and packed so.
         bundles: where each measured cell's `bundle` is left, with `save_models`.
+        command: what was typed, for the cards.
     """
 
     config: TSCNCConfig
@@ -134,6 +135,7 @@ class Grid:
     attack_precision: str = "float32"
     value_dtype: str | None = None
     bundles: str | None = None
+    command: str | None = None
 
     def settings(self, cell: Cell) -> TSCNCConfig:
         """The options of the cell's training, but for its folder."""
@@ -187,11 +189,11 @@ class Grid:
             ValueError: the dense training that it starts from has not been run.
         """
         start, folder = time.perf_counter(), self.folder(cell)
-        config, trained = replace(self.settings(cell), output_dir=str(folder)), folder / TRAINED
+        config, trained = replace(self.settings(cell), output_dir=str(folder)), folder / TRAINED_FILE
         set_seed(config.seed)
         model, processor = self.build()
         if cell.pretraining is not None:
-            before = self.folder(self.dense(cell)) / TRAINED
+            before = self.folder(self.dense(cell)) / TRAINED_FILE
             if not before.exists():
                 raise ValueError(f"{cell.name} starts from {before}, which is not there: run the dense cells first")
             model.load_state_dict(load_state(before)[0])
@@ -209,7 +211,7 @@ class Grid:
                 round_(trainer.model, self.value_dtype)
             save_state(dict(trainer.model.state_dict()), trained)
         seconds = time.perf_counter() - start
-        figures = self.measure(trainer)
+        figures = self.measure(trainer, cell)
         if self.bundles:
             bundle(folder, self.bundles, cell.name)
         row = {"model": self.label, "arm": cell.arm, "sparsity": cell.sparsity, "seed": cell.seed}
@@ -217,7 +219,7 @@ class Grid:
         row |= {"parameters": sum(parameter.numel() for parameter in model.parameters())}
         return row | origin(trainer.args.device) | {"settings": self.fingerprint(cell)}
 
-    def measure(self, trainer: TSCNCTrainer) -> dict:
+    def measure(self, trainer: TSCNCTrainer, cell: Cell) -> dict:
         """
         The cell's figures, plain JSON types: accuracies as fractions, zeros among the prunable weights, all spectra.
         An evaluation that was cut off goes on.
@@ -245,9 +247,11 @@ class Grid:
                 progress=False,
             )
         if self.save_models:
+            if dense := self._dense_results(cell, results):
+                results["dense"] = dense
             trainer.publisher.results = results
-            rounded = {"value_dtype": self.value_dtype}
-            trainer.publisher.keep(class_names=self.data.class_names, dataset_name=self.data.name, **rounded)
+            about = {"class_names": self.data.class_names, "dataset_name": self.data.name}
+            trainer.publisher.keep(**about, value_dtype=self.value_dtype, command=self.command)
             trainer.save_model()
         robustness, spectrum = results["robustness"], results["spectrum"]
         return ({"collapsed": True} if results["collapsed"] else {}) | {
@@ -261,6 +265,14 @@ class Grid:
             "empty_matrices": sum(row["rank"] == 0 for row in spectrum["rows"]),
             "matrices": len(spectrum["rows"]),
         }
+
+    def _dense_results(self, cell: Cell, results: Mapping) -> dict:
+        """Of the dense network that the cell starts from, where it was measured alike; {} otherwise."""
+        found = {} if cell.pretraining is None else read_json(self.folder(self.dense(cell)) / RESULTS_FILE)
+        if not found:
+            return {}
+        own, other = (RunIdentity.from_dict(one["identity"]) for one in (results, found))
+        return {} if own.differences(other, ["options", "data"]) else found
 
 
 @torch.no_grad()
