@@ -6,6 +6,8 @@ STAMP := $(VENV)/.installed
 # Other libraries to compare with. In a folder of their own, without what they pin: torchattacks wants requests of 2020.
 PEERS := .peers
 RUNTIMES := .peers-runtimes
+# An environment of its own: it wants numpy below 2, and Python below 3.12.
+DEEPSPARSE := .peers-deepsparse
 RUNTIME_PACKAGES := onnx onnx_ir onnxscript onnxruntime openvino openvino-telemetry ml_dtypes flatbuffers protobuf
 PEER_PACKAGES := torchattacks==3.5.1 foolbox==3.3.4 eagerpy==0.30.0 GitPython gitdb smmap \
 	adversarial-robustness-toolbox==1.20.1 six
@@ -22,7 +24,7 @@ FAST := tests/method tests/data tests/artifact --ignore tests/artifact/repositor
 	--ignore-glob '*/test_slim*' --ignore tests/artifact/models/test_loading_models.py
 
 .PHONY: demo shelf shelf-digits docs test test-launched test-fast test-oldest test-faults test-peers test-runtimes test-sanitizers lint bench bench-constraints bench-slimming \
-	bench-adversary bench-peers bench-packing bench-pruning bench-training bench-inputs bench-inference bench-sweep clean
+	bench-adversary bench-peers bench-packing bench-pruning bench-training bench-inputs bench-inference bench-deepsparse bench-sweep clean
 
 demo: $(STAMP)
 	rm -rf outputs/vit-digits-demo/checkpoint-* outputs/vit-digits-demo-dense-twin/checkpoint-*  # of a demo before
@@ -87,6 +89,9 @@ bench-peers: $(STAMP) $(PRUNING_PEERS)/.installed
 bench-inference: $(STAMP) $(RUNTIMES)/.installed
 	PYTHONPATH=$(RUNTIMES) $(BIN)/python tests/benchmarks/inference.py
 
+bench-deepsparse: $(STAMP) $(RUNTIMES)/.installed $(DEEPSPARSE)/.installed
+	PYTHONPATH=$(RUNTIMES):$(CURDIR) $(BIN)/python tests/benchmarks/inference_deepsparse.py --python $(DEEPSPARSE)/bin/python
+
 # Whether a compiled model is ever slower than what it was made from: about half an hour.
 bench-sweep: $(STAMP)
 	$(BIN)/python tests/benchmarks/inference_sweep.py
@@ -142,5 +147,10 @@ $(RUNTIMES)/.installed: Makefile | $(STAMP)
 	$(BIN)/python -m pip install --quiet --upgrade --no-deps --target $(RUNTIMES) $(RUNTIME_PACKAGES)
 	touch $@
 
+$(DEEPSPARSE)/.installed: Makefile
+	$(PYTHON) -m venv $(DEEPSPARSE)
+	$(DEEPSPARSE)/bin/python -m pip install --quiet deepsparse==1.8.0
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(OLDEST) $(PEERS) $(PRUNING_PEERS) $(RUNTIMES) outputs build *.egg-info
+	rm -rf $(DEEPSPARSE) $(VENV) $(OLDEST) $(PEERS) $(PRUNING_PEERS) $(RUNTIMES) outputs build *.egg-info
