@@ -6,14 +6,14 @@ STAMP := $(VENV)/.installed
 # Other libraries to compare with. In a folder of their own, without what they pin: torchattacks wants requests of 2020.
 PEERS := .peers
 RUNTIMES := .peers-runtimes
-# An environment of its own: it wants numpy below 2, and Python below 3.12.
-DEEPSPARSE := .peers-deepsparse
 RUNTIME_PACKAGES := onnx onnx_ir onnxscript onnxruntime openvino openvino-telemetry ml_dtypes flatbuffers protobuf
 PEER_PACKAGES := torchattacks==3.5.1 foolbox==3.3.4 eagerpy==0.30.0 GitPython gitdb smmap \
 	adversarial-robustness-toolbox==1.20.1 six
 # nncf.strip imports torchao, which NNCF does not ask for; openvino-telemetry, which it asks for, is what it sends with.
 PRUNING_PEERS := .peers-pruning
 PRUNING_PEER_PACKAGES := nncf==3.4.0 torchao==0.18.0 pydot==4.0.1 tabulate==0.10.0 torch-pruning==1.6.1
+# An environment of its own: it wants numpy below 2, and Python below 3.12.
+DEEPSPARSE := .peers-deepsparse
 
 # The oldest versions that pyproject.toml allows, in a folder of their own. Python 3.11 and 3.12 have wheels of them.
 OLDEST := .venv-oldest
