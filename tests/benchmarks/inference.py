@@ -32,6 +32,7 @@ from tscnc_hf.inference.layers import SparseChain, SparseLayer, SparseLinear
 from tscnc_hf.inference.runtimes.benchmark import measure_latency
 from tscnc_hf.inference.runtimes.installed import OURS, RUNTIMES
 from tscnc_hf.inference.timing import interleaved
+from tscnc_hf.method.reports.flops import flops_report
 
 
 def resnet18() -> nn.Module:
@@ -135,8 +136,10 @@ def profile(model: nn.Module, x: Tensor) -> str:
             f"{weights:.0f} | {(math.prod(shape) * len(group) + sum(outputs)) * 4 / 1e3:.0f} |"
         )
     alone = sum(took[module] for module in found)
+    work = flops_report(model, tuple(x.shape[1:])).sparse_macs * len(x) / 1e6
     lines.append(
-        f"\nPeak: {best:.0f} billion multiply-adds a second. The whole model: {took['all']:.0f} us; its sparse layers "
+        f"\nPeak: {best:.0f} billion multiply-adds a second. The whole model: {took['all']:.0f} us, in which its "
+        f"{work:.0f} million multiply-adds but zeros are {work * 1e3 / took['all'] / best:.0%} of it; these layers "
         f"alone: {alone:.0f} us in {len(found)} calls; a call that computes next to nothing: {took['small']:.1f} us."
     )
     return "\n".join(lines)

@@ -327,7 +327,7 @@ def test_a_slot_that_is_killed_leaves_what_is_finished_and_is_attacked_without_t
         {"channels_last": "false", "bf16": "false", "sparsities": "0.9", "cpu_threads": 1},
     )
     given = TINY | smaller | {"results": back / "rows.jsonl", "bundles": back, "output_dir": tmp_path / "runs"}
-    given |= {"max_steps": 8, "eval_steps": 0.5, "save_steps": 0.5, "test_limit": 8} | NO_WORKERS
+    given |= {"max_steps": 8, "eval_steps": 0.5, "save_steps": 0.5, "test_limit": 8, "input_size": 32} | NO_WORKERS
     command = ["--config", str(CONFIGS / "slot_resnet18.yaml")]
     for name, value in given.items():
         command += [] if name in ("attack", "arms") else [f"--{name}", *(str(one) for one in words(name, value))]
