@@ -136,7 +136,7 @@ def profile(model: nn.Module, x: Tensor) -> str:
             f"{weights:.0f} | {(math.prod(shape) * len(group) + sum(outputs)) * 4 / 1e3:.0f} |"
         )
     alone = sum(took[module] for module in found)
-    work = flops_report(model, tuple(x.shape[1:])).sparse_macs * len(x) / 1e6
+    work = flops_report(model, tuple(x.shape)).sparse_macs / 1e6
     lines.append(
         f"\nPeak: {best:.0f} billion multiply-adds a second. The whole model: {took['all']:.0f} us, in which its "
         f"{work:.0f} million multiply-adds but zeros are {work * 1e3 / took['all'] / best:.0%} of it; these layers "
