@@ -60,6 +60,7 @@ def vit_from_config(
     num_attention_heads: int = 3,
     mlp_ratio: float = 2.0,
     dropout: float = 0.0,
+    attention: str | None = None,
     input_size: int | tuple[int, int] | None = None,
     interpolation: str = "bilinear",
 ) -> tuple[ViTForImageClassification, ViTImageProcessor]:
@@ -69,6 +70,9 @@ def vit_from_config(
     Args:
         image_size (`tuple[int, int]`): (h, w) of the images, which is where they are attacked.
         patch_size (`int` or `tuple[int, int]`): side, or height and width, of a patch in pixels of the input.
+        attention (`str`, *optional*): how transformers computes attention, "sdpa" (its default) or "eager". Torch's
+            kernel for sdpa is several times slower than eager backwards through bf16 on a CPU (torch 2.14). It is no
+            part of what is saved.
         input_size (*optional*): side, or (h, w), of what the model gets: its image processor resizes images to this
             size. By default that of the images.
         interpolation (`str`): of that resize: "nearest", "bilinear" or "bicubic".
@@ -98,6 +102,7 @@ def vit_from_config(
         intermediate_size=round(hidden_size * mlp_ratio),
         hidden_dropout_prob=dropout,
         attention_probs_dropout_prob=dropout,
+        attn_implementation=attention,
         **label_fields(class_names),
     )
     processor = ViTImageProcessor(
