@@ -88,6 +88,8 @@ bench-peers: $(STAMP) $(PRUNING_PEERS)/.installed
 # Beside other runtimes, in a folder of their own.
 bench-inference: $(STAMP) $(RUNTIMES)/.installed
 	PYTHONPATH=$(RUNTIMES) $(BIN)/python tests/benchmarks/inference.py
+	PYTHONPATH=$(RUNTIMES) $(BIN)/python tests/benchmarks/inference.py --models half_resnet18 half_vit_small \
+		--zeros 0 0.9 --threads 2 --folders $(wildcard recipes/models/*)
 
 bench-deepsparse: $(STAMP) $(RUNTIMES)/.installed $(DEEPSPARSE)/.installed
 	PYTHONPATH=$(RUNTIMES):$(CURDIR) $(BIN)/python tests/benchmarks/inference_deepsparse.py --python $(DEEPSPARSE)/bin/python

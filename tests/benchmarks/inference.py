@@ -2,8 +2,10 @@
 What zeros gain at inference on a CPU: `make bench-inference`, on an idle machine.
 
 A ResNet-18 (32 px, stride-1 stem) and a ViT-S/4 whose weights are pruned by magnitude, each layer alike but for the
-first and the last, in every runtime that is installed; all in turns, outputs compared first. "Over the best" is the
-median of the fastest other runtime over that of `sparse_compile`. With `--profile`, instead, where the time of a
+first and the last, in every runtime that is installed; all in turns, outputs compared first. Of a "half" model half of
+the channels, hidden units and heads, drawn at random, were cut out before; folders are of models with the masks that
+they were trained with. "Over the best" is the median of the fastest other runtime over that of `sparse_compile`.
+With `--profile`, instead, where the time of a
 compiled model goes: for the layers of each kind the multiply-adds, beside the peak that a loop of nothing else reaches
 here, and the bytes that a call walks through.
 """
@@ -19,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,12 +30,14 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from tscnc_hf import sparse_compile
-from tscnc_hf.inference.layers import SparseChain, SparseLayer, SparseLinear
+from tscnc_hf import slim, sparse_compile
+from tscnc_hf.cli.deployment import bench_model
+from tscnc_hf.inference.layers import SparseChain, SparseConvBlock, SparseLayer, SparseLinear, SparseMLP
 from tscnc_hf.inference.runtimes.benchmark import measure_latency
 from tscnc_hf.inference.runtimes.installed import OURS, RUNTIMES
 from tscnc_hf.inference.timing import interleaved
 from tscnc_hf.method.reports.flops import flops_report
+from tscnc_hf.method.units.groups import structure_groups
 
 
 def resnet18() -> nn.Module:
@@ -50,7 +55,22 @@ def vit_small() -> nn.Module:
     return timm.create_model("vit_small_patch16_224", img_size=32, patch_size=4, num_classes=10)
 
 
-MODELS = {"resnet18": resnet18, "vit_small": vit_small}
+def half(model: nn.Module) -> nn.Module:
+    for group in structure_groups(model):
+        keep = torch.zeros(group.count, dtype=torch.bool)
+        keep[torch.randperm(group.count)[: -(-group.count // 2)]] = True
+        masks = group.unit_masks(keep)
+        for part in group.weights:
+            part.tensor.data.mul_(masks[part.name])
+    return slim(model.eval(), torch.rand(2, 3, 32, 32))[0]
+
+
+MODELS = {
+    "resnet18": resnet18,
+    "vit_small": vit_small,
+    "half_resnet18": lambda: half(resnet18()),
+    "half_vit_small": lambda: half(vit_small()),
+}
 
 
 @torch.no_grad()
@@ -95,8 +115,16 @@ def peak(threads: int, count: int = 10_000_000) -> float:
     return max(rates)
 
 
+CALLS = (SparseLayer, SparseChain, SparseConvBlock, SparseMLP)
+
+
 def parts(module: nn.Module, given: tuple, named: dict) -> Iterator[tuple[SparseLayer, int]]:
     """The sparse layers that a call computes, and how many outputs each has for one row of its weights."""
+    if isinstance(module, (SparseConvBlock, SparseMLP)):
+        for layer in (module.first, module.second):
+            given = (layer(*given[:1]),)
+            yield layer, given[0].numel() // layer.rows.shape[1]
+        return
     made = [given[0]]
     for layer, source, residual in module.steps if isinstance(module, SparseChain) else [(module, 0, -1)]:
         made.append(layer(made[source], made[residual]) if residual >= 0 else layer(made[source]))
@@ -105,12 +133,13 @@ def parts(module: nn.Module, given: tuple, named: dict) -> Iterator[tuple[Sparse
 
 @torch.no_grad()
 def profile(model: nn.Module, x: Tensor) -> str:
-    fast, found = sparse_compile(model, x), {}
+    fast, found, often = sparse_compile(model, x), {}, Counter()
 
     def seen(module: nn.Module, given: tuple, named: dict) -> None:
         found[module] = given, named
+        often[module] += 1  # a model may take its images in parts
 
-    layers = [module for module in fast.modules() if isinstance(module, (SparseLayer, SparseChain))]
+    layers = [module for module in fast.modules() if isinstance(module, CALLS)]
     hooks = [layer.register_forward_pre_hook(seen, with_kwargs=True) for layer in layers]
     fast(x)
     for hook in hooks:
@@ -118,36 +147,52 @@ def profile(model: nn.Module, x: Tensor) -> str:
     small, few = SparseLinear(nn.Linear(16, 16)), torch.ones(1, 16)
     calls = {"all": lambda: fast(x), "small": lambda: small(few)}
     calls |= {m: lambda m=m, g=given, k=named: m(*g, **k) for m, (given, named) in found.items()}
-    took = {name: timing.median * 1e3 for name, timing in interleaved(calls, 8, burst=0.03).items()}
+    measured = interleaved(calls, 8, burst=0.03)
+    took = {name: timing.median * 1e3 * often.get(name, 1) for name, timing in measured.items()}
     best, alike = peak(torch.get_num_threads()), {}
     for module, (given, named) in found.items():
         layers = list(parts(module, given, named))
-        key = tuple(given[0].shape), len(layers), layers[-1][0].rows.shape[1]
-        alike.setdefault(key, []).append((module, layers))
+        key = tuple(given[0].shape), len(layers), layers[-1][0].rows.shape[1], often[module]
+        alike.setdefault(key, []).append((module, layers * often[module]))
     lines = ["| input | layers x calls | million multiply-adds | us | of the peak | weights, KB | activations, KB |"]
     lines.append("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
-    for (shape, count, _), group in alike.items():
+    for (shape, count, _, times), group in alike.items():
         work = sum(len(layer.entries) * outputs for _, layers in group for layer, outputs in layers) / 1e6
         us = sum(took[module] for module, _ in group)
-        weights = sum(layer.entries.numel() * 4 for _, layers in group for layer, _ in layers) / 1e3
+        weights = sum(layer.entries.numel() * 4 for _, layers in group for layer, _ in layers) / times / 1e3
         outputs = [layer.rows.shape[1] * outputs for _, layers in group for layer, outputs in layers]
+        calls = len(group) * times
         lines.append(
-            f"| {tuple(shape)} | {count} x {len(group)} | {work:.1f} | {us:.0f} | {work * 1e3 / us / best:.0%} | "
-            f"{weights:.0f} | {(math.prod(shape) * len(group) + sum(outputs)) * 4 / 1e3:.0f} |"
+            f"| {tuple(shape)} | {count} x {calls} | {work:.1f} | {us:.0f} | {work * 1e3 / us / best:.0%} | "
+            f"{weights:.0f} | {(math.prod(shape) * calls + sum(outputs)) * 4 / 1e3:.0f} |"
         )
     alone = sum(took[module] for module in found)
     work = flops_report(model, tuple(x.shape)).sparse_macs / 1e6
     lines.append(
         f"\nPeak: {best:.0f} billion multiply-adds a second. The whole model: {took['all']:.0f} us, in which its "
         f"{work:.0f} million multiply-adds but zeros are {work * 1e3 / took['all'] / best:.0%} of it; these layers "
-        f"alone: {alone:.0f} us in {len(found)} calls; a call that computes next to nothing: {took['small']:.1f} us."
+        f"alone: {alone:.0f} us in {sum(often.values())} calls; "
+        f"a call that computes next to nothing: {took['small']:.1f} us."
     )
     return "\n".join(lines)
 
 
+def summary_row(name: str, report: dict, batch: int) -> str:
+    """One line of the last table, from what `LatencyReport.to_dict` gives."""
+    rows = [row for row in report["rows"] if row["batch"] == batch]
+    (ours,) = (row for row in rows if row["runtime"] == OURS)
+    best = min((row for row in rows if row["runtime"] != OURS), key=lambda row: row["median_ms"])
+    quartiles = f"{ours['low_ms']:.2f} to {ours['high_ms']:.2f}"
+    return (
+        f"| {name} | {report['zeros']:.1%} | {report['threads']} | {batch} | {ours['median_ms']:.2f} ({quartiles}) "
+        f"| {best['median_ms']:.2f} ({best['runtime']}) | {best['times_ours']:.2f} |"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--models", nargs="*", choices=MODELS, default=["resnet18", "vit_small"])
+    parser.add_argument("--folders", nargs="*", default=[], help="also these models, with the zeros that they have")
     parser.add_argument("--zeros", nargs="+", type=float, default=[0.8, 0.9, 0.95, 0.99])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 64])
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
@@ -159,6 +204,14 @@ def main() -> None:
     print(f"torch {torch.__version__}, {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}\n")
     everything, summary = [], ["| model | zeros | threads | batch | ours, ms | best other, ms | over the best |"]
     summary.append("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
+
+    def keep(name: str, report: dict) -> None:
+        everything.append({"model": name} | report)
+        summary.extend(summary_row(name, report, batch) for batch in args.batches)
+        print("\n".join(summary[-len(args.batches) :]), flush=True)
+        if args.json:
+            args.json.write_text(json.dumps(everything, indent=1), encoding="utf-8")
+
     for name in args.models:
         for zeros in args.zeros:
             torch.manual_seed(0)
@@ -175,21 +228,15 @@ def main() -> None:
                     say=lambda text: print(text, file=sys.stderr, flush=True),
                 )  # fmt: skip
                 print(f"{name}, {zeros:.0%} zeros, {threads} threads\n\n{report.to_markdown()}\n", flush=True)
-                everything.append({"model": name, "zeros_asked": zeros} | report.to_dict())
-                for batch in args.batches:
-                    (ours,) = (row for row in report.rows if row.batch == batch and row.runtime == OURS)
-                    best = report.best_other(batch)
-                    summary.append(
-                        f"| {name} | {zeros:.0%} | {threads} | {batch} | {ours.median_ms:.2f} | {best.median_ms:.2f} "
-                        f"({best.runtime}) | {best.times_ours:.2f} |"
-                    )
+                keep(name, report.to_dict())
+    for folder in args.folders:
+        for threads in args.threads:
+            options = {"batch": args.batches, "threads": threads, "runtimes": args.runtimes, "seconds": args.seconds}
+            options |= {"revision": None, "image_size": None, "save": False}
+            keep(Path(folder).name, bench_model(argparse.Namespace(model=folder, **options)))
     if args.profile:
         return
-    if report.left_out:
-        print(f"Not installed: {', '.join(report.left_out)}.\n")
-    print("\n".join(summary))
-    if args.json:
-        args.json.write_text(json.dumps(everything, indent=1), encoding="utf-8")
+    print("\n" + "\n".join(summary))
 
 
 if __name__ == "__main__":
