@@ -10,8 +10,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["OMP_NUM_THREADS"] = "1"  # here and in what tests start
 os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # no pool of processes that stays
 
+import base64
 import gc
 import signal
+from pathlib import Path
 
 import psutil
 import pytest
@@ -32,7 +34,6 @@ LONG = (
     "recipes/test_configs",
     "training/resume/test_faults",
     "training/ablation/test_grid",
-    "training/test_layouts",
     "evaluation/measures/test_masking",
     "recipes/test_accelerate_configs",
     "training/resume/test_sharded_training",
@@ -68,6 +69,33 @@ def _no_process_is_left():
         end(left)
         psutil.wait_procs(left)
         pytest.fail(f"processes were left behind, and are killed: {', '.join(said)}")
+
+
+# A white pixel.
+BLANK = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGP4DwABAQEAsTj2FAAAAABJRU5ErkJggg=="
+)
+
+
+@pytest.fixture
+def drawn_figures():
+    """Figures are drawn as users get them."""
+
+
+@pytest.fixture(autouse=True)
+def _blank_figures(request, monkeypatch):
+    """Figures are made, but not drawn: that takes as long as the trainings of most tests."""
+    if "drawn_figures" in request.fixturenames or request.node.get_closest_marker("launched"):
+        return
+
+    def save(fig, path, photographs=False):
+        from tscnc_hf.artifact.files.atomic import atomic_file
+
+        with atomic_file(path) as temporary:
+            temporary.write_bytes(BLANK)
+        return Path(path)
+
+    monkeypatch.setattr("tscnc_hf.artifact.card.figures.save_figure", save)
 
 
 @pytest.fixture(autouse=True)

@@ -32,8 +32,8 @@ def of_languages(languages: tuple[str, ...], run: bool, page: str) -> list[Block
     return [block for block in blocks(page) if block.language in languages and (block.reason is None) == run]
 
 
-# on these, a network is trained and tested as a user would
-WHOLE_RUNS = ("README.md", "docs/quickstart.md", "docs/hub.md")
+# on these, networks are trained and tested as a user would, several processes start, or all figures are drawn
+WHOLE_RUNS = ("README.md", "docs/quickstart.md", "docs/hub.md", "docs/distributed.md", "docs/results.md")
 
 
 def pages_to_run(languages: tuple[str, ...]) -> list:

@@ -257,6 +257,7 @@ def test_more_restarts_break_no_less(evaluate):
 # ---- autoattack, by another library ----
 
 
+@pytest.mark.launched
 def test_autoattack(evaluate):
     pyautoattack = pytest.importorskip("pyautoattack", reason="pyautoattack is not installed (tscnc-hf[eval])")
     random = torch.random.get_rng_state()

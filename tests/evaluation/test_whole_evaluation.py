@@ -101,6 +101,7 @@ def test_cut_off_anywhere_it_goes_on_and_ends_as_an_uncut_one(digits, tmp_path):
     assert run_counted(digits, tmp_path) == (results, 0)  # nothing is left to compute
 
 
+@pytest.mark.usefixtures("drawn_figures")
 def test_results_are_there_as_soon_as_the_accuracies_are(digits, tmp_path, monkeypatch):
     for name in ("security_curve", "evaluate_lipschitz", "kept_examples", "write_page"):
         with monkeypatch.context() as patch:

@@ -46,6 +46,7 @@ def environment(**changed):
     return {name: value for name, value in (os.environ | changed).items() if value is not None}
 
 
+@pytest.mark.launched
 def test_two_processes_build_once(tmp_path, compiler):
     path, log = compiler
     cache = tmp_path / "kernels"

@@ -99,6 +99,7 @@ def test_figures_of_a_model_trained_in_bf16_are_those_of_the_saved_one(build, ma
     assert set(dtypes) == {torch.bfloat16}
 
 
+@pytest.mark.launched
 def test_compiled(plain, build, make_trainer, watcher):
     weights, losses, trainer = train(
         build, make_trainer, watcher, torch_compile=True, torch_compile_backend="aot_eager"
@@ -107,6 +108,7 @@ def test_compiled(plain, build, make_trainer, watcher):
     assert difference(weights, plain[0]) < 1e-5 and losses == pytest.approx(plain[1], rel=1e-5)
 
 
+@pytest.mark.launched
 def test_compiled_with_constraints_on_weights(build, make_trainer, watcher):
     options = {"tsc_on": "weights", "tsc_weight": 1e-5, "pruning_criterion": "magnitude", "num_train_epochs": 3}
     options |= {"regrow_fraction": 0.3, "regrow_interval": 1}

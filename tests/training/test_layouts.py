@@ -22,6 +22,8 @@ from tscnc_hf.training.config import TSCNCConfig
 from tscnc_hf.training.trainer import TSCNCTrainer
 
 
+pytestmark = pytest.mark.launched
+
 ATTACKED = {"attack_steps": 2, "epsilon_warmup": 0.5}
 CASES = {
     "natural": {"objective": "natural", "adversary": "none"},

@@ -218,7 +218,7 @@ def test_what_cannot_be_reached_is_said_before_training(options, message, build,
         make_trainer(build("vit"), **options)
 
 
-@pytest.mark.parametrize("kind", ["vit", "resnet", "mobilenet"])
+@pytest.mark.parametrize("kind", ["vit", "resnet", pytest.param("mobilenet", marks=pytest.mark.launched)])
 def test_units_that_training_has_pruned_are_cut_out_by_slim(kind, build, make_trainer, digits):
     model, processor = build(kind)
     side = 32 if kind == "mobilenet" else 8

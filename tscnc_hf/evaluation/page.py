@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from tscnc_hf.artifact.card.figures import save_figure
+from tscnc_hf.artifact.card import figures
 from tscnc_hf.artifact.card.formatting import (
     attack_label,
     collapse_text,
@@ -31,9 +31,9 @@ def write_page(
     with atomic_file(folder / PAGE) as temporary:
         temporary.write_text(_page(results, class_names), encoding="utf-8")
     if "curve" in results:
-        save_figure(curve_figure(results["curve"]), folder / CURVE_FIGURE)
+        figures.save_figure(curve_figure(results["curve"]), folder / CURVE_FIGURE)
     if examples is not None:
-        save_figure(examples_figure(**examples), folder / EXAMPLES_FIGURE, photographs=True)
+        figures.save_figure(examples_figure(**examples), folder / EXAMPLES_FIGURE, photographs=True)
 
 
 def _page(results: Mapping, class_names: Sequence[str] | None) -> str:
@@ -113,8 +113,8 @@ def comparison_table(results: Mapping[str, Mapping]) -> str:
 def _masking_notes(results: Mapping[str, Mapping]) -> list[str]:
     """One line for each model whose accuracy under attack is not to be trusted."""
     notes = []
-    for name, figures in results.items():
-        if found := figures.get("collapsed"):
+    for name, measured in results.items():
+        if found := measured.get("collapsed"):
             notes.append(f"COLLAPSED: {name}: {collapse_text(found, found.get('emptied', ()))}")
         checks = (figures["robustness"].get("masking") or {}).get("checks", ())
         if failed := [check["name"] for check in checks if not check["passed"]]:

@@ -202,6 +202,7 @@ def test_settings_are_all_there_as_yaml(tmp_path):
     assert settings == kept | {"output_dir": "digits"}
 
 
+@pytest.mark.usefixtures("drawn_figures")
 def test_sizes_classes_and_training_figure_when_given(tmp_path):
     sizes = {"dense_bytes": 800_000, "sparse_bytes": 160_000, "limit_bytes": 150_000}
     log = [{"loss": 1.0 / s, "step": s} for s in range(1, 9)]

@@ -362,7 +362,10 @@ FILES = {
 }
 
 
-@pytest.mark.parametrize("files", FILES, ids="+".join)
+@pytest.mark.parametrize(
+    "files",
+    [pytest.param(f, marks=pytest.mark.launched if "slot" in f[0] else (), id="+".join(f)) for f in FILES],
+)
 def test_files_of_settings_run(files, tmp_path, capsys):
     only, arms = FILES[files]
     said = [yaml.safe_load((CONFIGS / name).read_text()) for name in files]
