@@ -30,6 +30,7 @@ def main(args: list[str] | None = None) -> None:
     from tscnc_hf.artifact.card.figures import save_figure
     from tscnc_hf.artifact.files.atomic import atomic_file
     from tscnc_hf.training.ablation.comparison import comparison_markdown
+    from tscnc_hf.training.ablation.correlation import correlation_markdown
     from tscnc_hf.training.ablation.figures import kappa, over_sparsity_figure, own_rows, scatter_figure
     from tscnc_hf.training.ablation.rows import read_rows
 
@@ -41,6 +42,8 @@ def main(args: list[str] | None = None) -> None:
             known = ", ".join(missing[0]["accuracy"])
             raise ValueError(f"attack {arguments.attack!r} was not measured in every cell; there are {known}")
         table = comparison_markdown(rows, arguments.attack, arguments.baselines)
+        if related := correlation_markdown(rows, arguments.attack):
+            table += f"\n**Rank correlation with {arguments.attack} accuracy, over arms and seeds**\n\n{related}"
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
 

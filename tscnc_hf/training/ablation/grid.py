@@ -254,17 +254,21 @@ class Grid:
             trainer.publisher.keep(**about, value_dtype=self.value_dtype, command=self.command)
             trainer.save_model()
         robustness, spectrum = results["robustness"], results["spectrum"]
-        return ({"collapsed": True} if results["collapsed"] else {}) | {
-            "n": robustness["n"],
-            "accuracy": {attack["name"]: attack["accuracy"] for attack in robustness["attacks"]},
-            "zeros": results["sparsity"]["sparsity"],
-            "median_kappa": spectrum["median_effective_condition_number"],
-            "max_kappa": spectrum["max_effective_condition_number"],
-            "mean_cnc": _mean([number(row["cnc"]) for row in spectrum["rows"]]),
-            "lost_ranks": sum(row["full_rank"] - row["rank"] for row in spectrum["rows"]),
-            "empty_matrices": sum(row["rank"] == 0 for row in spectrum["rows"]),
-            "matrices": len(spectrum["rows"]),
-        }
+        return (
+            ({"collapsed": True} if results["collapsed"] else {})
+            | {
+                "n": robustness["n"],
+                "accuracy": {attack["name"]: attack["accuracy"] for attack in robustness["attacks"]},
+                "zeros": results["sparsity"]["sparsity"],
+                "median_kappa": spectrum["median_effective_condition_number"],
+                "max_kappa": spectrum["max_effective_condition_number"],
+                "mean_cnc": _mean([number(row["cnc"]) for row in spectrum["rows"]]),
+                "lost_ranks": sum(row["full_rank"] - row["rank"] for row in spectrum["rows"]),
+                "empty_matrices": sum(row["rank"] == 0 for row in spectrum["rows"]),
+                "matrices": len(spectrum["rows"]),
+            }
+            | ({"local_lipschitz": results["lipschitz"]["local_median"]} if "lipschitz" in results else {})
+        )
 
     def _dense_results(self, cell: Cell, results: Mapping) -> dict:
         """Of the dense network that the cell starts from, where it was measured alike; {} otherwise."""
