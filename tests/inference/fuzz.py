@@ -20,6 +20,7 @@ from tscnc_hf.inference.layers import (
     SparseLinear,
     SparseMLP,
 )
+from tscnc_hf.inference.operators import machine
 
 
 SANITIZERS = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer")
@@ -101,6 +102,26 @@ def drawn_conv(draw: random.Random):
     return sparse, whole, dense, x
 
 
+def attended(draw: random.Random) -> None:
+    """Heads of any number and size, as views with gaps; sizes that the kernel is not for are an error."""
+    images, heads, queries, keys = draw.randint(1, 3), draw.randint(1, 4), draw.randint(1, 70), draw.randint(1, 70)
+    size, gap = draw.choice([1, 8, 16, 32, 48, 80, 96]), draw.randint(0, 3)
+    q, k, v = (torch.randn(images, n, heads, size + gap)[..., :size].transpose(1, 2) for n in (queries, keys, keys))
+    if size % machine()[0]:
+        with contextlib.suppress(RuntimeError):
+            torch.ops.tscnc.attention(q, k, v, 1.0)
+            raise AssertionError(f"heads of {size} features were no error")
+        return
+    expected = nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double(), scale=0.2).float()
+    assert torch.allclose(torch.ops.tscnc.attention(q, k, v, 0.2), expected, rtol=1e-4, atol=2e-5)
+    for wrong in ((q[:, :, :, :-1], k, v), (q, k[:, :, 1:], v), (q[0], k, v), (q, k, v[:, :-1]), (q.double(), k, v)):
+        try:
+            torch.ops.tscnc.attention(*wrong, 0.2)
+        except RuntimeError:
+            continue
+        raise AssertionError(f"a damaged call was no error: {[x.shape for x in wrong]}")
+
+
 WILD = (-1, -4, 2**31 - 1, -(2**31), 10**7)
 
 
@@ -137,8 +158,11 @@ def fuzz(rounds: int, seed: int = 0) -> None:
     draw = random.Random(seed)
     torch.manual_seed(seed)
     for number in range(rounds):
-        damaged, sparse, dense, x = draw.choice([drawn_linear, drawn_conv])(draw)
         torch.set_num_threads(draw.choice([1, 2, 3]))
+        if draw.random() < 0.1:
+            attended(draw)
+            continue
+        damaged, sparse, dense, x = draw.choice([drawn_linear, drawn_conv])(draw)
         with torch.no_grad():
             with torch.backends.mkldnn.flags(enabled=False):  # oneDNN crashes where all of a row is padding
                 expected = dense(x)

@@ -1,5 +1,5 @@
 """What needs the code of a block to be read: residual sums, and the activations after them, computed by the layer
-before them; two convolutions as one. torch.fx reads it; a block that it cannot read stays as it is."""
+before them; two convolutions as one; attention. torch.fx reads it; a block that it cannot read stays as it is."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import operator
 from collections.abc import Callable, Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import fx, nn
 
+from tscnc_hf.inference.attention import attention
 from tscnc_hf.inference.following import activation_of, is_plain
 from tscnc_hf.inference.layers import (
     Absorbed,
@@ -18,10 +20,12 @@ from tscnc_hf.inference.layers import (
     SparseConvImages,
     SparseConvPixels,
     SparseLinear,
+    SparseMLP,
 )
 
 
 MOST_LAYERS = 8  # sparse layers in a block: what has more is a stage or a whole network
+ONLY_ATTENTION = "tscnc_only_attention"  # of a graph module: what is in it may still be fused with what is around it
 SUMS = (operator.add, operator.iadd, torch.add)
 
 
@@ -30,32 +34,37 @@ class _Reader(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         inside = (module for module in m.modules() if module is not m)
-        return isinstance(m, fx.GraphModule) or not any(isinstance(module, _SPARSE) for module in inside)
+        whole = isinstance(m, _SPARSE) or (isinstance(m, fx.GraphModule) and not m.meta.get(ONLY_ATTENTION))
+        return whole or not any(isinstance(module, _SPARSE) for module in inside)
 
 
-_SPARSE = (SparseConv, SparseLinear, SparseConvBlock)
+_SPARSE = (SparseConv, SparseLinear, SparseConvBlock, SparseMLP)
 
 Pair = Callable[[str, str], SparseConvBlock | None]
 
 
 def fuse_blocks(model: nn.Module, pair: Pair) -> int:
     """
-    Replace, in place, each block of `model` that adds something to the output of one of its sparse layers, or has two
-    convolutions after one another, by one in which these are one call.
+    Replace, in place, each block of `model` that adds something to the output of one of its sparse layers, has two
+    convolutions after one another, or attention, by one in which these are one call, and attention is `attention`.
 
     Args:
         pair: from the names of two convolutions to the layer that takes their place, or None where that does not pay.
 
     Returns:
-        How many calls became part of another.
+        How many calls became part of another, or another.
     """
     fused = 0
     for path, parent, name, block in list(_blocks(model)):
         try:
-            graph = _Reader().trace(block)
+            graph = _Reader(autowrap_functions=(attention,)).trace(block)
         except Exception:  # what fx cannot read: it may raise anything
             continue
-        found = sum(_fuse_sum(block, graph, node) for node in list(graph.nodes))
+        sums = sum(_fuse_sum(block, graph, node) for node in list(graph.nodes))
+        attentions = [n for n in graph.nodes if n.target in (F.scaled_dot_product_attention, attention)]
+        for node in attentions:
+            node.target = attention
+        found = sums + len(attentions)
         absorbed = {}
         for node in list(graph.nodes):
             absorbed |= _fuse_pair(block, graph, node, lambda one, two, path=path: pair(path + one, path + two))
@@ -67,6 +76,8 @@ def fuse_blocks(model: nn.Module, pair: Pair) -> int:
                     graph.erase_node(node)
             graph.lint()
             made = SparseChain(block, steps) if steps else fx.GraphModule(block, graph, type(block).__name__)
+            if not sums and not absorbed and not steps:
+                made.meta[ONLY_ATTENTION] = True
             for target, layer in absorbed.items():
                 made.add_submodule(target, Absorbed(layer))
             for key, value in vars(block).items():  # what others may ask a block for
@@ -107,7 +118,7 @@ def _fuse_sum(block: nn.Module, graph: fx.Graph, node: fx.Node) -> bool:
             after = next(iter(node.users))
             module = _module(block, after, is_plain)
             function = activation_of(module) if module is not None else None
-            if function not in (None, "none"):
+            if function not in (None, "none") and not isinstance(layer, SparseMLP):
                 layer.activation, last = function, after
         last.replace_all_uses_with(call)
         for old in dict.fromkeys((last, node, *between, layer_node)):

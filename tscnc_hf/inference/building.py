@@ -17,7 +17,7 @@ import torch
 from filelock import FileLock
 
 
-SOURCES = ("ops.cpp", "kernels.h")
+SOURCES = ("ops.cpp", "attention.h", "kernels.h")
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-Wno-psabi")
 CACHE = "TSCNC_KERNELS"  # environment variable: the folder that libraries are kept in
 HOW_TO_INSTALL = (

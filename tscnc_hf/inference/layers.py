@@ -118,6 +118,7 @@ class SparseMLP(nn.Module):
     """Two layers with an activation between, as one: what lies between never leaves the cache."""
 
     kind = "tokens, both layers at once"
+    activation = "none"  # after the second
 
     def __init__(self, first: SparseLinear, second: SparseLinear):
         super().__init__()
@@ -128,12 +129,12 @@ class SparseMLP(nn.Module):
     def weight(self) -> Tensor:
         return self.first.weight
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., first.in_features) to (..., second.out_features)."""
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """(..., first.in_features) to (..., second.out_features); `residual` is added to what comes out."""
         one, two = self.first, self.second
         one._check(x)
         return torch.ops.tscnc.mlp.default(
-            x, *one._packed(), *two._packed(), None, one.in_features, one.block_features, two.block_features,
+            x, *one._packed(), *two._packed(), residual, one.in_features, one.block_features, two.block_features,
             one.vectors, ACTIVATIONS[one.activation],
         )  # fmt: skip
 

@@ -24,6 +24,7 @@ def machine() -> tuple[int, int, int]:
         ("chain", _chain),
         ("conv_images", _conv_images),
         ("conv_block", _conv_block),
+        ("attention", _attention),
     ):
         torch.library.register_fake(f"tscnc::{name}", fake)
     return tuple(torch.ops.tscnc.machine())
@@ -78,3 +79,8 @@ def _conv_block(
     between = x.new_empty(_sizes(x, rows, kernel, stride, padding, dilation))
     n, c, h, w = _sizes(between, rows2, kernel2, (1, 1), padding2, dilation2)
     return x.new_empty_strided((n, c, h, w), (1, h * w * n, w * n, n))
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    images, heads, queries, size = q.shape
+    return q.new_empty((images, queries, heads, size)).transpose(1, 2)

@@ -11,6 +11,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "attention.h"
 #include "kernels.h"
 
 namespace {
@@ -170,6 +171,24 @@ Tensor sparse_mlp(const Tensor& x, const Tensor& entries, const Tensor& rows, co
       {f.y.data_ptr<float>(), two.outputs, data(f.residual), NONE}, vectors,
       [](int64_t n, auto g) { parallel(n, g); });
   return f.y;
+}
+
+// q: (images, heads, queries, size), k and v: (images, heads, keys, size).
+Tensor attention_(const Tensor& q, const Tensor& k, const Tensor& v, double scale) {
+  for (const auto& [name, x] : {std::tuple("q", &q), std::tuple("k", &k), std::tuple("v", &v)}) {
+    check_activations(name, *x);
+    TORCH_CHECK(x->dim() == 4 && x->size(0) == q.size(0) && x->size(1) == q.size(1) && x->size(2) == (x == &q ? q : k).size(2) &&
+                    x->size(3) == q.size(3),
+                name, " of shape ", x->sizes(), " does not go with q of shape ", q.sizes(), " and k of shape ", k.sizes());
+  }
+  TORCH_CHECK(q.size(3) % LANES == 0, "heads of ", q.size(3), " features are no multiple of ", LANES);
+  auto plain = [](const Tensor& x) { return x.stride(3) == 1 ? x : x.contiguous(); };
+  const Tensor a = plain(q), b = plain(k), c = plain(v);
+  auto heads = [](const Tensor& x) { return Heads{x.const_data_ptr<float>(), x.stride(0), x.stride(1), x.stride(2)}; };
+  Tensor y = at::empty({q.size(0), q.size(2), q.size(1), q.size(3)}, q.options().memory_format(at::MemoryFormat::Contiguous));
+  attention(heads(a), heads(b), heads(c), q.size(0), q.size(1), q.size(2), k.size(2), q.size(3), scale,
+            y.data_ptr<float>(), [](int64_t n, auto g) { parallel(n, g); });
+  return y.transpose(1, 2);
 }
 
 // `x`: sizes of a batch of images.
@@ -357,6 +376,7 @@ TORCH_LIBRARY(tscnc, m) {
       "Tensor? residual, int channels, int[] kernel, int[] stride, int[] padding, int[] dilation, int[] kernel2, "
       "int[] padding2, int[] dilation2, int[] tile, int block_channels, int block_channels2, int between, "
       "int activation) -> Tensor");
+  m.def("attention(Tensor q, Tensor k, Tensor v, float scale) -> Tensor");
   m.def("machine() -> int[]", sparse_machine);
 }
 
@@ -367,4 +387,5 @@ TORCH_LIBRARY_IMPL(tscnc, CPU, m) {
   m.impl("chain", sparse_chain);
   m.impl("conv_images", sparse_conv_images);
   m.impl("conv_block", sparse_conv_block);
+  m.impl("attention", attention_);
 }
