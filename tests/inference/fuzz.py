@@ -42,6 +42,10 @@ def drawn_linear(draw: random.Random):
     x = torch.randn(*draw.choice([(), (draw.randint(1, 4),)]), draw.randint(1, 150), features)
     sparse = SparseLinear(layer, vectors, block)
     if draw.random() < 0.3:
+        norm = nn.LayerNorm(features, eps=0.1).requires_grad_(False)
+        sparse.normalise(norm)
+        layer = nn.Sequential(norm, layer)
+    if draw.random() < 0.3:
         second = thin(nn.Linear(outputs, draw.randint(1, 70)), draw)
         sparse.activation = "gelu"
         both = SparseMLP(sparse, SparseLinear(second, vectors, draw.choice([None, draw.randint(1, 90)])))

@@ -117,7 +117,9 @@ def test_blocks_of_a_vit_compute_it_and_their_sums_in_the_layers(batch, monkeypa
     x = torch.randn(batch, 3, 32, 32)
     fast = sparse_compile(model, x)
     code = fast.blocks[1].code
-    assert "attention_attention(" in code and code.count("residual = ") == 2 and " + " not in code
+    assert (
+        "attention_attention(" in code and code.count("residual = ") == 2 and " + " not in code and "norm" not in code
+    )
     assert isinstance(fast.blocks[1].mlp.fc1, SparseMLP) or batch == 2
     expected = copy.deepcopy(model).double()(x.double())
     assert (fast(x) - expected).abs().max() < 1e-4 * (expected.max() - expected.min())

@@ -1,5 +1,6 @@
 """Sparse layers against the dense ones in float64, and calls that must be refused."""
 
+import copy
 import random
 
 import pytest
@@ -120,6 +121,27 @@ def test_activations_over_their_whole_range(activation, function):
     expected = function(x.double())
     assert ((sparse(x[:, None])[:, 0] - expected).abs() <= 1e-6 + 1e-6 * expected.abs()).all()
     assert sparse(torch.tensor([[float("nan")]])).isnan().all()
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("features", [1, 3, 30])
+def test_a_layer_norm_before_the_product(features, affine):
+    norm = nn.LayerNorm(features, eps=1e-3, elementwise_affine=affine).requires_grad_(False)
+    for parameter in norm.parameters():
+        parameter.normal_()
+    one, two = sparse_weights(nn.Linear(features, 90)), sparse_weights(nn.Linear(90, 20))
+    sparse = SparseLinear(one, 3)
+    other = copy.copy(sparse)
+    sparse.normalise(norm)
+    for tokens in (1, 31, 200):
+        x = torch.randn(tokens, features) * 5 + 3
+        given = in_float64(norm, x)
+        assert_close(sparse(x), in_float64(one, given))
+        assert_close(SparseMLP(sparse, SparseLinear(two, 3))(x), in_float64(two, in_float64(one, given)))
+        assert_close(other(x), in_float64(one, x))
+    with pytest.raises(RuntimeError, match="norm of shape"):
+        sparse.norm = sparse.norm[:1]
+        sparse(x)
 
 
 def test_two_layers_at_once():

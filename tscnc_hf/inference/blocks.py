@@ -45,8 +45,9 @@ Pair = Callable[[str, str], SparseConvBlock | None]
 
 def fuse_blocks(model: nn.Module, pair: Pair) -> int:
     """
-    Replace, in place, each block of `model` that adds something to the output of one of its sparse layers, has two
-    convolutions after one another, or attention, by one in which these are one call, and attention is `attention`.
+    Replace, in place, each block of `model` that adds something to the output of one of its sparse layers, normalises
+    the input of one, has two convolutions after one another, or attention, by one in which these are one call, and
+    attention is `attention`.
 
     Args:
         pair: from the names of two convolutions to the layer that takes their place, or None where that does not pay.
@@ -61,6 +62,7 @@ def fuse_blocks(model: nn.Module, pair: Pair) -> int:
         except Exception:  # what fx cannot read: it may raise anything
             continue
         sums = sum(_fuse_sum(block, graph, node) for node in list(graph.nodes))
+        sums += sum(_fuse_norm(block, graph, node) for node in list(graph.nodes))
         attentions = [n for n in graph.nodes if n.target in (F.scaled_dot_product_attention, attention)]
         for node in attentions:
             node.target = attention
@@ -127,6 +129,24 @@ def _fuse_sum(block: nn.Module, graph: fx.Graph, node: fx.Node) -> bool:
     return False
 
 
+def _fuse_norm(block: nn.Module, graph: fx.Graph, node: fx.Node) -> bool:
+    """Whether `node` calls a layer norm whose output only one linear layer gets, and was fused into that."""
+    norm = _module(block, node, _is_layer_norm)
+    if norm is None or _uses(graph, node) != 1 or len(node.args) != 1 or node.kwargs:
+        return False
+    layers = [user for user in node.users if user.args[1:] != ("shape",) or user.target is not getattr]
+    layer = _module(block, layers[0], lambda m: isinstance(m, (SparseLinear, SparseMLP))) if len(layers) == 1 else None
+    layer = layer.first if isinstance(layer, SparseMLP) else layer
+    if layer is None or layer.norm is not None or tuple(norm.normalized_shape) != (layer.in_features,):
+        return False
+    if _uses(graph, layers[0]) != 1 or layers[0].args != (node,):
+        return False
+    layer.normalise(norm)
+    node.replace_all_uses_with(node.args[0])
+    graph.erase_node(node)
+    return True
+
+
 def _fuse_pair(block: nn.Module, graph: fx.Graph, node: fx.Node, pair: Pair) -> dict[str, nn.Module]:
     """If `node` calls a convolution of what another one returns, both become one: name of the second -> its layer."""
 
@@ -175,6 +195,20 @@ def _steps(block: nn.Module, graph: fx.Graph) -> list[tuple[SparseConvPixels, in
             steps.append((layer, made[given[0]], made[given[1]] if len(given) > 1 else -1))
             made[node] = len(steps)
     return []
+
+
+def _is_layer_norm(module: nn.Module) -> bool:
+    """One of torch's, or of a class of its own that computes the same, as timm's."""
+    if not isinstance(module, nn.LayerNorm) or len(module.normalized_shape) != 1:
+        return False
+    x = torch.linspace(-3, 5, 2 * module.normalized_shape[0]).view(2, -1) ** 3
+    expected = F.layer_norm(x, module.normalized_shape, module.weight, module.bias, module.eps)
+    try:
+        with torch.no_grad():
+            found = module(x)
+    except Exception:  # of one that takes something else, as timm's of channels
+        return False
+    return isinstance(found, torch.Tensor) and found.shape == x.shape and torch.allclose(found, expected)
 
 
 def _behind(block: nn.Module, node: object) -> tuple[object, list[fx.Node]]:

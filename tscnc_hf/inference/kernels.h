@@ -378,10 +378,37 @@ inline void write_tokens(const float* sums, int64_t pitch, int64_t first, int64_
   });
 }
 
+// A layer norm of the tokens in a tile, before the product: of `weight` and `bias` for each input, or none (null).
+struct Norm {
+  const float *weight, *bias;
+  float eps;
+};
+
+inline void normalise(float* tile, int64_t pitch, int64_t inputs, int64_t vectors, const Norm& norm) {
+  if (!norm.weight) return;
+  constexpr int CHAINS = 4;  // one sum alone would wait for itself
+  for (int64_t x = 0; x < vectors; ++x) {
+    float* at = tile + x * LANES;
+    auto mean_of = [&](auto term) {
+      vec sums[CHAINS] = {};
+      int64_t i = 0;
+      for (; i + CHAINS <= inputs; i += CHAINS)
+        for (int k = 0; k < CHAINS; ++k) sums[k] += term(load(at + (i + k) * pitch));
+      for (; i < inputs; ++i) sums[0] += term(load(at + i * pitch));
+      return ((sums[0] + sums[1]) + (sums[2] + sums[3])) / static_cast<float>(inputs);
+    };
+    const vec mean = mean_of([](vec v) { return v; });
+    vec scale = mean_of([&](vec v) { return (v - mean) * (v - mean); }) + norm.eps;
+    for (int lane = 0; lane < LANES; ++lane) scale[lane] = 1 / std::sqrt(scale[lane]);
+    for (int64_t i = 0; i < inputs; ++i)
+      store(at + i * pitch, (load(at + i * pitch) - mean) * scale * norm.weight[i] + norm.bias[i]);
+  }
+}
+
 // An input's vectors lie `most` vectors apart in a tile, whatever the number of tokens: entries know that distance.
 template <class Parallel>
-void linear(const Matrix& m, int64_t group, Tokens in, int64_t count, TokensOut out, int64_t most, int64_t threads,
-            Parallel parallel) {
+void linear(const Matrix& m, int64_t group, Tokens in, const Norm& norm, int64_t count, TokensOut out, int64_t most,
+            int64_t threads, Parallel parallel) {
   const Tiling tiling(count, most);
   const int64_t groups = (m.outputs + group - 1) / group, pitch = most * LANES;
   const int64_t wanted = tiling.tiles >= 4 * threads ? 1 : (4 * threads + tiling.tiles - 1) / tiling.tiles;
@@ -394,9 +421,11 @@ void linear(const Matrix& m, int64_t group, Tokens in, int64_t count, TokensOut 
     for (int64_t task = from; task < to; ++task) {
       const int64_t t = task / parts, part = task % parts;
       const int64_t first = part_of(m.outputs, group, part, parts), last = part_of(m.outputs, group, part + 1, parts);
-      if (t != there)
+      if (t != there) {
         transpose(in.at + tiling.begin(t) * in.pitch, in.pitch, tiling.size(t), m.inputs, tile, pitch, true, unchanged);
-      there = t;
+        normalise(tile, pitch, m.inputs, tiling.vectors(t), norm);
+        there = t;
+      }
       with_constant<LINEAR_VECTORS>(tiling.vectors(t), [&](auto vectors) {
         linear_rows<decltype(vectors)::value>(m, tile, first, last, sums, pitch, NONE);
       });
@@ -407,8 +436,8 @@ void linear(const Matrix& m, int64_t group, Tokens in, int64_t count, TokensOut 
 
 // Two layers with an activation between them; what lies between stays in cache. `between` is the first one's.
 template <class Parallel>
-void mlp(const Matrix& one, int64_t between, const Matrix& two, Tokens in, int64_t count, TokensOut out, int64_t most,
-         Parallel parallel) {
+void mlp(const Matrix& one, int64_t between, const Matrix& two, Tokens in, const Norm& norm, int64_t count,
+         TokensOut out, int64_t most, Parallel parallel) {
   const Tiling tiling(count, most);
   const int64_t pitch = most * LANES;
   parallel(tiling.tiles, [&](int64_t from, int64_t to) {
@@ -418,6 +447,7 @@ void mlp(const Matrix& one, int64_t between, const Matrix& two, Tokens in, int64
     float* sums = sums_memory.get(two.outputs * pitch);
     for (int64_t t = from; t < to; ++t) {
       transpose(in.at + tiling.begin(t) * in.pitch, in.pitch, tiling.size(t), one.inputs, tile, pitch, true, unchanged);
+      normalise(tile, pitch, one.inputs, tiling.vectors(t), norm);
       with_constant<LINEAR_VECTORS>(tiling.vectors(t), [&](auto vectors) {
         constexpr int V = decltype(vectors)::value;
         linear_rows<V>(one, tile, 0, one.outputs, hidden, pitch, between);

@@ -69,7 +69,7 @@ class SparseLayer(nn.Module):
 
 class SparseLinear(SparseLayer):
     """
-    Sums of a few vectors of tokens for one output at a time.
+    Sums of a few vectors of tokens for one output at a time; of normalised tokens, if `normalise` was called.
 
     Args:
         source: float32 layer; its weights are copied.
@@ -85,16 +85,23 @@ class SparseLinear(SparseLayer):
         self.vectors, self.block_features = vectors, min(block_features or self.in_features, self.in_features)
         step = vectors * machine()[0] * 4
         self._pack(source.weight[:, :, None], self.block_features, lambda channel, tap: channel * step)
+        self.norm, self.eps = None, 0.0  # no buffer: a shallow copy that gets one leaves this layer as it is
 
     def like(self, source: nn.Linear) -> SparseLinear:
         """Another layer's weights, walked in the same way."""
         return SparseLinear(source, self.vectors, self.block_features)
 
+    def normalise(self, norm: nn.LayerNorm) -> None:
+        """Compute what comes after this norm of the input features, too; it is copied."""
+        one = self.bias.new_ones(self.in_features)
+        weight, bias = (one if norm.weight is None else norm.weight), (0 * one if norm.bias is None else norm.bias)
+        self.norm, self.eps = torch.stack([weight, bias]).detach(), norm.eps
+
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """(..., in_features) to (..., out_features); `residual` is added before the activation."""
         self._check(x)
         return torch.ops.tscnc.linear.default(
-            x, *self._packed(), residual, self.in_features, self.block_features, GROUP,
+            x, *self._packed(), residual, self.norm, self.eps, self.in_features, self.block_features, GROUP,
             self.vectors, ACTIVATIONS[self.activation],
         )  # fmt: skip
 
@@ -134,8 +141,8 @@ class SparseMLP(nn.Module):
         one, two = self.first, self.second
         one._check(x)
         return torch.ops.tscnc.mlp.default(
-            x, *one._packed(), *two._packed(), residual, one.in_features, one.block_features, two.block_features,
-            one.vectors, ACTIVATIONS[one.activation],
+            x, *one._packed(), *two._packed(), residual, one.norm, one.eps,
+            one.in_features, one.block_features, two.block_features, one.vectors, ACTIVATIONS[one.activation],
         )  # fmt: skip
 
 

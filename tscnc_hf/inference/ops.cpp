@@ -146,14 +146,24 @@ Flat flat(const Tensor& x, int64_t inputs, int64_t outputs, const optional<Tenso
 
 const float* data(const optional<Tensor>& t) { return t ? t->const_data_ptr<float>() : nullptr; }
 
+// `norm`: (2, inputs), weights and biases.
+Norm checked_norm(const optional<Tensor>& norm, double eps, int64_t inputs) {
+  if (!norm) return {nullptr, nullptr, 0};
+  check_activations("norm", *norm);
+  TORCH_CHECK(norm->dim() == 2 && norm->size(0) == 2 && norm->size(1) == inputs && norm->is_contiguous(), "norm of shape ",
+              norm->sizes(), " is not two rows of ", inputs);
+  const float* at = norm->const_data_ptr<float>();
+  return {at, at + inputs, static_cast<float>(eps)};
+}
+
 Tensor sparse_linear(const Tensor& x, const Tensor& entries, const Tensor& rows, const optional<Tensor>& bias,
-                     const optional<Tensor>& residual, int64_t inputs, int64_t block_channels, int64_t group,
+                     const optional<Tensor>& residual, const optional<Tensor>& norm, double eps, int64_t inputs, int64_t block_channels, int64_t group,
                      int64_t vectors, int64_t activation) {
   check_activation(activation);
   check_group(group);
   const Matrix m = checked_linear(entries, rows, bias, inputs, block_channels, vectors);
   const Flat f = flat(x, inputs, m.outputs, residual);
-  linear(m, group, {f.x.const_data_ptr<float>(), inputs}, f.tokens,
+  linear(m, group, {f.x.const_data_ptr<float>(), inputs}, checked_norm(norm, eps, inputs), f.tokens,
          {f.y.data_ptr<float>(), m.outputs, data(f.residual), activation}, vectors, at::get_num_threads(),
          [](int64_t n, auto g) { parallel(n, g); });
   return f.y;
@@ -161,13 +171,13 @@ Tensor sparse_linear(const Tensor& x, const Tensor& entries, const Tensor& rows,
 
 Tensor sparse_mlp(const Tensor& x, const Tensor& entries, const Tensor& rows, const optional<Tensor>& bias,
                   const Tensor& entries2, const Tensor& rows2, const optional<Tensor>& bias2,
-                  const optional<Tensor>& residual, int64_t inputs, int64_t block_channels, int64_t block_channels2,
-                  int64_t vectors, int64_t activation) {
+                  const optional<Tensor>& residual, const optional<Tensor>& norm, double eps, int64_t inputs,
+                  int64_t block_channels, int64_t block_channels2, int64_t vectors, int64_t activation) {
   check_activation(activation);
   const Matrix one = checked_linear(entries, rows, bias, inputs, block_channels, vectors);
   const Matrix two = checked_linear(entries2, rows2, bias2, one.outputs, block_channels2, vectors);
   const Flat f = flat(x, inputs, two.outputs, residual);
-  mlp(one, activation, two, {f.x.const_data_ptr<float>(), inputs}, f.tokens,
+  mlp(one, activation, two, {f.x.const_data_ptr<float>(), inputs}, checked_norm(norm, eps, inputs), f.tokens,
       {f.y.data_ptr<float>(), two.outputs, data(f.residual), NONE}, vectors,
       [](int64_t n, auto g) { parallel(n, g); });
   return f.y;
@@ -358,11 +368,11 @@ std::vector<int64_t> sparse_machine() { return {LANES, REGISTERS, LINEAR_VECTORS
 
 TORCH_LIBRARY(tscnc, m) {
   m.def(
-      "linear(Tensor x, Tensor entries, Tensor rows, Tensor? bias, Tensor? residual, int inputs, int block_channels, "
-      "int group, int vectors, int activation) -> Tensor");
+      "linear(Tensor x, Tensor entries, Tensor rows, Tensor? bias, Tensor? residual, Tensor? norm, float eps, int inputs, "
+      "int block_channels, int group, int vectors, int activation) -> Tensor");
   m.def(
       "mlp(Tensor x, Tensor entries, Tensor rows, Tensor? bias, Tensor entries2, Tensor rows2, Tensor? bias2, "
-      "Tensor? residual, int inputs, int block_channels, int block_channels2, int vectors, int activation) -> Tensor");
+      "Tensor? residual, Tensor? norm, float eps, int inputs, int block_channels, int block_channels2, int vectors, int activation) -> Tensor");
   m.def(
       "conv_pixels(Tensor x, Tensor entries, Tensor rows, Tensor? bias, Tensor? residual, int channels, int[] kernel, "
       "int[] stride, int[] padding, int[] dilation, int group, int activation) -> Tensor");
