@@ -12,6 +12,7 @@ from torch import nn
 from tests.small_models import resnet, vit
 from tscnc_hf import sparse_compile
 from tscnc_hf.inference import choosing, compiling
+from tscnc_hf.inference.chunks import torch_threads
 from tscnc_hf.inference.layers import Absorbed, SparseConv, SparseConvBlock, SparseLayer, SparseLinear, SparseMLP
 
 
@@ -118,9 +119,11 @@ def test_outputs_are_those_of_the_model(name, batch, always_sparse):
         assert_same(fast, model, torch.randn(batch, 3, side + 3, side + 8))
 
 
-@pytest.fixture
-def always_in_chunks(always_sparse, monkeypatch):
-    monkeypatch.setattr(compiling, "_at_a_time", lambda model, example: (4,))
+@pytest.fixture(params=[False, True], ids=["one after another", "by each thread"])
+def always_in_chunks(request, always_sparse, monkeypatch):
+    monkeypatch.setattr(compiling, "_at_a_time", lambda model, example: ((4, request.param),))
+    with torch_threads(2):
+        yield
 
 
 @pytest.mark.parametrize("name", MODELS)

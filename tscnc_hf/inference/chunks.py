@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import copy_context
+from functools import cache
+from threading import Barrier
 from types import CodeType, MethodType
 
 import torch
@@ -19,10 +25,13 @@ class InChunks:
     Args:
         model: whose `forward` it becomes.
         size: images at a time.
+        apart: as many such parts at once as torch has threads, each by one of them from first layer to last, so
+            that its cache holds them and no thread waits for another; what is left of a batch then by all together.
+            One after another where a thread is in a state that others do not see (autocast, modes of torch).
     """
 
-    def __init__(self, model: nn.Module, size: int):
-        self.model, self.size = model, size
+    def __init__(self, model: nn.Module, size: int, apart: bool = False):
+        self.model, self.size, self.apart = model, size, apart
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -36,18 +45,77 @@ class InChunks:
         return type(self.model).forward(self.model, *args, **kwargs)
 
     def __call__(self, *args, **kwargs):
-        lengths = {value.shape[0] if value.ndim else 0 for value in (*args, *kwargs.values()) if _is_tensor(value)}
-        if torch.compiler.is_compiling() or len(lengths) != 1 or (n := lengths.pop()) <= self.size:
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return self._whole(*args, **kwargs)
-        outputs = []
-        for start in range(0, n, self.size):
-            part = slice(start, min(n, start + self.size))
+        lengths = {value.shape[0] if value.ndim else 0 for value in (*args, *kwargs.values()) if _is_tensor(value)}
+        if len(lengths) != 1 or (n := lengths.pop()) <= self.size:
+            return self._whole(*args, **kwargs)
+        parts = [slice(start, min(n, start + self.size)) for start in range(0, n, self.size)]
+
+        def run(part: slice):
             given = [value[part] if _is_tensor(value) else value for value in args]
             named = {name: value[part] if _is_tensor(value) else value for name, value in kwargs.items()}
-            outputs.append(self._whole(*given, **named))
-            if not _can_be_joined(outputs[-1], part.stop - part.start):
-                return self._whole(*args, **kwargs)
-        return _joined(outputs)
+            return self._whole(*given, **named)
+
+        threads = torch.get_num_threads() if self.apart and not _is_watched() else 1
+        at_once = len(parts) // threads * threads if threads > 1 else 0
+        outputs = _in_threads(run, parts[:at_once], threads)
+        for part in parts[at_once:]:
+            if outputs and not _can_be_joined(outputs[-1], self.size):
+                break
+            outputs.append(run(part))
+        joinable = all(_can_be_joined(o, p.stop - p.start) for o, p in zip(outputs, parts, strict=False))
+        return _joined(outputs) if joinable else self._whole(*args, **kwargs)
+
+
+def _is_watched() -> bool:
+    """Whether this thread, and no other, has set something that changes or records what torch does."""
+    modes = torch._C._len_torch_function_stack() + torch._C._len_torch_dispatch_stack()
+    return modes > 0 or torch.is_autocast_enabled("cpu")
+
+
+def _in_threads(run, parts: list[slice], threads: int) -> list:
+    if not parts:
+        return []
+    grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+
+    def alone(part: slice):
+        with torch.inference_mode(inference), torch.set_grad_enabled(grad):
+            return run(part)
+
+    return list(
+        _pool(threads).map(lambda part, context: context.run(alone, part), parts, [copy_context() for _ in parts])
+    )
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    """Threads for each of which torch has one thread. They stay: a new one would have to find its memory anew."""
+    pool, ready = ThreadPoolExecutor(threads, "tscnc"), Barrier(threads + 1)
+
+    def begin() -> None:
+        torch.get_num_threads()  # the first call in a thread takes over what others have set
+        torch.set_num_threads(1)
+        ready.wait()
+
+    for _ in range(threads):
+        pool.submit(begin)
+    ready.wait()
+    torch.set_num_threads(threads)  # what threads of others begin with was set, too
+    return pool
+
+
+os.register_at_fork(after_in_child=_pool.cache_clear)  # threads are not there after a fork
+
+
+@contextmanager
+def torch_threads(number: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _is_tensor(value: object) -> bool:

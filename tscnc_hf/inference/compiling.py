@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tscnc_hf.inference.blocks import fuse_blocks
 from tscnc_hf.inference.choosing import Choice, choose, choose_pair
-from tscnc_hf.inference.chunks import InChunks
+from tscnc_hf.inference.chunks import InChunks, torch_threads
 from tscnc_hf.inference.following import Call, activation_of, calls_of, chain_after, is_plain
 from tscnc_hf.inference.layers import (
     Absorbed,
@@ -62,23 +62,26 @@ def sparse_compile(model: nn.Module, example: Inputs) -> nn.Module:
         plain = copy.deepcopy(model).requires_grad_(False)
         base = _folded(plain, example)
         models, plans, whole = {"before": plain}, {}, _logits(plain, example)
-        for images in _at_a_time(plain, example):
-            part = _first(example, images)
+        for images, apart in _at_a_time(plain, example):
+            part, made = _first(example, images), {}
             expected = _logits(plain, part)
-            calls = calls_of(base, (nn.Linear, nn.Conv2d), lambda part=part: _run(base, part))
-            layers = [call for call in calls.values() if type(call.module) in (nn.Linear, nn.Conv2d)]
-            alike: dict[tuple, Choice] = {}
-            choices = {call.name: choose(call, alike) for call in layers}
-            pairs: dict[tuple, SparseConvBlock | None] = {}
-            for kind, plan in _plans(choices).items():
-                made = _built(base, plan, calls, expected, part, pairs)
-                if made is not None:
-                    if images is not None:
-                        made.forward = InChunks(made, images)
-                        if _difference(_logits(made, example), whole) > TOLERANCE:  # images see one another
-                            continue
-                    name = f"{kind}, {images}"
-                    models[name], plans[name] = made, (images, choices, plan)
+            with torch_threads(1 if apart else torch.get_num_threads()):
+                calls = calls_of(base, (nn.Linear, nn.Conv2d), lambda part=part: _run(base, part))
+                layers = [call for call in calls.values() if type(call.module) in (nn.Linear, nn.Conv2d)]
+                alike: dict[tuple, Choice] = {}
+                choices = {call.name: choose(call, alike) for call in layers}
+                pairs: dict[tuple, SparseConvBlock | None] = {}
+                for kind, plan in _plans(choices).items():
+                    made[kind] = _built(base, plan, calls, expected, part, pairs), plan
+            for kind, (net, plan) in made.items():
+                if net is None:
+                    continue
+                if images is not None:
+                    net.forward = InChunks(net, images, apart)
+                    if _difference(_logits(net, example), whole) > TOLERANCE:  # images see one another
+                        continue
+                name = f"{kind}, {images}, {apart}"
+                models[name], plans[name] = net, (images, apart, choices, plan)
         times = interleaved({name: _call(net, example) for name, net in models.items()}, SECONDS * len(models))
         least = {name: timing.least for name, timing in times.items()}
         best = min(least, key=least.__getitem__)
@@ -89,9 +92,10 @@ def sparse_compile(model: nn.Module, example: Inputs) -> nn.Module:
             share = zeros / max(1, sum(c.call.module.weight.numel() for c in choices.values()))
             said = f"Left as it was: with {share:.0%} zeros nothing is gained here."
         fast = models[best]
-        images, choices, chosen = plans.get(best, (None, choices, {}))
+        images, apart, choices, chosen = plans.get(best, (None, False, choices, {}))
         if images is not None:
-            said = f"Computed {images} images at a time, which the layers' times are of."
+            each = " by each thread" if apart else ""
+            said = f"Computed {images} images at a time{each}, which the layers' times are of."
         rows = [_row(choice, chosen.get(name)) for name, choice in choices.items()]
         difference = _difference(_logits(fast, example), whole)
     shape = tuple(_tensors(example)[0].shape)
@@ -144,13 +148,19 @@ def _difference(logits: Tensor, expected: Tensor) -> float:
     return float((logits - expected).abs().max() / scale)
 
 
-def _at_a_time(model: nn.Module, example: Inputs) -> list[int | None]:
-    """Numbers of images to try: all of them (None), and as many as vectors have lanes, of one thread or of all."""
-    lengths, lanes = {len(tensor) for tensor in _tensors(example)}, machine()[0]
+def _at_a_time(model: nn.Module, example: Inputs) -> list[tuple[int | None, bool]]:
+    """
+    Numbers of images to try: all of them (None), and as many as vectors have lanes, of one thread or of all. True
+    beside one: each thread takes so many from the first layer to the last.
+    """
+    lengths, lanes, threads = {len(tensor) for tensor in _tensors(example)}, machine()[0], torch.get_num_threads()
     if len(lengths) != 1 or "forward" in vars(model):  # somebody put it in the place of its class's
-        return [None]
+        return [(None, False)]
     images = lengths.pop()
-    return [None, *sorted({size for size in (lanes, lanes * torch.get_num_threads()) if size < images})]
+    tried = [(None, False), (lanes, False)]
+    if threads > 1 and images >= lanes * threads:
+        tried = [(None, False), (lanes, True), (lanes * threads, False)]
+    return [(size, apart) for size, apart in tried if size is None or size < images]
 
 
 def _first(example: Inputs, images: int | None) -> Inputs:
