@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import copy_context
@@ -59,6 +59,8 @@ class InChunks:
 
         threads = torch.get_num_threads() if self.apart and not _is_watched() else 1
         at_once = len(parts) // threads * threads if threads > 1 else 0
+        if threads > 1 and at_once < len(parts):
+            parts = [*parts[:at_once], slice(at_once * self.size, n)]
         outputs = _in_threads(run, parts[:at_once], threads)
         for part in parts[at_once:]:
             if outputs and not _can_be_joined(outputs[-1], self.size):
@@ -74,7 +76,7 @@ def _is_watched() -> bool:
     return modes > 0 or torch.is_autocast_enabled("cpu")
 
 
-def _in_threads(run, parts: list[slice], threads: int) -> list:
+def _in_threads(run: Callable[[slice], object], parts: list[slice], threads: int) -> list:
     if not parts:
         return []
     grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
@@ -83,9 +85,8 @@ def _in_threads(run, parts: list[slice], threads: int) -> list:
         with torch.inference_mode(inference), torch.set_grad_enabled(grad):
             return run(part)
 
-    return list(
-        _pool(threads).map(lambda part, context: context.run(alone, part), parts, [copy_context() for _ in parts])
-    )
+    contexts = [copy_context() for _ in parts]
+    return list(_pool(threads).map(lambda context, part: context.run(alone, part), contexts, parts))
 
 
 @cache
@@ -105,11 +106,13 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return pool
 
 
-os.register_at_fork(after_in_child=_pool.cache_clear)  # threads are not there after a fork
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # which has no threads but its first
 
 
 @contextmanager
 def torch_threads(number: int) -> Iterator[None]:
+    """With so many threads of torch, in the calling thread."""
     before = torch.get_num_threads()
     torch.set_num_threads(number)
     try:
