@@ -157,10 +157,9 @@ def _at_a_time(model: nn.Module, example: Inputs) -> list[tuple[int | None, bool
     if len(lengths) != 1 or "forward" in vars(model):  # somebody put it in the place of its class's
         return [(None, False)]
     images = lengths.pop()
-    tried = [(None, False), (lanes, False)]
-    if threads > 1 and images >= lanes * threads:
-        tried = [(None, False), (lanes, True), (lanes * threads, False)]
-    return [(size, apart) for size, apart in tried if size is None or size < images]
+    sizes = sorted({size for size in (lanes, lanes * threads) if size < images})
+    apart = [(lanes, True)] if threads > 1 and images >= lanes * threads else []
+    return [(None, False), *((size, False) for size in sizes), *apart]
 
 
 def _first(example: Inputs, images: int | None) -> Inputs:
