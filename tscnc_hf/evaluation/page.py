@@ -116,7 +116,7 @@ def _masking_notes(results: Mapping[str, Mapping]) -> list[str]:
     for name, measured in results.items():
         if found := measured.get("collapsed"):
             notes.append(f"COLLAPSED: {name}: {collapse_text(found, found.get('emptied', ()))}")
-        checks = (figures["robustness"].get("masking") or {}).get("checks", ())
+        checks = (measured["robustness"].get("masking") or {}).get("checks", ())
         if failed := [check["name"] for check in checks if not check["passed"]]:
             notes.append(f"SUSPICIOUS: {name} failed gradient-masking checks ({', '.join(failed)}); see the card")
     return notes
