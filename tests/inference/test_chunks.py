@@ -66,7 +66,6 @@ def test_an_error_in_a_thread_is_the_callers(watched):
     assert watched(x[:4]).shape == (4, 2) and torch.get_num_threads() == 3
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are not forked here")
 def test_a_forked_process_has_threads_of_its_own(watched):
     x = torch.randn(12, 3)
     with torch.no_grad():

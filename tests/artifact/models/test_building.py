@@ -238,3 +238,13 @@ def test_a_vit_of_oblong_images_and_patches(tmp_path):
         torch.testing.assert_close(logits_fn(model, processor)(pixels), stock(**inputs).logits)
     with pytest.raises(ValueError, match=r"patch_size=\(4, 8\) does not divide the input size 8x12"):
         vit_from_config(NAMES, (8, 12), patch_size=(4, 8), **sizes)
+
+
+def test_the_kind_of_attention_is_used_and_is_no_part_of_what_is_saved(tmp_path):
+    sizes = {"patch_size": 4, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model, _ = vit_from_config(NAMES, (8, 8), attention="eager", **sizes)
+    assert model(torch.rand(1, 3, 8, 8), output_attentions=True).attentions[0].shape == (1, 2, 5, 5)  # sdpa has none
+    model.save_pretrained(tmp_path)
+    assert "attn" not in (tmp_path / "config.json").read_text().replace("attention_probs", "")
+    with pytest.raises(ValueError, match="flash_nonsense"):
+        vit_from_config(NAMES, (8, 8), attention="flash_nonsense", **sizes)
