@@ -18,13 +18,13 @@ from tscnc_hf.inference.layers import (
     conv_padding,
 )
 from tscnc_hf.inference.operators import machine
-from tscnc_hf.inference.timing import interleaved
+from tscnc_hf.inference.timing import race
 
 
 FEWEST_ZEROS = 0.5  # with fewer, no sparse kernel is tried, but for
 FEW_CHANNELS = 4  # a first layer among others that keep images innermost, whatever its zeros
 FEATURES = 768  # times vectors of them: what is walked at a time stays in a first cache of 48 KB
-SECONDS = 0.03  # for all kernels of a layer
+SECONDS = 0.1  # for all kernels of a layer
 TILES = ((1, 1), (2, 2), (2, 4), (2, 7), (2, 8), (4, 4))  # as in `with_tile` of kernels.h
 CACHES = (None, 1 << 16, 1 << 15)  # bytes that a block of channels may take: all, some of a usual L2, L1
 
@@ -67,7 +67,7 @@ def choose(call: Call, alike: dict[tuple, Choice]) -> Choice:
             given = _innermost(x) if candidate.kind == SparseConvImages.kind else x
             made[f"{index}"] = candidate
             calls[f"{index}"] = lambda candidate=candidate, given=given: candidate(given)
-    times = {name: timing.least for name, timing in interleaved(calls, SECONDS).items()}
+    times = race(calls, {"dense": "dense"} | {name: layer.kind for name, layer in made.items()}, SECONDS)
     kernels: dict[str, tuple[nn.Module, float]] = {}
     for name, candidate in made.items():
         if candidate.kind not in kernels or times[name] < kernels[candidate.kind][1]:
@@ -169,7 +169,7 @@ def choose_pair(first: Placed, second: Placed, alike: dict[tuple, SparseConvBloc
                 made[f"{tile}, {[layer.block_channels for layer in layers]}"] = SparseConvBlock(*layers)
         calls = {"apart": lambda: as_two(as_one(x))}
         calls |= {name: lambda both=both: both(x) for name, both in made.items()}
-        times = {name: timing.least for name, timing in interleaved(calls, SECONDS).items()}
+        times = race(calls, dict.fromkeys(calls), SECONDS)
         fastest = min(times, key=times.__getitem__)
         alike[key] = made.get(fastest)
     known = alike[key]

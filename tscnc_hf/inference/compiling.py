@@ -23,13 +23,13 @@ from tscnc_hf.inference.layers import (
 )
 from tscnc_hf.inference.operators import machine
 from tscnc_hf.inference.report import CompileReport, LayerRow
-from tscnc_hf.inference.timing import interleaved, ratios
+from tscnc_hf.inference.timing import interleaved, race, ratios
 from tscnc_hf.method.adversarial.folding import folded_copy
 from tscnc_hf.method.adversarial.pixels import logits_of
 
 
 TOLERANCE = 1e-4  # of the range of the logits
-SECONDS = 0.5  # for each comparison of whole models
+SECONDS = 1.0  # for each comparison of whole models
 MARGIN = 0.98  # of the time before: what gains less is left as it was
 TURNS = 9  # of the model and the best copy, at least, whose middle ratio says whether it gains
 
@@ -82,8 +82,7 @@ def sparse_compile(model: nn.Module, example: Inputs) -> nn.Module:
                         continue
                 name = f"{kind}, {images}, {apart}"
                 models[name], plans[name] = net, (images, apart, choices, plan)
-        times = interleaved({name: _call(net, example) for name, net in models.items()}, SECONDS * len(models))
-        least = {name: timing.least for name, timing in times.items()}
+        least = race({name: _call(net, example) for name, net in models.items()}, dict.fromkeys(models), SECONDS)
         best = min(least, key=least.__getitem__)
         said = ""
         if best == "before" or not _gains(models["before"], models[best], example):
@@ -106,7 +105,7 @@ def sparse_compile(model: nn.Module, example: Inputs) -> nn.Module:
 def _gains(before: nn.Module, after: nn.Module, example: Inputs) -> bool:
     """Whether it is faster by more than what a machine that is busy now and then may make look so."""
     calls = {"before": _call(before, example), "after": _call(after, example)}
-    times = interleaved(calls, SECONDS * len(calls), least=TURNS, most=4 * TURNS)
+    times = interleaved(calls, SECONDS, least=TURNS, most=4 * TURNS)
     return ratios(times["after"].calls, times["before"].calls).median <= MARGIN
 
 
