@@ -209,14 +209,16 @@ inline __attribute__((always_inline)) void accumulate(const char* tile, uint32_t
 }
 
 // All rows [first, last) of each block: fill(block) brings its channels into the tile, expect(block, next output) is
-// called once a row, finish(output, sums) takes the finished sums. `partial` holds those of an output every `partial_pitch` floats while there are blocks to come.
+// called once a row, finish(output, sums) takes the finished sums. `partial` holds those of an output every
+// `partial_pitch` floats while there are blocks to come.
 constexpr auto nothing = [](auto...) {};
 
 using Adjacent = std::integral_constant<int64_t, BYTES>;
 
 template <int NY, int NX, class Step, class Fill, class Expect, class Finish>
-inline __attribute__((always_inline)) void walk(const Matrix& m, int64_t first, int64_t last, const char* tile, int64_t pitch, Step step,
-                 float* partial, int64_t partial_pitch, Fill fill, Expect expect, Finish finish) {
+inline __attribute__((always_inline)) void walk(const Matrix& m, int64_t first, int64_t last, const char* tile,
+                                                int64_t pitch, Step step, float* partial, int64_t partial_pitch,
+                                                Fill fill, Expect expect, Finish finish) {
   for (int64_t block = 0; block < m.blocks; ++block) {
     fill(block);
     const Row* rows = m.rows + block * m.outputs;
@@ -616,7 +618,7 @@ void conv_pixels(const Matrix& m, int64_t group, const Shape& s, const float* in
       float* partial = m.blocks > 1 ? partial_memory.get(m.outputs * V * LANES) : nullptr;
       const int64_t begin = tiling.begin(tile), size = tiling.size(tile);
       const char* start = reinterpret_cast<const char*>(filled + begin);
-      walk<1, V>(m, first, last, start, 0, Adjacent(), partial, V * LANES, nothing, nothing, [&](int64_t output, vec (&v)[1][V]) {
+      auto finish = [&](int64_t output, vec (&v)[1][V]) {
         const int64_t at = (image * m.outputs + output) * pixels + begin;
         if (residual) {
 #pragma GCC unroll 16
@@ -628,7 +630,8 @@ void conv_pixels(const Matrix& m, int64_t group, const Shape& s, const float* in
 #pragma GCC unroll 16
         for (int x = 0; x < V - 1; ++x) store(out + at + x * LANES, v[0][x]);
         store_some(out + at + (V - 1) * LANES, v[0][V - 1], size - (V - 1) * LANES);
-      });
+      };
+      walk<1, V>(m, first, last, start, 0, Adjacent(), partial, V * LANES, nothing, nothing, finish);
     });
   };
   const int64_t size = planes.size(s), tiles = s.images * tiling.tiles;
@@ -887,7 +890,8 @@ void conv_block(const Matrix& one, const Shape& first, int64_t between, const Ma
     float* kept = ring_memory.get(one.outputs * rows.c);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t n = task / parts * LANES, part = task % parts;
-      const int64_t top = down * part / parts * NY, bottom = std::min(second.out_height, down * (part + 1) / parts * NY);
+      const int64_t top = down * part / parts * NY;
+      const int64_t bottom = std::min(second.out_height, down * (part + 1) / parts * NY);
       // each tensor as of this batch alone, but for the distances in it
       Shape a = inner_one, b = inner_two;
       a.images = b.images = std::min<int64_t>(LANES, second.images - n);

@@ -22,6 +22,8 @@ using namespace tscnc;
 
 template <class F>
 void parallel(int64_t tasks, F f) {
+  // parallel_for would give a thread that is new to this library the number of threads that others were given
+  if (at::get_num_threads() == 1) return f(0, tasks);
   at::parallel_for(0, tasks, 1, f);
 }
 
@@ -150,15 +152,15 @@ const float* data(const optional<Tensor>& t) { return t ? t->const_data_ptr<floa
 Norm checked_norm(const optional<Tensor>& norm, double eps, int64_t inputs) {
   if (!norm) return {nullptr, nullptr, 0};
   check_activations("norm", *norm);
-  TORCH_CHECK(norm->dim() == 2 && norm->size(0) == 2 && norm->size(1) == inputs && norm->is_contiguous(), "norm of shape ",
-              norm->sizes(), " is not two rows of ", inputs);
+  TORCH_CHECK(norm->dim() == 2 && norm->size(0) == 2 && norm->size(1) == inputs && norm->is_contiguous(),
+              "norm of shape ", norm->sizes(), " is not two rows of ", inputs);
   const float* at = norm->const_data_ptr<float>();
   return {at, at + inputs, static_cast<float>(eps)};
 }
 
 Tensor sparse_linear(const Tensor& x, const Tensor& entries, const Tensor& rows, const optional<Tensor>& bias,
-                     const optional<Tensor>& residual, const optional<Tensor>& norm, double eps, int64_t inputs, int64_t block_channels, int64_t group,
-                     int64_t vectors, int64_t activation) {
+                     const optional<Tensor>& residual, const optional<Tensor>& norm, double eps, int64_t inputs,
+                     int64_t block_channels, int64_t group, int64_t vectors, int64_t activation) {
   check_activation(activation);
   check_group(group);
   const Matrix m = checked_linear(entries, rows, bias, inputs, block_channels, vectors);
@@ -187,15 +189,17 @@ Tensor sparse_mlp(const Tensor& x, const Tensor& entries, const Tensor& rows, co
 Tensor attention_(const Tensor& q, const Tensor& k, const Tensor& v, double scale) {
   for (const auto& [name, x] : {std::tuple("q", &q), std::tuple("k", &k), std::tuple("v", &v)}) {
     check_activations(name, *x);
-    TORCH_CHECK(x->dim() == 4 && x->size(0) == q.size(0) && x->size(1) == q.size(1) && x->size(2) == (x == &q ? q : k).size(2) &&
-                    x->size(3) == q.size(3),
-                name, " of shape ", x->sizes(), " does not go with q of shape ", q.sizes(), " and k of shape ", k.sizes());
+    TORCH_CHECK(x->dim() == 4 && x->size(0) == q.size(0) && x->size(1) == q.size(1) &&
+                    x->size(2) == (x == &q ? q : k).size(2) && x->size(3) == q.size(3),
+                name, " of shape ", x->sizes(), " does not go with q of shape ", q.sizes(), " and k of shape ",
+                k.sizes());
   }
   TORCH_CHECK(q.size(3) % LANES == 0, "heads of ", q.size(3), " features are no multiple of ", LANES);
   auto plain = [](const Tensor& x) { return x.stride(3) == 1 ? x : x.contiguous(); };
   const Tensor a = plain(q), b = plain(k), c = plain(v);
   auto heads = [](const Tensor& x) { return Heads{x.const_data_ptr<float>(), x.stride(0), x.stride(1), x.stride(2)}; };
-  Tensor y = at::empty({q.size(0), q.size(2), q.size(1), q.size(3)}, q.options().memory_format(at::MemoryFormat::Contiguous));
+  const auto contiguous = q.options().memory_format(at::MemoryFormat::Contiguous);
+  Tensor y = at::empty({q.size(0), q.size(2), q.size(1), q.size(3)}, contiguous);
   attention(heads(a), heads(b), heads(c), q.size(0), q.size(1), q.size(2), k.size(2), q.size(3), scale,
             y.data_ptr<float>(), [](int64_t n, auto g) { parallel(n, g); });
   return y.transpose(1, 2);
@@ -368,11 +372,12 @@ std::vector<int64_t> sparse_machine() { return {LANES, REGISTERS, LINEAR_VECTORS
 
 TORCH_LIBRARY(tscnc, m) {
   m.def(
-      "linear(Tensor x, Tensor entries, Tensor rows, Tensor? bias, Tensor? residual, Tensor? norm, float eps, int inputs, "
-      "int block_channels, int group, int vectors, int activation) -> Tensor");
+      "linear(Tensor x, Tensor entries, Tensor rows, Tensor? bias, Tensor? residual, Tensor? norm, float eps, "
+      "int inputs, int block_channels, int group, int vectors, int activation) -> Tensor");
   m.def(
       "mlp(Tensor x, Tensor entries, Tensor rows, Tensor? bias, Tensor entries2, Tensor rows2, Tensor? bias2, "
-      "Tensor? residual, Tensor? norm, float eps, int inputs, int block_channels, int block_channels2, int vectors, int activation) -> Tensor");
+      "Tensor? residual, Tensor? norm, float eps, int inputs, int block_channels, int block_channels2, int vectors, "
+      "int activation) -> Tensor");
   m.def(
       "conv_pixels(Tensor x, Tensor entries, Tensor rows, Tensor? bias, Tensor? residual, int channels, int[] kernel, "
       "int[] stride, int[] padding, int[] dilation, int group, int activation) -> Tensor");
