@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from tscnc_hf.inference.chunks import InChunks, torch_threads
+from tscnc_hf.inference.chunks import InChunks, _pool, torch_threads
+from tscnc_hf.inference.layers import SparseLinear
 
 
 class Watched(nn.Module):
@@ -43,6 +44,16 @@ def test_whole_rounds_are_by_threads_and_the_rest_by_all(watched, mode):
     assert sorted(entry[1:] for entry in watched.seen if entry[0] is not main) == [(4, 1, *state)] * 3
     assert [entry[1:] for entry in watched.seen if entry[0] is main] == [(6, 3, *state)]
     assert torch.get_num_threads() == 3
+
+
+def test_kernels_leave_threads_of_their_own_at_one(watched):
+    watched.layer = SparseLinear(nn.Linear(3, 2))
+    counts = []
+    watched.layer.register_forward_hook(lambda *_: counts.append(torch.get_num_threads()))
+    _pool.cache_clear()  # threads that no kernel has run in yet
+    with torch.no_grad():
+        watched(torch.randn(12, 3))
+    assert counts == [1, 1, 1]
 
 
 def test_what_only_this_thread_is_in_keeps_the_others_out(watched):

@@ -46,8 +46,8 @@ def interleaved(
     Args:
         least, most: numbers of turns.
         after: called with the number of each turn that is done.
-        burst: seconds for which each is called again and again in its turn; the median counts, without the first call
-            if there are more: some runtimes' threads go on spinning for a while, in the way of the next one's.
+        burst: seconds for which each is called again and again in its turn, twice at least; the median counts, without
+            the first call: some runtimes' threads go on spinning for a while, in the way of the next one's.
     """
     for call in calls.values():
         call()
@@ -100,7 +100,7 @@ def race(
 
 def _milliseconds(call: Callable[[], object], burst: float) -> float:
     taken, begun = [], time.perf_counter()
-    while not taken or time.perf_counter() < begun + burst:
+    while len(taken) < (2 if burst else 1) or time.perf_counter() < begun + burst:
         start = time.perf_counter()
         call()
         taken.append((time.perf_counter() - start) * 1e3)
