@@ -157,6 +157,8 @@ def run_processes(function: Callable, *args, count: int = 2) -> None:
     processes = []
     with tempfile.TemporaryDirectory() as folder:
         logs = [Path(folder, str(rank)) for rank in range(count)]
+        for log in logs:  # one that is ended before it has begun has printed nothing
+            log.touch()
         try:
             processes += [fork(_ranked, rank, function, args, log) for rank, log in enumerate(logs)]
             waiting = {process.sentinel: process for process in processes}

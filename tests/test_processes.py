@@ -8,6 +8,7 @@ import time
 import psutil
 import pytest
 
+from tests import processes
 from tests.processes import family, fork, left_behind, run_command, run_processes, run_python, started
 
 
@@ -60,6 +61,13 @@ def test_a_process_says_why_it_failed(tmp_path):
     with pytest.raises(AssertionError, match="ended with 1:\n(?s:.*)ZeroDivisionError"):
         run_python(["-c", "1 / 0"])
     with pytest.raises(AssertionError, match=r"\[0, 1\]|\[-9, 1\](?s:.*)broke on 1"):
+        run_processes(_breaks_on_the_second)
+
+
+def test_a_process_says_why_it_failed_before_the_others_have_begun(monkeypatch):
+    begin = processes.fork
+    monkeypatch.setattr(processes, "fork", lambda *call: begin(*call) if call[1] else begin(time.sleep, 1000))
+    with pytest.raises(AssertionError, match=r"\[-9, 1\](?s:.*)broke on 1"):
         run_processes(_breaks_on_the_second)
 
 
