@@ -26,7 +26,7 @@ FEW_CHANNELS = 4  # a first layer among others that keep images innermost, whate
 FEATURES = 768  # times vectors of them: what is walked at a time stays in a first cache of 48 KB
 SECONDS = 0.1  # for all kernels of a layer
 TILES = ((1, 1), (2, 2), (2, 4), (2, 7), (2, 8), (4, 4))  # as in `with_tile` of kernels.h
-CACHES = (None, 1 << 16, 1 << 15)  # bytes that a block of channels may take: all, some of a usual L2, L1
+CACHES = (None, 64 << 10, 48 << 10, 32 << 10)  # bytes that a block of channels may take: all, some of L2, a usual L1
 
 
 @dataclass

@@ -14,7 +14,7 @@ class LayerRow:
         name: of the layer in the model.
         shape: of its weight.
         zeros: share of its weights that are zero, batch norm folded.
-        dense_ms, sparse_ms: least time of one call on the example; `sparse_ms` is NaN where none was tried.
+        dense_ms, sparse_ms: of one call on the example, as `race` has it; `sparse_ms` is NaN where none was tried.
         chosen: "dense", or the kernel: what lies side by side in its vectors.
     """
 
@@ -31,7 +31,8 @@ class CompileReport(Report):
     """
     Attributes:
         rows: the layers, in the order in which they are called.
-        before_ms, after_ms: least time of one forward pass of the example, of the model and of what was made of it.
+        before_ms: median time of one forward pass of the example, of the model.
+        after_ms: of what was made of it: as many times that as it takes in the middle of turns of both.
         difference: the largest of logits, over the range of the logits.
         threads: of torch, that all was measured with.
         example: shape of the example.

@@ -74,8 +74,9 @@ def race(
     most: int = 200,
 ) -> dict[str, float]:
     """
-    Least milliseconds of each call. As `interleaved`, but those that are well behind are soon left out, so that the
-    time goes to telling the others apart.
+    Milliseconds of each call: the least that any took, times the median, over turns, of how many times as long as the
+    fastest of the turn it takes; a machine that is slower for a while is so for all of them. As `interleaved`, but
+    those that are well behind are soon left out, so that the time goes to telling the others apart.
 
     Args:
         kinds: of each; compared are those of a kind, and kinds only where one is twice as fast as another.
@@ -83,19 +84,22 @@ def race(
     """
     for call in calls.values():
         call()
-    times = dict.fromkeys(calls, math.inf)
-    racing = list(calls)
+    behind: dict[str, list[float]] = {name: [] for name in calls}
+    racing, shortest = list(calls), math.inf
     end = time.perf_counter() + seconds
     for turn in range(most):
         if turn >= least and (len(racing) == 1 or time.perf_counter() > end):
             break
-        for name in racing:
-            times[name] = min(times[name], _milliseconds(calls[name], 0))
-        limit = BEHIND * min(times.values())
+        taken = {name: _milliseconds(calls[name], 0) for name in racing}
+        fastest = min(taken.values())
+        shortest = min(shortest, fastest)
+        for name, milliseconds in taken.items():
+            behind[name].append(milliseconds / fastest if fastest else 1.0)
+        best = {name: min(times) for name, times in behind.items()}  # whatever came in its way in other turns
         slack = SLACK[min(turn, len(SLACK) - 1)]
-        fastest = {kinds[name]: times[name] for name in sorted(calls, key=times.__getitem__, reverse=True)}
-        racing = [name for name in racing if times[name] <= min(limit, slack * fastest[kinds[name]])]
-    return times
+        of_kind = {kinds[name]: best[name] for name in sorted(calls, key=best.__getitem__, reverse=True)}
+        racing = [name for name in racing if best[name] <= min(BEHIND, slack * of_kind[kinds[name]])]
+    return {name: shortest * statistics.median(times) for name, times in behind.items()}
 
 
 def _milliseconds(call: Callable[[], object], burst: float) -> float:
