@@ -73,7 +73,7 @@ def always_sparse(monkeypatch):
 
     monkeypatch.setattr(choosing, "race", slow_apart)
 
-    def slow_before(calls, kinds, seconds, least):
+    def slow_before(calls, kinds, seconds, least, burst):
         times = race(calls, kinds, seconds, least=1)
         return times | ({"before": float("inf")} if len(times) > 1 else {})
 

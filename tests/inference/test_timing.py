@@ -44,6 +44,13 @@ def test_a_race_compares_within_turns(take):
     assert times == pytest.approx({"better": 11, "lucky": 12.1})
 
 
+def test_a_race_of_bursts_leaves_out_what_the_one_before_disturbs(take):
+    """As a call does that begins while the threads of another spin: only the first one of its turn takes longer."""
+    calls = {"disturbed": take(14, *[14, 10] * 20), "steady": take(11)}
+    times = timing.race(calls, dict.fromkeys(calls), seconds=0.2, burst=0.001)
+    assert times == pytest.approx({"disturbed": 10, "steady": 11})
+
+
 def test_one_bad_turn_does_not_end_a_race(take):
     calls = {"steady": take(10), "disturbed": take(9, 13, 9)}
     times = timing.race(calls, dict.fromkeys(calls), seconds=0.2)

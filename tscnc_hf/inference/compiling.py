@@ -32,6 +32,7 @@ TOLERANCE = 1e-4  # of the range of the logits
 SECONDS = 1.0  # for each comparison of whole models
 MARGIN = 0.98  # of the time before: what gains less is left as it was
 TURNS = 9  # of each, at least; and of the model beside the best copy, which then says whether that gains
+BURST = 0.01  # seconds of each in its turn, two calls at least: into the first one others' threads still spin
 
 Inputs = Tensor | Mapping[str, Tensor]
 
@@ -83,7 +84,7 @@ def sparse_compile(model: nn.Module, example: Inputs) -> nn.Module:
                 name = f"{kind}, {images}, {apart}"
                 models[name], plans[name] = net, (images, apart, choices, plan)
         calls = {name: _call(net, example) for name, net in models.items()}
-        times = race(calls, dict.fromkeys(models), SECONDS, least=TURNS)
+        times = race(calls, dict.fromkeys(models), SECONDS, least=TURNS, burst=BURST)
         best = min(times, key=times.__getitem__)
         before, after = _beside(calls["before"], calls[best])
         said = ""
@@ -106,7 +107,7 @@ def sparse_compile(model: nn.Module, example: Inputs) -> nn.Module:
 
 def _beside(one: Callable[[], object], other: Callable[[], object]) -> tuple[float, float]:
     """Milliseconds: the median of one, and as many times that as the other takes in the middle of the turns."""
-    times = interleaved({"one": one, "other": other}, SECONDS, least=TURNS, most=4 * TURNS)
+    times = interleaved({"one": one, "other": other}, SECONDS, least=TURNS, most=4 * TURNS, burst=BURST)
     median = times["one"].median
     return median, median * ratios(times["other"].calls, times["one"].calls).median
 

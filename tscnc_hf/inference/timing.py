@@ -72,6 +72,7 @@ def race(
     seconds: float,
     least: int = 5,
     most: int = 200,
+    burst: float = 0.0,
 ) -> dict[str, float]:
     """
     Milliseconds of each call: the least that any took, times the median, over turns, of how many times as long as the
@@ -81,6 +82,7 @@ def race(
     Args:
         kinds: of each; compared are those of a kind, and kinds only where one is twice as fast as another.
         least, most: numbers of turns of those that stay.
+        burst: as of `interleaved`.
     """
     for call in calls.values():
         call()
@@ -90,7 +92,7 @@ def race(
     for turn in range(most):
         if turn >= least and (len(racing) == 1 or time.perf_counter() > end):
             break
-        taken = {name: _milliseconds(calls[name], 0) for name in racing}
+        taken = {name: _milliseconds(calls[name], burst) for name in racing}
         fastest = min(taken.values())
         shortest = min(shortest, fastest)
         for name, milliseconds in taken.items():
