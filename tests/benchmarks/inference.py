@@ -4,10 +4,10 @@ What zeros gain at inference on a CPU: `make bench-inference`, on an idle machin
 A ResNet-18 (32 px, stride-1 stem) and a ViT-S/4 whose weights are pruned by magnitude, each layer alike but for the
 first and the last, in every runtime that is installed; all in turns, outputs compared first. Of a "half" model half of
 the channels, hidden units and heads, drawn at random, were cut out before; folders are of models with the masks that
-they were trained with. "Over the best" is the median of the fastest other runtime over that of `sparse_compile`.
-With `--profile`, instead, where the time of a
-compiled model goes: for the layers of each kind the multiply-adds, beside the peak that a loop of nothing else reaches
-here, and the bytes that a call walks through.
+they were trained with. "Over the best" is the median, over turns, of how many times as long as `sparse_compile` the
+best of the other runtimes takes; the best is the one for which that is least. With `--profile`, instead, where the
+time of a compiled model goes: for the layers of each kind the multiply-adds, beside the peak that a loop of nothing
+else reaches here, and the bytes that a call walks through.
 """
 
 from __future__ import annotations
@@ -181,7 +181,7 @@ def summary_row(name: str, report: dict, batch: int) -> str:
     """One line of the last table, from what `LatencyReport.to_dict` gives."""
     rows = [row for row in report["rows"] if row["batch"] == batch]
     (ours,) = (row for row in rows if row["runtime"] == OURS)
-    best = min((row for row in rows if row["runtime"] != OURS), key=lambda row: row["median_ms"])
+    best = min((row for row in rows if row["runtime"] != OURS), key=lambda row: row["times_ours"])
     quartiles = f"{ours['low_ms']:.2f} to {ours['high_ms']:.2f}"
     return (
         f"| {name} | {report['zeros']:.1%} | {report['threads']} | {batch} | {ours['median_ms']:.2f} ({quartiles}) "

@@ -62,7 +62,7 @@ def interleaved(
     return {name: Timing(times) for name, times in taken.items()}
 
 
-SLACK = (1.5, 1.3, 1.15, 1.1)  # times the fastest of a kind, after each turn, that a call may take to stay in a race
+SLACK = (1.3, 1.15, 1.1)  # times the fastest of a kind that a call may take to stay in a race, from the second turn on
 BEHIND = 2.0  # times the fastest of all
 
 
@@ -97,11 +97,14 @@ def race(
         shortest = min(shortest, fastest)
         for name, milliseconds in taken.items():
             behind[name].append(milliseconds / fastest if fastest else 1.0)
+        if not turn:  # one call says little
+            continue
         best = {name: min(times) for name, times in behind.items()}  # whatever came in its way in other turns
-        slack = SLACK[min(turn, len(SLACK) - 1)]
+        slack = SLACK[min(turn, len(SLACK)) - 1]
         of_kind = {kinds[name]: best[name] for name in sorted(calls, key=best.__getitem__, reverse=True)}
         racing = [name for name in racing if best[name] <= min(BEHIND, slack * of_kind[kinds[name]])]
-    return {name: shortest * statistics.median(times) for name, times in behind.items()}
+    # of two turns the better: whatever came in its way in the other
+    return {name: shortest * statistics.median_low(times) for name, times in behind.items()}
 
 
 def _milliseconds(call: Callable[[], object], burst: float) -> float:
