@@ -30,9 +30,6 @@ def test_latencies():
     for row in report.rows:
         assert 0 < row.low_ms <= row.median_ms <= row.high_ms and row.calls >= 5 and row.difference <= 1e-4
         assert row.times_ours == 1 or row.runtime != OURS
-    assert report.best_other(3).runtime != OURS
-    others = [row.times_ours for row in report.rows if row.batch == 3 and row.runtime != OURS]
-    assert report.best_other(3).times_ours == min(others)
     assert 0.8 < report.zeros < 0.9
     assert len(report.to_markdown().splitlines()) == 2 + len(report.rows)
     assert "3 images: preparing channels_last" in said

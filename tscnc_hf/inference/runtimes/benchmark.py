@@ -60,11 +60,6 @@ class LatencyReport(Report):
     zeros: float
     left_out: tuple[str, ...] = ()
 
-    def best_other(self, batch: int) -> Latency:
-        """The one that takes least over `sparse_compile`, which must be among the runtimes."""
-        others = [row for row in self.rows if row.batch == batch and row.runtime != OURS]
-        return min(others, key=lambda row: row.times_ours)
-
     def to_markdown(self) -> str:
         head = ("batch", "runtime", "median, ms", "quartiles, ms", "times ours", "difference")
         return markdown_table(
