@@ -314,9 +314,11 @@ def test_evaluate_then_card_then_inspect(capsys, kind, folders, tmp_path):
     results = as_json(capsys, "evaluate", "--model", folder, *attack, "--device", "cpu", "--output-dir", out)
     assert [row["name"] for row in results["robustness"]["attacks"]] == ["clean", "pgd-2"]
     assert json.loads((out / "results.json").read_text()) == results
-    as_json(capsys, "card", folder, "--results", out / "results.json", "--license", "mit", "--name", "you/it")
+    given = ["--license", "mit", "--name", "you/it", "--note", "Scanned at 8 px.", "--note", "Twice."]
+    as_json(capsys, "card", folder, "--results", out / "results.json", *given)
     card = (folder / "README.md").read_text(encoding="utf-8")
     assert "| Accuracy under PGD-2 |" in card and "license: mit" in card and 'from_pretrained("you/it")' in card
+    assert "**Note:** Scanned at 8 px.\n" in card and "**Note:** Twice.\n" in card
     assert "adversarial-training" not in card and "This run pruned" not in card  # nobody knows how it was trained
     found = as_json(capsys, "inspect", folder)
     assert found["metrics"][0]["value"] == results["robustness"]["attacks"][0]["accuracy"]

@@ -123,6 +123,8 @@ def _parser() -> argparse.ArgumentParser:
     card.add_argument("--results", metavar="FILE", help="results.json of `tscnc evaluate`; copied beside the card")
     card.add_argument("--name", help="what a reader loads. Default: the name of the folder, or the Hub id")
     card.add_argument("--dataset", help="Hub id or name of the data. Default: as recorded")
+    noted = "a sentence that a reader of the figures needs, e.g. what was done to the images; may be given again"
+    card.add_argument("--note", action="append", metavar="TEXT", help=noted)
     card.add_argument("--base-model", help="Hub id that training started from. Default: as recorded")
     card.add_argument("--license", help="identifier of the licence, e.g. apache-2.0. Default: as recorded")
     card.add_argument("--overwrite", action="store_true", help="also a README.md that this library did not write")
@@ -212,7 +214,7 @@ def _card(options: argparse.Namespace) -> dict[str, Any]:
     from tscnc_hf.artifact.repository.recard import rebuild_card
 
     given = {"model_name": options.name, "dataset_name": options.dataset}
-    given |= {"base_model": options.base_model, "license": options.license}
+    given |= {"notes": options.note, "base_model": options.base_model, "license": options.license}
     path = rebuild_card(
         open_repository(options.model, options.revision),
         options.output,

@@ -59,6 +59,8 @@ class DataArguments:
             where the data set has no split "validation" beside the one to test on.
         train_limit (`int`, *optional*): train on the first n images only.
         test_limit (`int`, *optional*): test on the first n images only.
+        data_notes (`list[str]`, *optional*): sentences that a reader of figures on this data needs, such as what was
+            done to the images before; the card shows them.
         test_attacks (`list[str]`, *optional*, defaults to `["clean", "pgd-20"]`): attacks of the final figures; see
             `make_attack`.
         attack_precision (`str`, *optional*, defaults to `"float32"`): in which those search, "float32", "bf16", or
@@ -88,6 +90,7 @@ class DataArguments:
     validation_fraction: float = 0.1
     train_limit: int | None = None
     test_limit: int | None = None
+    data_notes: list[str] = field(default_factory=list)
     test_attacks: list[str] = field(default_factory=lambda: ["clean", "pgd-20"])
     attack_precision: str = field(default="float32", metadata={"choices": ("float32", "tf32", "bf16")})
     test_full: bool = True
@@ -173,6 +176,7 @@ def load_data(arguments: DataArguments, seed: int, photos: int | tuple[int, int]
             photos=photos,
         )
         check_input_size(data.image_size, arguments.input_size, arguments.interpolation or "bilinear")
+    data.notes = list(arguments.data_notes)
     say(f"Data: {data.description}")
     return data
 
@@ -214,7 +218,8 @@ def train(config: TSCNCConfig, model, processor, data, resume: str | bool = Fals
         )
     class_names = [str(model.config.id2label[index]) for index in range(model.config.num_labels)]
     trainer.data_identity = data.identity
-    trainer.publisher.keep(class_names=class_names, command=command_line(), dataset_name=data.name)
+    of_data = {"dataset_name": data.name, "notes": data.notes}
+    trainer.publisher.keep(class_names=class_names, command=command_line(), **of_data)
     goal = f"to {config.target_sparsity:.1%} sparsity" if config.target_sparsity else "dense"
     parameters = sum(parameter.numel() for parameter in model.parameters())
     adversary = f"with {config.adversary}, epsilon {config.epsilon:.4g}"

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ class ImageData:
         name: the Hub id, or the folder's name.
         description: one sentence on sizes, origin, storage and augmentation of the parts.
         identity: what tells the three parts from others, plain JSON types, and under "asked" the arguments.
+        notes: sentences that a reader of figures on it needs; the card shows them.
     """
 
     train: ImageTensorDataset | ImageStreamDataset
@@ -53,6 +54,7 @@ class ImageData:
     name: str
     description: str
     identity: dict[str, Any]
+    notes: list[str] = field(default_factory=list)
 
 
 def load_image_data(

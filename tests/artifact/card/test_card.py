@@ -103,6 +103,19 @@ def test_front_matter_round_trips(tmp_path):
     json.dumps(data, allow_nan=False)  # the Hub holds it as JSON
 
 
+def test_notes_stand_under_the_table_and_beside_each_figure(tmp_path):
+    notes = ["The images went through JPEG.", "The dense network: see /home/someone/runs/twin"]
+    path = write(tmp_path, notes=notes)
+    card, text = ModelCard.load(path), path.read_text(encoding="utf-8")
+    shown = [notes[0], "The dense network: see twin"]  # no folder of this machine
+    assert [line for line in text.splitlines() if line.startswith("**Note:** ")] == [f"**Note:** {n}" for n in shown]
+    assert "".join(f"\n\n**Note:** {note}" for note in shown) + "\n\nIn brackets" in text
+    assert text.index("| Clean accuracy") < text.index("**Note:**") < text.index("Wilson intervals")
+    assert card.data.to_dict()["notes"] == shown
+    assert all(result.dataset_args == {"notes": shown} for result in card.data.eval_results)
+    assert "**Note:**" not in write(tmp_path).read_text(encoding="utf-8")
+
+
 def test_model_index_holds_accuracies_with_their_attack_sparsity_and_condition_number(tmp_path):
     found = metrics(ModelCard.load(write(tmp_path)))
     sparsity, spectrum = report_dicts(NAMES, deficient=NAMES[:2], blocks=NAMES[:1])

@@ -276,7 +276,7 @@ def test_a_time_limit_ends_it_and_it_goes_on_from_there(ablation, tmp_path):
         if begun:
             break
     assert begun and len(kept) < 2 and "dense-0-s0 ...\n" in done.stdout
-    ablation(tmp_path, **long, save_models="true")
+    ablation(tmp_path, **long, save_models="true", data_notes="Eight pixels.")
     ablation(tmp_path / "whole", **long)
     for one, two in zip(*(read_rows(folder / "rows.jsonl") for folder in (tmp_path, tmp_path / "whole")), strict=True):
         assert differences(one, two) == {}
@@ -292,6 +292,8 @@ def test_a_time_limit_ends_it_and_it_goes_on_from_there(ablation, tmp_path):
     card = (folder / "README.md").read_text()
     assert "50.0 %" in card and "| | dense | this model |" in card and (folder / "figures").is_dir()
     assert "```bash\npython " in card  # what was typed
+    assert "**Note:** Eight pixels.\n" in card
+    assert json.loads((folder / "tscnc_config.json").read_text())["notes"] == ["Eight pixels."]
 
 
 @pytest.mark.launched

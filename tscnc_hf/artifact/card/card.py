@@ -91,7 +91,8 @@ def write_card(
         dense: the `{"robustness", "sparsity", "spectrum", "lipschitz", "curve"}` of a dense twin.
         sizes: `{"dense_bytes", "sparse_bytes", "limit_bytes"}`: of the two weight files, and `storage_limit`.
         versions: library -> version; those of `robustness` when left out.
-        notes: further sentences for what the model does not promise.
+        notes: sentences that a reader of the figures needs, such as what was done to the images; under the table,
+            and in the metadata.
         own_widths: the widths of its layers are recorded in config.json, and only this library can build it.
         module: what a plain module, which no library builds from a folder, is made by; empty for any other model.
         value_dtype: "fp16" or "bf16", to which the weights were rounded after training, before they were measured.
@@ -118,6 +119,7 @@ def write_card(
     kept = {key: value for key, value in config.items() if value is not None and value == value}
     config = {key: plain(value) for key, value in kept.items() if not key.endswith("token")}
     dataset = without_paths(str(dataset_name)) if dataset_name else ""
+    notes = [without_paths(str(note)).strip() for note in notes]
 
     classes = [str(name) for name in class_names or ()]
     shown_names = [] if all(name.startswith("LABEL_") for name in classes) else classes
@@ -143,7 +145,8 @@ def write_card(
         tags=[*_tags(robustness, sparsity, config), *tags],
         model_name=model_name,
         # the Hub wants a data set of every result
-        eval_results=evaluation_results(robustness, sparsity, spectrum, dataset or "unknown", dataset_split),
+        eval_results=evaluation_results(robustness, sparsity, spectrum, dataset or "unknown", dataset_split, notes),
+        **({"notes": notes} if notes else {}),
     )
     card = ModelCard.from_template(
         card_data,
@@ -172,7 +175,7 @@ def write_card(
         module=module,
         value_dtype=value_dtype,
         versions=plain(versions or (robustness or {}).get("versions") or {}),
-        notes=[without_paths(str(note)) for note in notes],
+        notes=notes,
         not_yet=NOT_YET,
         formatting=formatting,
     )

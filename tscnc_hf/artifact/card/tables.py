@@ -30,11 +30,17 @@ SHOWN_CLASSES = 20  # of more a card shows a part
 
 
 def evaluation_results(
-    robustness: Mapping[str, Any] | None, sparsity: Mapping, spectrum: Mapping, dataset: str, split: str
+    robustness: Mapping[str, Any] | None,
+    sparsity: Mapping,
+    spectrum: Mapping,
+    dataset: str,
+    split: str,
+    notes: Sequence[str] = (),
 ) -> list[EvalResult]:
     """The entries of model-index: one an attack and their worst case, two sparsities, two condition numbers."""
     same = dict(task_type="image-classification", task_name="Image classification")
     same |= dict(dataset_type=dataset, dataset_name=dataset, dataset_split=split)
+    same |= dict(dataset_args={"notes": list(notes)}) if notes else {}
     robustness = robustness or {}
     threat, worst = robustness.get("threat_model", {}), robustness.get("worst_case")
     ball = f"{threat.get('norm', 'linf')}, epsilon {threat.get('epsilon')}"

@@ -33,7 +33,7 @@ from tscnc_hf.method.reports.spectrum import spectral_report
 
 
 # what tscnc_config.json records of a run beside the options of its method: arguments of `write_card`
-RUN_FACTS = ("dataset_name", "base_model", "license", "tags", "command", "versions", "value_dtype")
+RUN_FACTS = ("dataset_name", "notes", "base_model", "license", "tags", "command", "versions", "value_dtype")
 KEPT_FIGURES = ("training", "adversarial_examples")  # drawn from what no file holds
 
 
@@ -147,7 +147,9 @@ def _facts_of_card(path: Path) -> dict[str, Any]:
     shown = [result.dataset_name for result in data.eval_results or () if result.dataset_name != "unknown"]
     facts = {"dataset_name": next(filter(None, [*datasets, *shown]), None)}
     facts |= {key: getattr(data, key, None) for key in ("base_model", "license")}
-    return {key: value for key, value in facts.items() if isinstance(value, str)}
+    facts = {key: value for key, value in facts.items() if isinstance(value, str)}
+    notes = getattr(data, "notes", None)
+    return facts | ({"notes": list(map(str, notes))} if isinstance(notes, list) else {})
 
 
 def _keep_figure(folder: Path, target: Path, name: str) -> bool:

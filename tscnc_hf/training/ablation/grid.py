@@ -250,7 +250,7 @@ class Grid:
             if dense := self._dense_results(cell, results):
                 results["dense"] = dense
             trainer.publisher.results = results
-            about = {"class_names": self.data.class_names, "dataset_name": self.data.name}
+            about = {"class_names": self.data.class_names, "dataset_name": self.data.name, "notes": self.data.notes}
             trainer.publisher.keep(**about, value_dtype=self.value_dtype, command=self.command)
             trainer.save_model()
         robustness, spectrum = results["robustness"], results["spectrum"]
