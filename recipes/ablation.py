@@ -180,6 +180,7 @@ def main(args: list[str] | None = None) -> None:
     try:
         cells = grid_of(arguments.arms, arguments.sparsities, arguments.seeds, arguments.pretraining)
         results, grid = Results(arguments.results), make_grid(*options)
+        grid.progress = arguments.workers == 1  # bars of cells beside each other would be a jumble
         kept = [cell for cell in cells if not arguments.only or any(part in cell.name for part in arguments.only)]
         found = {cell: results.find(grid.label, cell, grid.fingerprint(cell), grid.split) for cell in kept}
     except ValueError as error:

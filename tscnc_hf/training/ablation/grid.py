@@ -120,6 +120,7 @@ class Grid:
         value_dtype: "fp16" or "bf16": what each training gives is rounded to it, and packed so.
         bundles: where each measured cell's `bundle` is left, with `save_models`.
         command: what was typed, for the cards.
+        progress: show on stderr how far the attacks on a finished cell are.
     """
 
     config: TSCNCConfig
@@ -136,6 +137,7 @@ class Grid:
     value_dtype: str | None = None
     bundles: str | None = None
     command: str | None = None
+    progress: bool = False
 
     def settings(self, cell: Cell) -> TSCNCConfig:
         """The options of the cell's training, but for its folder."""
@@ -244,7 +246,7 @@ class Grid:
                 attack_precision=self.attack_precision,
                 folder=args.output_dir,
                 mixed=True,
-                progress=False,
+                progress=self.progress,
             )
         if self.save_models:
             if dense := self._dense_results(cell, results):
