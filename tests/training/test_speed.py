@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tscnc_hf.training.speed import Speed
+from tscnc_hf.training.speed import STEPS, Speed
 from tscnc_hf.training.trainer import TSCNCTrainer
 
 
@@ -49,8 +49,8 @@ def test_on_a_gpu_steps_are_measured_by_events(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", Event)
     speed = Speed(torch.device("cuda"), on=True)
     speed.begin(10)
-    for step in (10, 11):
-        speed.start_step(step, 2)
+    for _ in range(2):
+        speed.start_step()
         for name, seconds in (("attack", 5), ("constraints", 1), ("attack", 1), ("masks", 0.5)):
             with speed.part(name):
                 clock[0] += seconds
@@ -67,11 +67,42 @@ def test_evaluations_and_checkpoints_are_no_steps(monkeypatch):
     monkeypatch.setattr("tscnc_hf.training.speed.time.perf_counter", lambda: now[0])
     speed = Speed(torch.device("cpu"), on=True)
     speed.begin(0)
-    for step in range(2):
-        speed.start_step(step, 2)
+    for _ in range(2):
+        speed.start_step()
         now[0] += 4
         speed.end_step(32)
     with speed.aside():
         now[0] += 100
     found = speed.figures(2, 6)
     assert found["images_per_second"] == 8 and found["seconds_left"] == 216  # of a run with as many of them
+
+
+def test_what_is_done_in_one_step_of_ten_has_its_share_of_ten(monkeypatch):
+    """Though each log comes after such a step; and one in an evaluation has none."""
+    now = [0.0]
+    monkeypatch.setattr("tscnc_hf.training.speed.time.perf_counter", lambda: now[0])
+    speed = Speed(torch.device("cpu"), on=True)
+
+    def spend(name: str, seconds: float) -> None:
+        with speed.part(name):
+            now[0] += seconds
+
+    for _ in range(2):
+        for step in range(10):
+            speed.start_step()
+            spend("attack", 1)
+            if step == 9:
+                spend("masks", 10)
+            speed.end_step(1)
+            with speed.aside():
+                spend("attack", 1000)
+        found = speed.figures(10, 20)
+        assert [found[name] for name in SHARES] == [0.5, 0, 0.5, 0] and found["images_per_second"] == 0.5
+
+
+def test_what_is_never_logged_does_not_grow():
+    speed = Speed(torch.device("cpu"), on=True)
+    for _ in range(STEPS + 5):
+        speed.start_step()
+        speed.end_step(1)
+    assert len(speed._steps) == STEPS

@@ -265,7 +265,7 @@ class TSCNCTrainer(ResumableTrainer):
         self._micro_batch = 0
         self._steps += 1
         step, max_steps = self.state.global_step, self.state.max_steps
-        self.speed.start_step(step, self.state.logging_steps)
+        self.speed.start_step()
         self.teacher.before_step(step, max_steps, self.compressor, self.adversary.logits)  # before anything is pruned
         self.compressor.before_step(step, max_steps, optimizer)
 
