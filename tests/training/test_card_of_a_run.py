@@ -140,6 +140,21 @@ def test_nobody_named_a_licence(build, make_config, tmp_path):
     assert front_matter(rebuild_card(open_repository(tmp_path)))["license"] == "mit"
 
 
+def test_what_was_given_to_a_card_outlives_the_next_one(build, make_config, tmp_path):
+    """A push writes the card again; what the run recorded is not what was said later."""
+    model, _ = build("vit")
+    model.save_pretrained(tmp_path)
+    publishing = publisher(make_config)
+    publishing.keep(license="mit", notes=["Of the run."])
+    publishing.write_extras(tmp_path, model)
+    publishing.write_card(tmp_path, model, None, [])
+    found = front_matter(rebuild_card(open_repository(tmp_path)))
+    assert (found["license"], found["notes"]) == ("mit", ["Of the run."])
+    rebuild_card(open_repository(tmp_path), license="apache-2.0", notes=["Of a\n  reader.", " "])
+    found = front_matter(rebuild_card(open_repository(tmp_path)))
+    assert (found["license"], found["notes"]) == ("apache-2.0", ["Of a reader."])
+
+
 @pytest.mark.parametrize("licence", ["cc-by-nc-4.0", None])
 def test_weights_of_timm_have_their_own_licence(licence, monkeypatch, make_config, tmp_path):
     def downloaded(name, pretrained=False, **options):

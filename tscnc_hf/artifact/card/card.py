@@ -119,7 +119,7 @@ def write_card(
     kept = {key: value for key, value in config.items() if value is not None and value == value}
     config = {key: plain(value) for key, value in kept.items() if not key.endswith("token")}
     dataset = without_paths(str(dataset_name)) if dataset_name else ""
-    notes = [without_paths(str(note)).strip() for note in notes]
+    notes = [" ".join(without_paths(str(note)).split()) for note in notes if str(note).strip()]
 
     classes = [str(name) for name in class_names or ()]
     shown_names = [] if all(name.startswith("LABEL_") for name in classes) else classes

@@ -81,8 +81,8 @@ def rebuild_card(
     }
     if results:
         _check_results(results, model, source)
-    known = {"dataset_name": results.get("dataset")} | _facts_of_card(folder / CARD_FILE)
-    known |= {key: method[key] for key in RUN_FACTS if method.get(key)}
+    known = {"dataset_name": results.get("dataset")} | {key: method[key] for key in RUN_FACTS if method.get(key)}
+    known |= _facts_of_card(folder / CARD_FILE)  # which somebody may have given since
     names = [str(name) for name in (getattr(model.config, "id2label", None) or {}).values()]
     path = write_card(
         target,
