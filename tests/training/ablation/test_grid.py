@@ -21,6 +21,7 @@ from scipy.stats import ttest_rel
 from tests.processes import PATIENCE, left_behind, run_python, started
 from tests.results_page import check_results
 from tscnc_hf.artifact.models.loading import load_sparse
+from tscnc_hf.artifact.repository.opening import published_files
 from tscnc_hf.training.ablation.comparison import comparison_markdown, paired_difference
 from tscnc_hf.training.ablation.figures import kappa, over_sparsity_figure
 from tscnc_hf.training.ablation.grid import Cell, Grid, grid
@@ -215,6 +216,16 @@ def test_cells_are_trained_measured_resumed_and_reproduced(ablation, tmp_path):
     assert "| 90 % | both | 1 |" in (tmp_path / "report" / "ablation.md").read_text()
     names = ("robustness", "conditioning", "robustness_over_conditioning")
     assert all((tmp_path / "report" / f"ablation_{name}.png").stat().st_size > 10_000 for name in names)
+
+
+def test_a_cell_that_is_measured_again_still_shows_its_training(ablation, tmp_path):
+    """With other attacks, or because it was killed after the training."""
+    for attacks, rows in (("clean", "first.jsonl"), ("clean pgd-2", "second.jsonl")):
+        given = {"save_models": "true", "test_full": "false", "logging_steps": 1, "test_attacks": attacks}
+        ablation(tmp_path, **given, only="dense", results=tmp_path / rows)
+        folder = trained(tmp_path, "dense-s0").parent
+        assert "(figures/training.png)" in (folder / "README.md").read_text()
+    assert not any("trainer_state" in name for name in published_files(folder))
 
 
 def test_other_settings_are_trained_anew_in_the_same_folder(ablation, tmp_path):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import set_seed
+from transformers import TrainerState, set_seed
 
 from tscnc_hf.artifact.card.formatting import number
 from tscnc_hf.artifact.files.identity import RunIdentity
@@ -31,6 +31,7 @@ from tscnc_hf.training.trainer import TSCNCTrainer
 
 
 DENSE = "dense"
+STATE_FILE = "_trainer_state.json"  # of a training that is over: its card draws the log. No push takes it along
 DENSE_OPTIONS = {"target_sparsity": 0.0, "tsc_weight": 0.0, "cnc_weight": 0.0, "tsc_on": "weights"}
 
 
@@ -208,9 +209,12 @@ class Grid:
         fold_gates_(trainer.model)  # what others start from, and what is measured, is a plain model
         if trained.exists():
             trainer.model.load_state_dict(load_state(trained)[0])
+            if (folder / STATE_FILE).is_file():
+                trainer.state = TrainerState.load_from_json(str(folder / STATE_FILE))
         else:
             if self.value_dtype:
                 round_(trainer.model, self.value_dtype)
+            trainer.state.save_to_json(str(folder / STATE_FILE))
             save_state(dict(trainer.model.state_dict()), trained)
         seconds = time.perf_counter() - start
         figures = self.measure(trainer, cell)
