@@ -89,6 +89,26 @@ def _scaled(weight: Tensor) -> Tensor:
     return weight.abs() / weight.square().mean().sqrt().clamp(min=1e-12)
 
 
+def lamp(matrices: Sequence[WeightMatrix], gradients: Gradients = None) -> dict[str, Tensor]:
+    """
+    w^2 over the sum of squares of all weights of the same layer that are no smaller, itself among them, in [0, 1]
+    (LAMP, Lee, Park, Mo, Ahn and Shin 2021, arXiv 2010.07611). A layer's best weight has 1, and what is
+    left of a layer ranks the higher the less is left, so that no layer starves.
+    """
+    scores = {}
+    for record in matrices:
+        squares, order = record.weight.flatten().square().sort(stable=True)
+        no_smaller = squares.flip(0).cumsum(0, dtype=_widest(squares)).flip(0)
+        score = torch.empty_like(squares)
+        score[order] = (squares / no_smaller.clamp(min=torch.finfo(squares.dtype).tiny)).to(squares.dtype)
+        scores[record.name] = score.view(record.weight.shape)
+    return scores
+
+
+def _widest(tensor: Tensor) -> torch.dtype:
+    return tensor.dtype if tensor.device.type == "mps" else torch.float64  # which Apple's GPUs do not have
+
+
 def _each(score: Callable[[Tensor, Tensor | None], Tensor]) -> Criterion:
     """A criterion that looks at one weight w at a time, and what was gathered for it, g."""
     return lambda matrices, gradients: {r.name: score(r.weight, gradients and gradients[r.name]) for r in matrices}
@@ -98,6 +118,7 @@ _CRITERIA = {
     "magnitude": RegisteredCriterion(_each(lambda w, g: w.abs())),
     # in units of its layer's root mean square: layers of small weights are not emptied first
     "scaled-magnitude": RegisteredCriterion(_each(lambda w, g: _scaled(w))),
+    "lamp": RegisteredCriterion(lamp),
     # what the loss would change by if w were zero, to first order (Molchanov et al. 2019). At the start of training,
     # and at once (pruning_schedule "one-shot"), this is SNIP (Lee, Ajanthan and Torr 2019).
     "taylor": RegisteredCriterion(_each(lambda w, g: (w * g).abs()), "mean"),

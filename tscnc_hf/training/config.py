@@ -149,8 +149,9 @@ class TSCNCConfig(TrainingArguments):
         pruning_interval (`int`, *optional*, defaults to 10): steps between two choices of the masks. There is one
             choice where start and end are the same.
         pruning_criterion (`str`, *optional*, defaults to `"magnitude"`): what makes a weight worth keeping,
-            "magnitude", "scaled-magnitude" (in units of its layer's scale), "taylor", "movement", "gates", "learned"
-            (scores that are trained between start and end, with the weights frozen), or one of your own
+            "magnitude", "scaled-magnitude" (in units of its layer's scale), "lamp" (beside the larger ones of its
+            layer: the zeros are shared so that no layer starves), "taylor", "movement", "gates", "learned" (scores
+            that are trained between start and end, with the weights frozen), or one of your own
             (`register_criterion`).
         pruning_scope (`str`, *optional*, defaults to `"global"`): how zeros are shared among the layers, "global"
             (weights are ranked over the whole model), "uniform" (every layer alike), "erk" (Erdos-Renyi-kernel), or

@@ -542,7 +542,9 @@ def test_the_state_of_another_way_of_pruning_is_refused():
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-@pytest.mark.parametrize("criterion", ["magnitude", "scaled-magnitude", "taylor", "movement", "gates", "learned"])
+@pytest.mark.parametrize(
+    "criterion", ["magnitude", "scaled-magnitude", "lamp", "taylor", "movement", "gates", "learned"]
+)
 def test_exact_for_every_criterion(criterion, name):
     model = ARCHITECTURES[name]()
     if criterion == "gates":
