@@ -59,7 +59,7 @@ class AblationArguments:
     workers: int = field(default=1, metadata={"help": "Cells run beside each other, each with cpu_threads threads."})
     time_limit: int = field(default=0, metadata={"help": "Stop, resumably, after so many seconds; 0: never."})
     check: str | None = field(default=None, metadata={"help": "Name of a finished cell: run it anew and compare."})
-    only: list[str] = field(default_factory=list, metadata={"help": "Only cells with one of these in their name."})
+    only: list[str] = field(default_factory=list, metadata={"help": "Only cells whose names begin with one of these."})
 
     def __post_init__(self):
         check_numbers(self)
@@ -175,14 +175,17 @@ def main(args: list[str] | None = None) -> None:
         raise SystemExit("error: each cell goes on from its own checkpoint: leave resume_from_checkpoint out")
 
     from tscnc_hf.training.ablation.grid import grid as grid_of
+    from tscnc_hf.training.ablation.grid import selected
     from tscnc_hf.training.ablation.rows import Results, differences
 
     try:
         cells = grid_of(arguments.arms, arguments.sparsities, arguments.seeds, arguments.pretraining)
         results, grid = Results(arguments.results), make_grid(*options)
         grid.progress = arguments.workers == 1  # bars of cells beside each other would be a jumble
-        kept = [cell for cell in cells if not arguments.only or any(part in cell.name for part in arguments.only)]
+        kept = selected(cells, arguments.only)
         found = {cell: results.find(grid.label, cell, grid.fingerprint(cell), grid.split) for cell in kept}
+        first = grid.untrained(cells, [cell for cell in kept if found[cell] is None])  # what those start from
+        found |= {cell: results.find(grid.label, cell, grid.fingerprint(cell), grid.split) for cell in first}
     except ValueError as error:
         raise SystemExit(f"error: {error}") from None
     if arguments.check is not None:
@@ -196,17 +199,17 @@ def main(args: list[str] | None = None) -> None:
             raise SystemExit(f"{cell.name} was not reproduced: {different}")
         print(f"{cell.name} gives the same row again")
         return
-    begun, start = sum(row is not None for row in found.values()), time.perf_counter()
+    todo = [cell for cell in cells if cell in first or (cell in found and found[cell] is None)]
+    begun, start = len(found) - len(todo), time.perf_counter()
     done = begun
 
     def stop():
         try:
-            print(f"time limit: {done} of {len(kept)} cells are finished, the same command goes on", flush=True)
+            print(f"time limit: {done} of {len(found)} cells are finished, the same command goes on", flush=True)
         finally:  # also where nobody reads what is printed
             os.kill(os.getpid(), signal.SIGTERM)
 
-    print(f"{len(kept)} cells, {begun} of them finished before; rows in {arguments.results}", flush=True)
-    todo = [cell for cell in kept if found[cell] is None]
+    print(f"{len(found)} cells, {begun} of them finished before; rows in {arguments.results}", flush=True)
     if arguments.workers > 1:  # else the trainer has its own way to end, with a checkpoint
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     timer = threading.Timer(arguments.time_limit, stop)
@@ -221,13 +224,19 @@ def main(args: list[str] | None = None) -> None:
                 failed.append(f"{cell.name}: {row}")
                 print(f"FAILED {failed[-1]}", flush=True)
                 continue
-            results.add(row)
+            if found[cell] is None:
+                results.add(row)
             done += 1
-            say(row, done, len(kept), start, begun)
+            say(row, done, len(found), start, begun)
+            if found[cell] is not None:  # its weights were not there
+                different = differences(found[cell], row) or "nothing"
+                print(f"{cell.name} was trained again; from its row, which stays, differs {different}", flush=True)
     finally:
         timer.cancel()
     if failed:
-        raise SystemExit(f"error: {len(failed)} of {len(kept)} cells failed, the others are kept; {'; '.join(failed)}")
+        raise SystemExit(
+            f"error: {len(failed)} of {len(found)} cells failed, the others are kept; {'; '.join(failed)}"
+        )
 
 
 if __name__ == "__main__":

@@ -218,6 +218,22 @@ def test_cells_are_trained_measured_resumed_and_reproduced(ablation, tmp_path):
     assert all((tmp_path / "report" / f"ablation_{name}.png").stat().st_size > 10_000 for name in names)
 
 
+def test_what_a_chosen_cell_starts_from_is_trained_with_it(ablation, tmp_path, capsys):
+    """Also where its row is there and its weights are not, as in a clone of the repository: the row stays."""
+    arms = json.dumps({"plain": {}, "other": {"cnc_weight": 0.01}, "not plain": {}})
+    given = {"arms": arms, "sparsities": "0.5", "max_steps": 2, "results": tmp_path / "rows.jsonl"}
+    assert "2 cells, 0 of them finished before" in ablation(tmp_path / "one", **given, only="plain-0.5")
+    rows = read_rows(tmp_path / "rows.jsonl")
+    assert [(row["arm"], row["sparsity"]) for row in rows] == [("dense", 0), ("plain", 0.5)]
+    printed = ablation(tmp_path / "two", **given, only="plain other")
+    assert "3 cells, 1 of them finished before" in printed
+    assert "dense-0-s0 was trained again; from its row, which stays, differs nothing" in printed
+    assert read_rows(tmp_path / "rows.jsonl")[:2] == rows and len(read_rows(tmp_path / "rows.jsonl")) == 3
+    assert "2 cells, 2 of them finished before" in ablation(tmp_path / "three", **given, only="plain other")
+    with pytest.raises(SystemExit, match="begins with 'lain'; there are dense-0-s0, plain-0.5-s0, other"):
+        ablation(tmp_path, **given, only="plain lain")
+
+
 def test_a_cell_that_is_measured_again_still_shows_its_training(ablation, tmp_path):
     """With other attacks, or because it was killed after the training."""
     for attacks, rows in (("clean", "first.jsonl"), ("clean pgd-2", "second.jsonl")):
@@ -246,7 +262,7 @@ def test_other_settings_are_trained_anew_in_the_same_folder(ablation, tmp_path):
 def test_a_gated_dense_training_is_gone_on_from_as_a_plain_network(ablation, tmp_path):
     """The paper's pipeline: its gates are folded, its scores learned. Measured again, it gives the same row."""
     arms = yaml.safe_load((CONFIGS / "ablation_paper.yaml").read_text())["arms"]
-    given = {"arms": json.dumps(arms), "sparsities": "0.9", "max_steps": 12, "only": "paper"}
+    given = {"arms": json.dumps(arms), "sparsities": "0.9", "max_steps": 12, "only": "dense-paper paper"}
     ablation(tmp_path, **given)
     rows = read_rows(tmp_path / "rows.jsonl")
     assert [row["arm"] for row in rows] == ["dense-paper pipeline", "paper pipeline"]

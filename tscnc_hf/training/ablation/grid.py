@@ -101,6 +101,21 @@ def grid(
     return [*dense.values(), *sorted(cells, key=lambda cell: cell.seed)]
 
 
+def selected(cells: Sequence[Cell], beginnings: Sequence[str]) -> list[Cell]:
+    """
+    The cells whose names ("<arm>-<sparsity>-s<seed>") begin with one of `beginnings`, in their order; all where there
+    is none.
+
+    Raises:
+        ValueError: no cell's name begins with one of them.
+    """
+    names = [cell.name for cell in cells]
+    for beginning in beginnings:
+        if not any(name.startswith(beginning) for name in names):
+            raise ValueError(f"no cell's name begins with {beginning!r}; there are {', '.join(names)}")
+    return [cell for cell in cells if not beginnings or cell.name.startswith(tuple(beginnings))]
+
+
 @dataclass
 class Grid:
     """
@@ -183,6 +198,12 @@ class Grid:
     def dense(cell: Cell) -> Cell:
         """The dense training that a cell starts from."""
         return Cell(DENSE, 0.0, cell.seed, cell.pretraining)
+
+    def untrained(self, cells: Sequence[Cell], wanted: Sequence[Cell]) -> list[Cell]:
+        """The dense trainings among `cells` from which one of `wanted` starts and whose weights are not there yet."""
+        starts = {self.folder(self.dense(cell)) for cell in wanted if cell.pretraining is not None}
+        found = [cell for cell in cells if cell.is_dense and self.folder(cell) in starts]
+        return [cell for cell in found if not (self.folder(cell) / TRAINED_FILE).exists()]
 
     def run(self, cell: Cell) -> dict:
         """
