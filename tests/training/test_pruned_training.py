@@ -22,6 +22,7 @@ WAYS = {
     "latent": {"pruning_latent": True, "pruning_schedule": "linear"},
     "learned": {"pruning_criterion": "learned", "pruning_schedule": "one-shot", "pruning_scope": "uniform"},
     "movement": {"pruning_criterion": "movement"},
+    "lamp": {"pruning_criterion": "lamp", "pruning_latent": True},
     "taylor": {"pruning_criterion": "taylor", "pruning_scope": "erk"},
     "rates": {"pruning_criterion": "scaled-magnitude", "pruning_scope": "learned"},
     "2:4": {"pruning_structure": "2:4", "pruning_exclude": ["embeddings"], "pruning_layer_floor": 0.01},
