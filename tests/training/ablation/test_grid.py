@@ -16,7 +16,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from scipy.stats import ttest_rel
+from scipy.stats import ttest_1samp, ttest_rel
 
 from tests.processes import PATIENCE, left_behind, run_python, started
 from tests.results_page import check_results
@@ -140,7 +140,7 @@ def test_differences_leave_time_and_place_out():
 def test_paired_interval_is_that_of_scipy():
     a, b = np.random.default_rng(0).normal(size=(2, 5))
     found, truth = paired_difference(list(a), list(b)), ttest_rel(a, b).confidence_interval(0.95)
-    assert math.isclose(found.mean, np.mean(a - b)) and found.pairs == 5
+    assert math.isclose(found.mean, np.mean(a - b)) and found.n == 5
     assert math.isclose(found.low, truth.low) and math.isclose(found.high, truth.high)
     assert paired_difference([1.0], [0.5]).high == math.inf
     with pytest.raises(ValueError, match="pairs need"):
@@ -153,11 +153,24 @@ def test_table_pairs_by_seed():
     rows += [a_row("CNC", seed=seed, robust=0.1 * seed + 0.1 + gain) for seed, gain in gains.items()]
     table = comparison_markdown(rows, "pgd-20")
     half = 100 * 4.302653 * 0.01 / math.sqrt(3)  # t of two degrees of freedom
-    assert f"| 25.0 ± 11.0 | +5.0 ({5 - half:+.1f} to {5 + half:+.1f}) |" in table
-    assert "| 90 % | plain | 3 | 50.0 ± 0.0 | 20.0 ± 10.0 |  |" in table
+    assert f"| 25.0 ± 11.0 |  | +5.0 ({5 - half:+.1f} to {5 + half:+.1f}) |" in table
+    assert "| 90 % | plain | 3 | 50.0 ± 0.0 | 20.0 ± 10.0 |  |  |" in table
     both = comparison_markdown(rows, "pgd-20", ["plain", "CNC"])
     assert "pgd-20, minus plain | pgd-20, minus CNC |" in both
-    assert f"| 20.0 ± 10.0 |  | -5.0 ({-5 - half:+.1f} to {-5 + half:+.1f}) |" in both
+    assert f"| 20.0 ± 10.0 |  |  | -5.0 ({-5 - half:+.1f} to {-5 + half:+.1f}) |" in both
+
+
+def test_what_is_left_of_the_dense_accuracy():
+    """Ratios seed by seed, of the dense network without constraints where there is one, with Student's interval."""
+    pruned = [a_row(seed=seed, robust=robust) for seed, robust in enumerate((0.2, 0.3, 0.24))]
+    own = [a_row("dense-plain", sparsity=0.0, seed=seed, robust=0.4) for seed in range(3)]
+    dense = [a_row("dense", sparsity=0.0, seed=seed, robust=0.3) for seed in range(3)]
+    for rows, ratios in ((pruned + own, (0.5, 0.75, 0.6)), (pruned + own + dense, (2 / 3, 1.0, 0.8))):
+        found = ttest_1samp(ratios, 0).confidence_interval(0.95)
+        shown = f"{100 * np.mean(ratios):.0f} ({100 * found.low:.0f} to {100 * found.high:.0f})"
+        assert f"| 24.7 ± 5.0 | {shown} |  |" in comparison_markdown(rows, "pgd-20")
+    assert "| 20.0 | 67 |  |" in comparison_markdown([pruned[0], dense[0]], "pgd-20")
+    assert "| 30.0 |  |  |" in comparison_markdown([pruned[0], dense[0]], "pgd-20")  # the dense network itself
 
 
 def test_a_baseline_that_was_never_run_is_refused():

@@ -23,14 +23,13 @@ from tscnc_hf.artifact.repository.opening import RESULTS_FILE, TRAINED_FILE, rea
 from tscnc_hf.evaluation.run import as_published, evaluate
 from tscnc_hf.method.units.gates import fold_gates_
 from tscnc_hf.training.ablation.bundle import bundle
-from tscnc_hf.training.ablation.rows import origin
+from tscnc_hf.training.ablation.rows import DENSE, origin
 from tscnc_hf.training.config import OWN_DENSE, TSCNCConfig
 from tscnc_hf.training.resume.checkpoints import checkpoints
 from tscnc_hf.training.teacher import teacher_digest
 from tscnc_hf.training.trainer import TSCNCTrainer
 
 
-DENSE = "dense"
 STATE_FILE = "_trainer_state.json"  # of a training that is over: its card draws the log. No push takes it along
 DENSE_OPTIONS = {"target_sparsity": 0.0, "tsc_weight": 0.0, "cnc_weight": 0.0, "tsc_on": "weights"}
 

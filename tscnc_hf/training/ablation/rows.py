@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from tscnc_hf.training.ablation.grid import Cell
 
 
+DENSE = "dense"  # the arm of dense trainings, and the beginning of the names of those that are one arm's own
+
+
 def origin(device: torch.device) -> dict:
     """What a row says of when, with which code and on which machine it was computed; the figures are without it."""
     found = {"date": date.today().isoformat(), "commit": commit(), "torch": torch.__version__}
