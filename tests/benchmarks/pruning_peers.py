@@ -59,7 +59,7 @@ from tscnc_hf import (
     slim,
     sparsity_report,
 )
-from tscnc_hf.artifact.files.identity import RunIdentity
+from tscnc_hf.artifact.files.identity import RunIdentity, commit
 from tscnc_hf.artifact.files.state import load_state, save_state
 from tscnc_hf.artifact.models.building import MEAN, STD, timm_model
 from tscnc_hf.artifact.models.saving import disk_state
@@ -593,7 +593,7 @@ def main(arguments: list[str] | None = None) -> None:
         for arm in args.arms:
             if missing(arm) is None:
                 cells += [Cell(arm, amount, seed) for amount in amounts.get(arm, args.sparsities)]
-    rows = []
+    rows, revision = [], commit()
     for cell in cells:
         settings = benchmark.settings(cell.arm)
         row = benchmark.results.find(benchmark.label, cell, settings)
@@ -604,7 +604,7 @@ def main(arguments: list[str] | None = None) -> None:
             else:
                 row |= benchmark.run(cell)
             row |= {"version": version(package)} if (package := package_of(cell.arm)) else {}
-            row |= {"split": "test"} | origin(torch.device("cpu")) | {"settings": settings}
+            row |= {"split": "test"} | origin(torch.device("cpu"), revision) | {"settings": settings}
             benchmark.results.add(row)
         rows.append(row)
         print(say(row), flush=True)

@@ -20,6 +20,7 @@ from scipy.stats import ttest_1samp, ttest_rel
 
 from tests.processes import PATIENCE, left_behind, run_python, started
 from tests.results_page import check_results
+from tscnc_hf.artifact.files.identity import commit
 from tscnc_hf.artifact.models.loading import load_sparse
 from tscnc_hf.artifact.repository.opening import published_files
 from tscnc_hf.training.ablation.comparison import comparison_markdown, paired_difference
@@ -245,6 +246,24 @@ def test_what_a_chosen_cell_starts_from_is_trained_with_it(ablation, tmp_path, c
     assert "2 cells, 2 of them finished before" in ablation(tmp_path / "three", **given, only="plain other")
     with pytest.raises(SystemExit, match="begins with 'lain'; there are dense-0-s0, plain-0.5-s0, other"):
         ablation(tmp_path, **given, only="plain lain")
+
+
+def test_a_row_names_the_code_that_runs_and_not_what_is_checked_out_meanwhile(ablation, tmp_path, monkeypatch):
+    now, run, really = commit(), Grid.run, subprocess.run
+
+    def git(command, *args, **options):
+        done = really(command, *args, **options)
+        return subprocess.CompletedProcess(command, 0, "another") if "describe" in command else done
+
+    def checked_out_meanwhile(grid, cell):
+        monkeypatch.setattr(subprocess, "run", git)
+        assert commit() == "another"
+        return run(grid, cell)
+
+    monkeypatch.setattr(Grid, "run", checked_out_meanwhile)
+    ablation(tmp_path, only="dense")
+    (row,) = read_rows(tmp_path / "rows.jsonl")
+    assert row["commit"] == now
 
 
 def test_a_cell_that_is_measured_again_still_shows_its_training(ablation, tmp_path):

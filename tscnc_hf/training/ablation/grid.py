@@ -16,7 +16,7 @@ from torch import nn
 from transformers import TrainerState, set_seed
 
 from tscnc_hf.artifact.card.formatting import number
-from tscnc_hf.artifact.files.identity import RunIdentity
+from tscnc_hf.artifact.files.identity import RunIdentity, commit
 from tscnc_hf.artifact.files.state import load_state, save_state
 from tscnc_hf.artifact.packed.file import VALUE_DTYPES
 from tscnc_hf.artifact.repository.opening import RESULTS_FILE, TRAINED_FILE, read_json
@@ -153,6 +153,7 @@ class Grid:
     bundles: str | None = None
     command: str | None = None
     progress: bool = False
+    revision: str | None = field(init=False, default_factory=commit)  # what runs, not what is checked out meanwhile
 
     def settings(self, cell: Cell) -> TSCNCConfig:
         """The options of the cell's training, but for its folder."""
@@ -243,7 +244,7 @@ class Grid:
         row = {"model": self.label, "arm": cell.arm, "sparsity": cell.sparsity, "seed": cell.seed}
         row |= {"split": self.split} | figures | {"seconds": round(seconds, 1)}
         row |= {"parameters": sum(parameter.numel() for parameter in model.parameters())}
-        return row | origin(trainer.args.device) | {"settings": self.fingerprint(cell)}
+        return row | origin(trainer.args.device, self.revision) | {"settings": self.fingerprint(cell)}
 
     def measure(self, trainer: TSCNCTrainer, cell: Cell) -> dict:
         """

@@ -13,7 +13,7 @@ import torch
 from filelock import FileLock
 
 from tscnc_hf.artifact.files.atomic import atomic_file
-from tscnc_hf.artifact.files.identity import commit, device_name
+from tscnc_hf.artifact.files.identity import device_name
 
 
 if TYPE_CHECKING:
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 DENSE = "dense"  # the arm of dense trainings, and the beginning of the names of those that are one arm's own
 
 
-def origin(device: torch.device) -> dict:
+def origin(device: torch.device, revision: str | None) -> dict:
     """What a row says of when, with which code and on which machine it was computed; the figures are without it."""
-    found = {"date": date.today().isoformat(), "commit": commit(), "torch": torch.__version__}
+    found = {"date": date.today().isoformat(), "commit": revision, "torch": torch.__version__}
     return found | {"device": device_name(device), "threads": torch.get_num_threads()}
 
 
