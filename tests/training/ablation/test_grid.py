@@ -422,6 +422,7 @@ FILES = {
     ("ablation_vit.yaml", "ablation_search.yaml"): ("dense-0 plain", {"plain"}),
     ("ablation_cnn_50k.yaml",): ("dense-TSC-0 TSC-0", {"TSC"}),
     ("ablation_vit_50k.yaml",): ("dense-0 TSC-0", {"TSC"}),
+    ("ablation_vit_50k.yaml", "ablation_vit_50k_wide.yaml"): ("dense-0 TSC-0", {"TSC"}),
     ("slot_resnet18.yaml",): ("dense all", {"all"}),
     ("slot_vit_small.yaml",): ("dense all", {"all"}),
 }
