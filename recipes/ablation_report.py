@@ -1,7 +1,7 @@
 """
 What an ablation found: tables and figures from its rows.
 
-    python recipes/ablation_report.py --rows recipes/results/ablation_cnn.jsonl --output recipes/results
+    python recipes/ablation_report.py --rows recipes/results/ablation.jsonl --output recipes/results
 """
 
 from dataclasses import dataclass, field
