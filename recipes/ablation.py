@@ -174,6 +174,7 @@ def main(args: list[str] | None = None) -> None:
     if resume_point(config, data_arguments) not in (True, False):
         raise SystemExit("error: each cell goes on from its own checkpoint: leave resume_from_checkpoint out")
 
+    from tscnc_hf.training.ablation.bundle import check_names
     from tscnc_hf.training.ablation.grid import grid as grid_of
     from tscnc_hf.training.ablation.grid import selected
     from tscnc_hf.training.ablation.rows import Results, differences
@@ -184,23 +185,28 @@ def main(args: list[str] | None = None) -> None:
         grid.progress = arguments.workers == 1  # bars of cells beside each other would be a jumble
         kept = selected(cells, arguments.only)
         found = {cell: results.find(grid.label, cell, grid.fingerprint(cell), grid.split) for cell in kept}
-        first = grid.untrained(cells, [cell for cell in kept if found[cell] is None])  # what those start from
+        broken = grid.unreachable([cell for cell in kept if found[cell] is None])
+        first = [cell for cell in kept if found[cell] is None and cell not in broken]
+        first = grid.untrained(cells, first)  # what those start from
         found |= {cell: results.find(grid.label, cell, grid.fingerprint(cell), grid.split) for cell in first}
+        if arguments.bundles:
+            check_names([cell.name for cell in found])
     except ValueError as error:
         raise SystemExit(f"error: {error}") from None
     if arguments.check is not None:
         cell = next((cell for cell in kept if cell.name == arguments.check and found[cell]), None)
         if cell is None:
             raise SystemExit(f"error: {arguments.results} has no finished cell {arguments.check!r} of these settings")
-        again = replace(grid, config=replace(grid.config, output_dir=f"{config.output_dir}-check-{os.getpid()}"))
+        folder = f"{config.output_dir}-check-{os.getpid()}"
+        again = replace(grid, config=replace(grid.config, output_dir=folder), bundles=None)
         if cell.pretraining is not None:
             again.run(again.dense(cell))
         if different := differences(found[cell], again.run(cell)):
             raise SystemExit(f"{cell.name} was not reproduced: {different}")
         print(f"{cell.name} gives the same row again")
         return
-    todo = [cell for cell in cells if cell in first or (cell in found and found[cell] is None)]
-    begun, start = len(found) - len(todo), time.perf_counter()
+    todo = [cell for cell in cells if cell in first or (cell in found and found[cell] is None and cell not in broken)]
+    begun, start = len(found) - len(todo) - len(broken), time.perf_counter()
     done = begun
 
     def stop():
@@ -217,7 +223,9 @@ def main(args: list[str] | None = None) -> None:
     if arguments.time_limit:
         timer.start()
     parts = [[cell for cell in todo if cell.is_dense], [cell for cell in todo if not cell.is_dense]]  # those first
-    failed = []
+    failed = [f"{cell.name}: {type(error).__name__}: {error}" for cell, error in broken.items()]
+    for text in failed:
+        print(f"FAILED {text}", flush=True)
     try:
         for cell, row in run_cells(parts, arguments.workers, options, grid) if todo else ():
             if isinstance(row, str):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from tscnc_hf.training.ablation.bundle import bundle
+from tscnc_hf.training.ablation.bundle import bundle, check_names
 from tscnc_hf.training.ablation.grid import round_
 
 
@@ -44,6 +44,12 @@ def test_an_older_one_is_replaced(folder, tmp_path):
     bundle(folder, tmp_path / "back", "a", 3000)
     bundle(folder, tmp_path / "back", "a")
     assert [path.name for path in (tmp_path / "back").iterdir()] == ["a.tar"]
+
+
+def test_two_cells_do_not_have_one_bundle():
+    check_names(["TSC-0.9-s0", "TSC + CNC-0.9-s0", "plain-0.9-s0"])
+    with pytest.raises(ValueError, match="'TSC - CNC-0.9-s0' would both be TSC-CNC-0.9-s0.tar"):
+        check_names(["TSC + CNC-0.9-s0", "TSC - CNC-0.9-s0"])
 
 
 def test_a_folder_without_a_packed_file_is_refused(folder, tmp_path):

@@ -9,12 +9,14 @@ import sys
 import tarfile
 import time
 from pathlib import Path
+from threading import Event, Thread
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from filelock import FileLock
 from safetensors.torch import load_file
 from scipy.stats import ttest_1samp, ttest_rel
 
@@ -90,6 +92,30 @@ def test_every_arm_at_every_sparsity_and_seed_after_the_dense_trainings_they_sha
 def test_grids_that_cannot_be_run_are_refused(arms, sparsities):
     with pytest.raises(ValueError, match="give one of each|no option cnc_wait"):
         grid(arms, sparsities, [0], None)
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"arms": {"plain": {"target_sparsity": 0.2}}}, "'plain': `sparsities` says its target_sparsity"),
+        ({"arms": {"plain": {"seed": 3}}}, "'plain': seed is the grid's to say"),
+        ({"arms": {"plain": {"pretraining": {"output_dir": "x"}}}}, "'plain': output_dir is the grid's to say"),
+        ({"arms": {"plain": 3}}, "'plain': 3 is no map of options"),
+        ({"arms": ["plain"]}, "give a map, name -> options"),
+        ({"arms": {"dense": {}}}, "'dense' is what the dense trainings are called"),
+        ({"arms": {"dense-plain": {}}}, "'dense' is what the dense trainings are called"),
+        ({"arms": {"a/b": {}}}, "'a/b': its name is part of a folder's"),
+        ({"sparsities": [0.9, 0.90]}, r"sparsities=\[0.9, 0.9\]: give each once"),
+        ({"seeds": [0, 1, 0]}, r"seeds=\[0, 1, 0\]: give each once"),
+        ({"pretraining": {"pretraining": {}}}, "no option pretraining"),
+    ],
+)
+def test_what_a_cell_decides_is_no_option_of_an_arm(given, message):
+    usual = {"arms": {"plain": {}}, "sparsities": [0.5], "seeds": [0], "pretraining": {"max_steps": 4}}
+    with pytest.raises(ValueError, match=message):
+        grid(*(usual | given).values())
+    grid(*usual.values())
+    grid({"plain": {"pretraining": {"target_sparsity": 0.2}}}, [0.5], [0], {"max_steps": 4})  # used on purpose
 
 
 @pytest.mark.parametrize("name", ["cnn", "vit", "search", "baselines", "recipe", "paper"])
@@ -246,6 +272,55 @@ def test_what_a_chosen_cell_starts_from_is_trained_with_it(ablation, tmp_path, c
     assert "2 cells, 2 of them finished before" in ablation(tmp_path / "three", **given, only="plain other")
     with pytest.raises(SystemExit, match="begins with 'lain'; there are dense-0-s0, plain-0.5-s0, other"):
         ablation(tmp_path, **given, only="plain lain")
+
+
+def test_cells_are_attacked_alike_whatever_they_train_with(ablation, tmp_path):
+    arms = json.dumps({"plain": {}, "weaker": {"epsilon": "0.05", "norm": "l2"}})
+    ablation(tmp_path, arms=arms, sparsities="0.5", max_steps=2, pretraining="null", save_models="true")
+    for arm in ("plain", "weaker"):
+        results = json.loads((trained(tmp_path, arm).parent / "results.json").read_text())
+        threat = results["robustness"]["threat_model"]
+        assert (threat["norm"], threat["epsilon"]) == ("linf", 0.1)
+    used = json.loads((trained(tmp_path, "weaker").parent / "tscnc_config.json").read_text())
+    assert (used["norm"], used["epsilon"]) == ("l2", 0.05)
+
+
+def test_two_processes_train_a_cell_once(ablation, tmp_path, caplog, capsys):
+    """The second waits, takes the weights of the first, and adds no second row."""
+    given = {"arms": '{"plain": {}}', "sparsities": "0.5", "max_steps": 2, "seeds": "0"}
+    ablation(tmp_path, **given)
+    weights, rows = trained(tmp_path, "plain"), tmp_path / "rows.jsonl"
+    before, kept = weights.stat().st_mtime_ns, rows.read_text()
+    late = Results(tmp_path / "late.jsonl")  # begun before there was a row
+    rows.rename(tmp_path / "late.jsonl")
+    (row,) = (row for row in read_rows(tmp_path / "late.jsonl") if row["arm"] == "plain")
+    late.add(row | {"seconds": 0.0})
+    assert (tmp_path / "late.jsonl").read_text() == kept
+    with pytest.raises(ValueError, match="plain-0.5-s0 of .* with other settings"):
+        late.add(row | {"settings": "t"})
+    lock = FileLock(weights.parent.with_name(f".{weights.parent.name}.lock"))
+    held = Event()
+
+    def another():
+        with lock:
+            held.set()
+            time.sleep(1)
+
+    thread = Thread(target=another)
+    thread.start()
+    assert held.wait(PATIENCE)
+    ablation(tmp_path, **given)
+    thread.join()
+    assert "plain-0.5-s0: another process is at it" in capsys.readouterr().err + caplog.text
+    assert weights.stat().st_mtime_ns == before and len(read_rows(rows)) == 2
+
+
+def test_a_target_out_of_reach_is_said_before_the_first_training(ablation, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="1 of 3 cells failed, the others are kept; plain-0.9999-s0: ValueError"):
+        ablation(tmp_path, arms='{"plain": {}}', sparsities="0.5 0.9999", max_steps=2)
+    printed = capsys.readouterr().out
+    assert printed.index("FAILED plain-0.9999-s0") < printed.index("dense-0-s0 ...")
+    assert [row["arm"] for row in read_rows(tmp_path / "rows.jsonl")] == ["dense", "plain"]
 
 
 def test_a_row_names_the_code_that_runs_and_not_what_is_checked_out_meanwhile(ablation, tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import io
 import os
 import re
 import tarfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from tscnc_hf.artifact.files.atomic import atomic_file
@@ -13,6 +14,20 @@ from tscnc_hf.artifact.repository.opening import is_dense_file, published_files
 
 
 PART_BYTES = 15 << 20
+
+
+def check_names(names: Sequence[str]) -> None:
+    """ValueError where the bundles of two cells would have one name."""
+    taken: dict[str, str] = {}
+    for name in names:
+        if (other := taken.setdefault(_file_name(name), name)) != name:
+            raise ValueError(
+                f"bundles: those of {other!r} and {name!r} would both be {_file_name(name)}.tar; rename an arm"
+            )
+
+
+def _file_name(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9.]+", "-", name)
 
 
 def bundle(
@@ -26,7 +41,7 @@ def bundle(
     Raises:
         ValueError: the folder has no packed file.
     """
-    folder, target, name = Path(folder), Path(target), re.sub(r"[^A-Za-z0-9.]+", "-", name)
+    folder, target, name = Path(folder), Path(target), _file_name(name)
     names = [one for one in published_files(folder) if not is_dense_file(one)]
     names = [one for one in names if one.endswith("model.sparse.safetensors") or not one.endswith(".safetensors")]
     if not any(one.endswith(".safetensors") for one in names):

@@ -49,14 +49,21 @@ def by_arm(rows: Iterable[Mapping]) -> dict[tuple[str, float], dict[str, dict[in
     Rows of an ablation as (model, sparsity) -> arm -> seed -> row, sparsities rising, arms as they come.
 
     Raises:
-        ValueError: two rows of one cell, such as those of the validation and the test split.
+        ValueError: two rows of one cell; rows of a model that were not measured on the same images.
     """
     groups: dict[tuple[str, float], dict[str, dict[int, Mapping]]] = {}
+    images: dict[str, tuple] = {}
     for row in sorted(rows, key=lambda row: (row["model"], row["sparsity"])):
         seeds = groups.setdefault((row["model"], row["sparsity"]), {}).setdefault(row["arm"], {})
         if row["seed"] in seeds:
             cell = f"{row['arm']} of {row['model']} at {row['sparsity']:g}, seed {row['seed']}"
             raise ValueError(f"there are two rows of {cell} (split {row['split']}): compare the rows of one file")
+        own = (row.get("split", "test"), row.get("n"))
+        if (others := images.setdefault(row["model"], own)) != own:
+            raise ValueError(
+                f"rows of {row['model']} are of {others[1]} images of the {others[0]} split, and of {own[1]} of the "
+                f"{own[0]} split: compare those of one file"
+            )
         seeds[row["seed"]] = row
     return groups
 

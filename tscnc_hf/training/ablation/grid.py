@@ -12,8 +12,10 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 from torch import nn
 from transformers import TrainerState, set_seed
+from transformers.utils import logging
 
 from tscnc_hf.artifact.card.formatting import number
 from tscnc_hf.artifact.files.identity import RunIdentity, commit
@@ -24,14 +26,17 @@ from tscnc_hf.evaluation.run import as_published, evaluate
 from tscnc_hf.method.units.gates import fold_gates_
 from tscnc_hf.training.ablation.bundle import bundle
 from tscnc_hf.training.ablation.rows import DENSE, origin
+from tscnc_hf.training.compressor import build_pruner, with_dense_ends
 from tscnc_hf.training.config import OWN_DENSE, TSCNCConfig
 from tscnc_hf.training.resume.checkpoints import checkpoints
 from tscnc_hf.training.teacher import teacher_digest
 from tscnc_hf.training.trainer import TSCNCTrainer
 
 
+logger = logging.get_logger(__name__)
 STATE_FILE = "_trainer_state.json"  # of a training that is over: its card draws the log. No push takes it along
 DENSE_OPTIONS = {"target_sparsity": 0.0, "tsc_weight": 0.0, "cnc_weight": 0.0, "tsc_on": "weights"}
+OF_THE_CELL = {"seed", "output_dir", "push_to_hub"}  # the grid says them, no arm
 
 
 @dataclass(frozen=True)
@@ -77,20 +82,29 @@ def grid(
         pretraining: options of the dense training that all arms start from; None trains each cell from fresh weights.
 
     Raises:
-        ValueError: no arm, no seed or no sparsity; an option that does not exist.
+        ValueError: no arm, no seed or no sparsity, or one twice; a name that no arm can have; an option that does not
+            exist, or that the cell decides, as its sparsity and seed.
     """
+    if not isinstance(arms, Mapping):
+        raise ValueError(f"arms={arms!r}: give a map, name -> options")
     if not arms or not sparsities or not seeds:
         raise ValueError(
             f"{len(arms)} arms, {len(sparsities)} sparsities, {len(seeds)} seeds: give one of each at least"
         )
-    known = {f.name for f in fields(TSCNCConfig)}
+    for what, values in {"sparsities": sparsities, "seeds": seeds}.items():
+        if len(set(values)) < len(values):
+            raise ValueError(f"{what}={list(values)}: give each once")
     dense, cells = {}, []
     for arm, given in arms.items():
-        given = dict(given or {})
+        _check_name(arm, pretraining is not None)
+        given = _checked(arm, given, "pretraining")
         own = given.pop("pretraining", None)
-        for options in (given, own or {}, pretraining or {}):
-            if unknown := sorted(set(options) - known):
-                raise ValueError(f"arm {arm!r}: TSCNCConfig has no option {', '.join(unknown)}; see --help")
+        if "target_sparsity" in given:
+            raise ValueError(
+                f"arm {arm!r}: `sparsities` says its target_sparsity; only `pretraining` has one of its own"
+            )
+        for options in (own, pretraining):
+            _checked(arm, options)
         before = None if pretraining is None else dict(pretraining) | dict(own or {})
         for seed in seeds:
             if before is not None:
@@ -98,6 +112,26 @@ def grid(
                 dense.setdefault(key, Cell(f"{DENSE}-{arm}" if own else DENSE, 0.0, seed, before))
             cells += [Cell(arm, sparsity, seed, given, before) for sparsity in sparsities]
     return [*dense.values(), *sorted(cells, key=lambda cell: cell.seed)]
+
+
+def _check_name(arm: str, shared: bool) -> None:
+    """ValueError where an arm's name is taken, or no part of a folder's; `shared`: there are dense trainings."""
+    if not isinstance(arm, str) or not arm.strip() or any(mark in arm for mark in "/\\\0") or arm.startswith("."):
+        raise ValueError(f"arm {arm!r}: its name is part of a folder's: text without / or \\ that begins with no dot")
+    if shared and (arm == DENSE or arm.startswith(f"{DENSE}-")):
+        raise ValueError(f"arm {arm!r}: {DENSE!r} is what the dense trainings are called; give it another name")
+
+
+def _checked(arm: str, options: Mapping | None, *also: str) -> dict:
+    """Options of an arm or a dense training; ValueError where they are no map, or have what does not belong there."""
+    if not isinstance(options, Mapping | None):
+        raise ValueError(f"arm {arm!r}: {options!r} is no map of options")
+    known = {f.name for f in fields(TSCNCConfig)} | set(also)
+    if unknown := sorted(set(map(str, options or {})) - known):
+        raise ValueError(f"arm {arm!r}: TSCNCConfig has no option {', '.join(unknown)}; see --help")
+    if taken := sorted(set(options or {}) & OF_THE_CELL):
+        raise ValueError(f"arm {arm!r}: {', '.join(taken)} is the grid's to say, not an arm's")
+    return dict(options or {})
 
 
 def selected(cells: Sequence[Cell], beginnings: Sequence[str]) -> list[Cell]:
@@ -205,14 +239,41 @@ class Grid:
         found = [cell for cell in cells if cell.is_dense and self.folder(cell) in starts]
         return [cell for cell in found if not (self.folder(cell) / TRAINED_FILE).exists()]
 
+    def unreachable(self, cells: Sequence[Cell]) -> dict[Cell, ValueError]:
+        """Those that cannot be pruned as their options say, and why: known before the first is trained."""
+        if not cells:
+            return {}
+        found, (model, _) = {}, self.build()
+        for cell in cells:
+            config = self.settings(cell)
+            if config.keep_masks:  # of zeros that its dense training has yet to leave
+                continue
+            try:
+                build_pruner(model, with_dense_ends(model, config))
+            except ValueError as error:
+                found[cell] = error
+        return found
+
     def run(self, cell: Cell) -> dict:
         """
-        Train the cell, or go on where its training was cut off, and measure it.
+        Train the cell, or go on where its training was cut off, and measure it. Waits while another process does so.
 
         Raises:
             ValueError: the dense training that it starts from has not been run.
         """
-        start, folder = time.perf_counter(), self.folder(cell)
+        folder = self.folder(cell)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder.with_name(f".{folder.name}.lock"))
+        try:
+            held = lock.acquire(timeout=0)
+        except Timeout:
+            logger.warning(f"{cell.name}: another process is at it in {folder}; waiting until it is done")
+            held = lock.acquire()
+        with held:
+            return self._run(cell, folder)
+
+    def _run(self, cell: Cell, folder: Path) -> dict:
+        start = time.perf_counter()
         config, trained = replace(self.settings(cell), output_dir=str(folder)), folder / TRAINED_FILE
         set_seed(config.seed)
         model, processor = self.build()
@@ -257,8 +318,8 @@ class Grid:
             results = evaluate(
                 trainer.model,
                 dataset,
-                epsilon=args.epsilon,
-                norm=args.norm,
+                epsilon=self.config.epsilon,  # cells may train with another one, but all are attacked alike
+                norm=self.config.norm,
                 attacks=self.attacks,
                 n=None if self.n is None else min(self.n, len(dataset)),
                 seed=args.seed,

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from tscnc_hf.training.ablation.grid import Cell
 
 
+KEY = ("model", "arm", "sparsity", "seed", "split")  # which cell a row is of
 DENSE = "dense"  # the arm of dense trainings, and the beginning of the names of those that are one arm's own
 
 
@@ -51,19 +52,34 @@ class Results:
         """
         key = (label, cell.arm, cell.sparsity, cell.seed, split)
         for row in self.rows:
-            if tuple(row[name] for name in ("model", "arm", "sparsity", "seed", "split")) == key:
-                if row["settings"] != fingerprint:
-                    raise ValueError(
-                        f"{self.path} holds {cell.name} of {label} with other settings ({row['settings']}, now "
-                        f"{fingerprint}): give another results file, or remove its line to run it anew"
-                    )
+            if tuple(row[name] for name in KEY) == key:
+                self._check(row, fingerprint)
                 return row
         return None
 
+    def _check(self, row: Mapping, fingerprint: str) -> None:
+        if row["settings"] != fingerprint:
+            raise ValueError(
+                f"{self.path} holds {row['arm']}-{row['sparsity']:g}-s{row['seed']} of {row['model']} with other "
+                f"settings ({row['settings']}, now {fingerprint}): give another results file, or remove its line to "
+                "run it anew"
+            )
+
     def add(self, row: Mapping) -> None:
+        """
+        Also what other processes have added is in `rows` then. Where one of them has added this cell, its row stays.
+
+        Raises:
+            ValueError: that one is of other settings.
+        """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(self.path.with_name(f".{self.path.name}.lock")):
-            self.rows = [*(read_rows(self.path) if self.path.exists() else []), dict(row)]
+            self.rows = read_rows(self.path) if self.path.exists() else []
+            same = next((one for one in self.rows if all(one[name] == row[name] for name in KEY)), None)
+            if same is not None:
+                self._check(same, row["settings"])
+                return
+            self.rows.append(dict(row))
             lines = [json.dumps(row, allow_nan=False) + "\n" for row in self.rows]
             with atomic_file(self.path) as temporary:
                 temporary.write_text("".join(lines), encoding="utf-8")
@@ -82,7 +98,7 @@ def read_rows(path: str | os.PathLike) -> list[dict]:
             continue
         try:
             row = json.loads(line)
-            [row[key] for key in ("model", "arm", "sparsity", "seed", "split", "accuracy", "settings")]
+            [row[key] for key in (*KEY, "accuracy", "settings")]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}, line {number}: not a row of an ablation ({error!r})") from error
         rows.append(row)
