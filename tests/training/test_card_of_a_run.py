@@ -153,6 +153,68 @@ def test_what_was_given_to_a_card_outlives_the_next_one(build, make_config, tmp_
     rebuild_card(open_repository(tmp_path), license="apache-2.0", notes=["Of a\n  reader.", " "])
     found = front_matter(rebuild_card(open_repository(tmp_path)))
     assert (found["license"], found["notes"]) == ("apache-2.0", ["Of a reader."])
+    rebuild_card(open_repository(tmp_path), notes=[""])
+    for _ in range(2):  # that there are none was given, too
+        found = front_matter(rebuild_card(open_repository(tmp_path)))
+        assert not found.get("notes") and "**Note:**" not in (tmp_path / "README.md").read_text()
+    card = (tmp_path / "README.md").read_text()
+    (tmp_path / "README.md").write_text(
+        card.replace("tags:\n", "notes: By hand.\ntags:\n- mine\n", 1).replace("notes: []\n", "")
+    )
+    for _ in range(2):
+        found = front_matter(rebuild_card(open_repository(tmp_path)))
+        assert found["notes"] == ["By hand."] and found["tags"].count("mine") == 1
+
+
+def test_a_card_whose_front_matter_cannot_be_read_is_named(run_folder):
+    path = run_folder / "README.md"
+    path.write_text(path.read_text(encoding="utf-8").replace("---\n", "---\nlicense: mit: apache\n", 1))
+    with pytest.raises(ValueError, match="README.md: its front matter can not be read"):
+        rebuild_card(open_repository(run_folder))
+
+
+def of_other_data(folder, path, name):
+    path.write_text(json.dumps(json.loads((folder / "results.json").read_text()) | {"dataset": name}))
+    return path
+
+
+def test_figures_are_credited_to_the_data_that_they_are_of(run_folder, tmp_path):
+    """And the notes on the images of training are not said of others."""
+    settings = json.loads((run_folder / "tscnc_config.json").read_text())
+    (run_folder / "tscnc_config.json").write_text(json.dumps(settings | {"notes": ["Eight pixels."]}))
+    assert front_matter(rebuild_card(open_repository(run_folder)))["notes"] == ["Eight pixels."]
+    other = of_other_data(run_folder, tmp_path / "other.json", "someone/other-digits")
+    for given in ({"results_file": other}, {}):  # the second time from what lies there by now
+        rebuild_card(open_repository(run_folder), **given)
+        text, found = (run_folder / "README.md").read_text(), front_matter(run_folder / "README.md")
+        assert {r["dataset"]["name"] for r in found["model-index"][0]["results"]} == {"someone/other-digits"}
+        assert "for [someone/other-digits]" in text and "measured, on someone/other-digits" in text
+        assert "It was trained on digits; the figures above are of someone/other-digits." in text
+        assert "Eight pixels." not in text and "datasets" not in found
+    results = of_other_data(run_folder, tmp_path / "again.json", "digits")
+    text = rebuild_card(open_repository(run_folder), results_file=results).read_text()
+    assert "other-digits" not in text and "It was trained on" not in text and "**Note:** Eight pixels." in text
+
+
+def test_a_name_that_was_given_to_data_is_theirs_only(run_folder, tmp_path):
+    given = {"dataset_name": "you/digits", "notes": ["Scanned."]}
+    for more in (given, {}):  # what was given outlives the next writing
+        text = rebuild_card(open_repository(run_folder), **more).read_text()
+        found = yaml.safe_load(text.split("---")[1])
+        assert found["datasets"] == ["you/digits"] and "for [you/digits]" in text and "It was trained on" not in text
+        assert found["notes"] == ["Scanned."]
+    other = of_other_data(run_folder, tmp_path / "other.json", "letters")
+    text = rebuild_card(open_repository(run_folder), results_file=other).read_text()
+    assert "you/digits" not in text and "Scanned." not in text and "measured, on letters" in text
+
+
+@pytest.mark.parametrize("text", ["[]", "{}"])
+def test_a_file_without_results_takes_nothing_away(text, run_folder, tmp_path):
+    (tmp_path / "empty.json").write_text(text)
+    before = (run_folder / "results.json").read_bytes()
+    with pytest.raises(ValueError, match="empty.json holds no results"):
+        rebuild_card(open_repository(run_folder), results_file=tmp_path / "empty.json")
+    assert (run_folder / "results.json").read_bytes() == before
 
 
 @pytest.mark.parametrize("licence", ["cc-by-nc-4.0", None])

@@ -130,6 +130,7 @@ class Publisher:
         # a card names one data set: that of training, which is also that of its figures
         same = self.results is None or self.results["dataset"] == self.data_name
         defaults = {"dataset_name": self.data_name if same else None, "class_names": names, "sizes": sizes or None}
+        defaults["measured_on"] = self.results["dataset"] if self.results else None
         defaults["own_widths"] = bool(recorded_widths(getattr(model, "config", None)))
         if "sparsity" not in options:
             defaults["sparsity"] = sparsity_report(model, self.options()["pruning_exclude"]).to_dict()

@@ -48,6 +48,8 @@ def write_card(
     spectrum: Mapping[str, Any],
     config: Mapping[str, Any],
     dataset_name: str | None,
+    trained_on: str | None = None,
+    measured_on: str | None = None,
     dataset_split: str = "test",
     class_names: Sequence[str] | None = None,
     base_model: str | None = None,
@@ -63,7 +65,7 @@ def write_card(
     dense: Mapping[str, Any] | None = None,
     sizes: Mapping[str, int] | None = None,
     versions: Mapping[str, str] | None = None,
-    notes: Sequence[str] = (),
+    notes: Sequence[str] | None = None,
     own_widths: bool = False,
     module: str = "",
     value_dtype: str | None = None,
@@ -77,8 +79,10 @@ def write_card(
         collapsed: what the results say under this name: the first line of the card is about it.
         sparsity, spectrum: the two reports as dicts (sparsity = fraction of zeros; an infinite number is "inf").
         config: the flat training configuration; tokens, empty values and folders of this machine are left out.
-        dataset_name: a Hub id ("user/name"), or a plain name or a local folder, which stays out of `datasets`; None
-            where it is not known.
+        dataset_name: what the figures are of: a Hub id ("user/name"), or a plain name or a local folder, which stays
+            out of `datasets`; None where it is not known.
+        trained_on: the data of training, likewise, where that is other data.
+        measured_on: what the results call `dataset_name`, where that is another name for the same; in the metadata.
         class_names: not shown where they are those of transformers ("LABEL_0").
         base_model: the model that training started from, if any; only a Hub id reaches the metadata.
         license: an identifier of the Hub, such as "apache-2.0"; none where nobody has named one.
@@ -92,7 +96,7 @@ def write_card(
         sizes: `{"dense_bytes", "sparse_bytes", "limit_bytes"}`: of the two weight files, and `storage_limit`.
         versions: library -> version; those of `robustness` when left out.
         notes: sentences that a reader of the figures needs, such as what was done to the images; under the table,
-            and in the metadata.
+            and in the metadata. Empty: that there are none is said there, too.
         own_widths: the widths of its layers are recorded in config.json, and only this library can build it.
         module: what a plain module, which no library builds from a folder, is made by; empty for any other model.
         value_dtype: "fp16" or "bf16", to which the weights were rounded after training, before they were measured.
@@ -118,8 +122,11 @@ def write_card(
     # neither None nor NaN, and no token
     kept = {key: value for key, value in config.items() if value is not None and value == value}
     config = {key: plain(value) for key, value in kept.items() if not key.endswith("token")}
-    dataset = without_paths(str(dataset_name)) if dataset_name else ""
-    notes = [" ".join(without_paths(str(note)).split()) for note in notes if str(note).strip()]
+    dataset, trained_on, measured_on = (
+        without_paths(str(name)) if name else "" for name in (dataset_name, trained_on, measured_on)
+    )
+    if notes is not None:
+        notes = [" ".join(without_paths(str(note)).split()) for note in notes if str(note).strip()]
 
     classes = [str(name) for name in class_names or ()]
     shown_names = [] if all(name.startswith("LABEL_") for name in classes) else classes
@@ -140,13 +147,16 @@ def write_card(
         pipeline_tag="image-classification",
         license=license,
         base_model=base_model if is_hub_id(base_model) else None,
-        datasets=[dataset] if is_hub_id(dataset) else None,
+        datasets=[trained_on or dataset] if is_hub_id(trained_on or dataset) else None,
         metrics=["accuracy"] if robustness else None,
         tags=[*_tags(robustness, sparsity, config), *tags],
         model_name=model_name,
         # the Hub wants a data set of every result
-        eval_results=evaluation_results(robustness, sparsity, spectrum, dataset or "unknown", dataset_split, notes),
-        **({"notes": notes} if notes else {}),
+        eval_results=evaluation_results(
+            robustness, sparsity, spectrum, dataset or "unknown", dataset_split, notes or ()
+        ),
+        **({} if notes is None else {"notes": notes}),  # an empty list: somebody said that there are none
+        **({"measured_on": measured_on} if measured_on and measured_on != dataset else {}),
     )
     card = ModelCard.from_template(
         card_data,
@@ -164,6 +174,7 @@ def write_card(
         config=config,
         config_yaml=yaml_dump(formatting.used_settings(config), sort_keys=False).strip(),
         dataset=dataset,
+        trained_on=trained_on,
         split=dataset_split,
         classes=shown_names,
         base_model=without_paths(str(base_model)) if base_model else "",
@@ -175,7 +186,7 @@ def write_card(
         module=module,
         value_dtype=value_dtype,
         versions=plain(versions or (robustness or {}).get("versions") or {}),
-        notes=notes,
+        notes=notes or (),
         not_yet=NOT_YET,
         formatting=formatting,
     )
@@ -183,6 +194,9 @@ def write_card(
     with atomic_file(folder / "README.md") as temporary:
         temporary.write_text(text, encoding="utf-8", newline="\n")
     return folder / "README.md"
+
+
+OWN_TAGS = frozenset(("tscnc", "image-classification", "robustness", "pruning", "sparse", "adversarial-training"))
 
 
 def _tags(robustness: Mapping[str, Any] | None, sparsity: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:

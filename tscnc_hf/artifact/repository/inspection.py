@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard
-
 from tscnc_hf.artifact.card.formatting import (
     by_layer,
     collapse_text,
@@ -29,6 +27,7 @@ from tscnc_hf.artifact.repository.opening import (
     RESULTS_FILE,
     Repository,
     method_settings,
+    read_card,
     read_json,
     read_model,
 )
@@ -149,12 +148,7 @@ def _known_metrics(folder: Path, results: Mapping[str, Any]) -> tuple[list[dict]
             ball = {} if row["name"] == "clean" else {key: threat.get(key) for key in ("norm", "epsilon")}
             metrics.append({"name": f"accuracy, {row['name']}", **figures, **ball})
         return metrics, RESULTS_FILE
-    if not (folder / CARD_FILE).is_file():
-        return [], None
-    try:
-        entries = ModelCard.load(folder / CARD_FILE, ignore_metadata_errors=True).data.eval_results or []
-    except Exception as error:  # of a YAML parser, on text that somebody else wrote
-        raise ValueError(f"{folder / CARD_FILE}: its front matter can not be read ({error})") from error
+    entries = read_card(folder / CARD_FILE).eval_results or []
     metrics = [
         {"name": e.metric_name or e.metric_type, "value": e.metric_value, "dataset": e.dataset_name} for e in entries
     ]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi, constants, errors, snapshot_download
+from huggingface_hub import HfApi, ModelCard, ModelCardData, constants, errors, snapshot_download
 from transformers import PreTrainedModel
 
 from tscnc_hf.artifact.models.config import CONFIG_FILE, class_of, config_digest, read_config
@@ -155,6 +155,21 @@ def read_json(path: Path) -> dict:
     except ValueError as error:
         raise ValueError(f"{path}: not JSON ({error})") from error
     return value if isinstance(value, dict) else {}
+
+
+def read_card(path: Path) -> ModelCardData:
+    """
+    The front matter of a card; an empty one where there is no card.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    if not path.is_file():
+        return ModelCardData()
+    try:
+        return ModelCard.load(path, ignore_metadata_errors=True).data
+    except Exception as error:  # of a YAML parser, on text that somebody else wrote
+        raise ValueError(f"{path}: its front matter can not be read ({error})") from error
 
 
 def method_settings(folder: Path, config: Any) -> dict:

@@ -9,10 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitInfo, HfApi, ModelCard
+from huggingface_hub import CommitInfo, HfApi
 from transformers import PreTrainedModel
 
-from tscnc_hf.artifact.card.card import CARD_MARK, write_card
+from tscnc_hf.artifact.card.card import CARD_MARK, OWN_TAGS, write_card
+from tscnc_hf.artifact.card.formatting import without_paths
 from tscnc_hf.artifact.files.atomic import atomic_file, write_json
 from tscnc_hf.artifact.files.identity import RunIdentity, weights_digest
 from tscnc_hf.artifact.models.recorded_widths import KEY, recorded_widths
@@ -24,6 +25,7 @@ from tscnc_hf.artifact.repository.opening import (
     method_settings,
     open_repository,
     output_folder,
+    read_card,
     read_json,
     read_model,
 )
@@ -74,6 +76,8 @@ def rebuild_card(
         raise FileNotFoundError(f"{source}: no such file")
     model, tensors = read_model(repository)
     results = read_json(source)
+    if results_file is not None and not results:
+        raise ValueError(f"{source} holds no results: give the results.json that `tscnc evaluate` writes")
     method = method_settings(folder, model.config)
     measured = {
         "sparsity": sparsity_report(model, method.get("pruning_exclude") or ()).to_dict(),
@@ -81,8 +85,11 @@ def rebuild_card(
     }
     if results:
         _check_results(results, model, source)
-    known = {"dataset_name": results.get("dataset")} | {key: method[key] for key in RUN_FACTS if method.get(key)}
-    known |= _facts_of_card(folder / CARD_FILE)  # which somebody may have given since
+    known = {key: method[key] for key in RUN_FACTS if method.get(key)}
+    trained, said = _facts_of_card(folder / CARD_FILE, known.get("dataset_name"), results.get("dataset"))
+    known |= said | given  # which somebody may have given since
+    if trained not in (known["dataset_name"], known["measured_on"]):
+        known["trained_on"] = trained
     names = [str(name) for name in (getattr(model.config, "id2label", None) or {}).values()]
     path = write_card(
         target,
@@ -97,7 +104,6 @@ def rebuild_card(
             "own_widths": bool(recorded_widths(model.config)),
             **{key: results.get(key) for key in ("collapsed", "lipschitz", "gates", "curve", "dense")},
             **known,
-            **given,
         },
     )
     if results_file is not None:
@@ -138,18 +144,34 @@ def _check_results(results: Mapping[str, Any], model: PreTrainedModel, source: s
         raise ValueError(f"{source} is of other weights than those in the folder. {advice}")
 
 
-def _facts_of_card(path: Path) -> dict[str, Any]:
-    """What the front matter of an earlier card says and no other file does."""
-    if not path.is_file():
-        return {}
-    data = ModelCard.load(path, ignore_metadata_errors=True).data
-    datasets = data.datasets if isinstance(data.datasets, list) else [data.datasets]
-    shown = [result.dataset_name for result in data.eval_results or () if result.dataset_name != "unknown"]
-    facts = {"dataset_name": next(filter(None, [*datasets, *shown]), None)}
-    facts |= {key: getattr(data, key, None) for key in ("base_model", "license")}
+def _facts_of_card(path: Path, trained: str | None, measured: str | None) -> tuple[str | None, dict[str, Any]]:
+    """
+    What the training data are called, and what the front matter of an earlier card says and no other file does. The
+    name and the notes that it has for data are of the figures that it had: figures of other data get neither.
+
+    Args:
+        trained: what the run recorded of its data, if anything.
+        measured: what the results, if there are any, call theirs.
+    """
+    card = read_card(path)
+    facts = {key: getattr(card, key, None) for key in ("base_model", "license")}
     facts = {key: value for key, value in facts.items() if isinstance(value, str)}
-    notes = getattr(data, "notes", None)
-    return facts | ({"notes": list(map(str, notes))} if isinstance(notes, list) else {})
+    if tags := [tag for tag in card.tags or () if isinstance(tag, str) and tag not in OWN_TAGS]:
+        facts["tags"] = tags
+    datasets = card.datasets if isinstance(card.datasets, list) else [card.datasets]
+    shown = [result.dataset_name for result in card.eval_results or () if result.dataset_name != "unknown"]
+    named, declared = (next(filter(None, names), None) for names in ([*shown, *datasets], datasets))
+    trained = trained or (declared if declared != named else None)
+    measured = without_paths(measured) if measured else None
+    facts["measured_on"] = measured
+    if measured in (None, getattr(card, "measured_on", None) or named):  # the figures that the card had
+        facts["dataset_name"], notes = named or trained, getattr(card, "notes", None)
+        if notes is not None:
+            return trained, facts | {"notes": [notes] if isinstance(notes, str) else [str(note) for note in notes]}
+    else:
+        facts["dataset_name"] = measured
+    of_training = measured is None or trained in (None, measured, facts["dataset_name"])
+    return trained, facts | ({} if of_training else {"notes": None})  # what was recorded is of other images
 
 
 def _keep_figure(folder: Path, target: Path, name: str) -> bool:
