@@ -3,8 +3,10 @@
 import json
 
 import pytest
+import torch
 
 from tests.small_models import vit
+from tscnc_hf.artifact.models.building import vit_from_config
 from tscnc_hf.cli.main import main
 from tscnc_hf.inference.runtimes import exporting
 
@@ -57,6 +59,31 @@ def test_wrong_options(folder, capsys, options, code, message):
     with pytest.raises(SystemExit) as end:
         main(["bench", str(folder), *options])
     assert end.value.code == code and message in capsys.readouterr().err
+
+
+def test_images_that_are_not_square(tmp_path, capsys, monkeypatch):
+    model, processor = vit_from_config(
+        ["a", "b"], (8, 16), patch_size=4, hidden_size=32, num_hidden_layers=1, num_attention_heads=2
+    )
+    model.save_pretrained(tmp_path / "wide")
+    processor.save_pretrained(tmp_path / "wide")
+    shapes = []
+
+    def export(model, example, path, preprocessing):
+        shapes.append((*example.shape[1:], preprocessing["height"], preprocessing["width"]))
+        with torch.no_grad():
+            model(example)
+        return {"zeros": 1}
+
+    monkeypatch.setattr(exporting, "export_onnx", export)
+    for size in ([], ["--image-size", "8", "16"]):
+        main(["export", str(tmp_path / "wide"), *size])
+    assert shapes == [(3, 8, 16, 8, 16)] * 2
+    main(["bench", str(tmp_path / "wide"), "--batch", "1", "--runtimes", "eager", "--seconds", "1"])
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main(["bench", str(tmp_path / "wide"), "--image-size", "1", "2", "3"])
+    assert "--image-size 1 2 3: give a side, or height and width" in capsys.readouterr().err
 
 
 def test_export(folder, capsys, monkeypatch):

@@ -150,6 +150,8 @@ def test_a_required_option_may_come_from_the_file(tmp_path):
         ("learning_rate: {a: 1}", [], ["learning_rate"]),
         ("target_sparsity: 1.0", [], ["target_sparsity=1.0", "[0, 1)"]),
         ("pruning_exclude: head", [], ["pruning_exclude", "list"]),
+        ("test_attacks: clean", [], ["test_attacks='clean'", "give a list, [clean]"]),
+        ("data_notes: Images went through JPEG.", [], ["data_notes", "give a list"]),
         (None, ["--pruning_start", "0.9", "--pruning_end", "0.1"], ["pruning_end=0.1", "pruning_start=0.9"]),
         (None, ["--adversary", "none"], ["objective='trades'", "adversary"]),
     ],

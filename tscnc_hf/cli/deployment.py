@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from tscnc_hf.cli.parser import side_or_pair
+
 
 CHANNELS = {"grey": 1, "rgb": 3}
 
@@ -25,11 +27,14 @@ def _opened(options: argparse.Namespace) -> tuple[Any, Any, tuple[int, int, int]
         processor = AutoImageProcessor.from_pretrained(repository.folder)
     except (OSError, ValueError):  # without one the config has to say
         processor = None
-    side, colours = input_format(model, processor)
-    side = options.image_size or side
-    if side is None:
+    size, colours = input_format(model, processor)
+    size = side_or_pair(options.image_size) or size
+    if size is None:
         raise ValueError(f"nothing says what images {options.model} takes: give --image-size")
-    return model.eval().float(), processor, (CHANNELS.get(colours, 3), side, side), repository.folder
+    if not isinstance(size, int) and len(size) != 2:
+        raise ValueError(f"--image-size {' '.join(map(str, size))}: give a side, or height and width")
+    height, width = (size, size) if isinstance(size, int) else size
+    return model.eval().float(), processor, (CHANNELS.get(colours, 3), height, width), repository.folder
 
 
 def bench_model(options: argparse.Namespace) -> dict[str, Any]:

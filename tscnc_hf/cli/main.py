@@ -132,8 +132,9 @@ def _parser() -> argparse.ArgumentParser:
         made[name].add_argument(
             "--image-size",
             type=_positive,
+            nargs="+",
             metavar="N",
-            help="side of what the model gets, in pixels. Default: its own",
+            help="side, or height and width, of what the model gets, in pixels. Default: its own",
         )
     bench = made["bench"]
     bench.add_argument(

@@ -86,6 +86,10 @@ class ConfigParser(HfArgumentParser):
             action = actions[name]
             if value is False and "no" in (action.choices or ()):
                 value = "no"  # YAML reads a bare `no` as false
+            if action.nargs == "+" and isinstance(value, str) and not isinstance(action.default, str):
+                self.error(f"--config {path}: {name}={value!r}; give a list, [{value}]")  # else one of its letters
+            if action.nargs == "+" and isinstance(value, int | float) and not isinstance(value, bool):
+                value = [value]
             if isinstance(value, list | dict) and action.nargs is None and action.type is not str:
                 self.error(f"--config {path}: {name}={value!r}; give one value")
             if action.type in (int, float) and any(
