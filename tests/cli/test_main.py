@@ -13,6 +13,8 @@ from safetensors.numpy import load_file
 from timm.models import save_for_hf
 
 from tests.processes import run_command
+from tscnc_hf.artifact.models.weights import same_tensors
+from tscnc_hf.artifact.packed.file import read_sparse_file
 from tscnc_hf.artifact.repository import conversion
 from tscnc_hf.cli import main as cli
 from tscnc_hf.cli.main import COMMANDS, main
@@ -256,6 +258,18 @@ def test_pack_and_inspect_say_what_zeros_with_a_sign_were_worth(capsys, tiny_vit
     assert f"% of it); {minus:,} weights were -0.0 and are 0.0" in said
 
 
+def test_what_is_packed_is_packed_again_and_unpacked_inside_itself(capsys, folders, tmp_path):
+    folder = folders("ours")
+    as_json(capsys, "pack", folder, "--output", tmp_path / "packed")
+    before = read_sparse_file(tmp_path / "packed" / "model.sparse.safetensors")
+    as_json(capsys, "pack", tmp_path / "packed")  # only the packed file is left there
+    assert same_tensors(read_sparse_file(tmp_path / "packed" / "model.sparse.safetensors"), before)
+    for _ in range(2):
+        as_json(capsys, "unpack", tmp_path / "packed", "--output", tmp_path / "packed" / "dense")
+    assert not (tmp_path / "packed" / "dense" / "dense").exists()
+    assert (tmp_path / "packed" / "dense" / "model.safetensors").is_file()
+
+
 def test_pack_in_place_and_with_rounded_values(capsys, folders, tmp_path):
     folder = folders("transformers")
     (folder / "results.json").write_text("{}")
@@ -383,7 +397,8 @@ def test_what_is_not_on_the_hub_or_not_yours(capsys, folders, hub, monkeypatch):
     assert len(hub.commits("tester/secret")) == 2
 
 
-def test_a_hub_that_can_not_be_reached(capsys, hub):
+def test_a_hub_that_can_not_be_reached(capsys, hub, folders):
     hub.shutdown()
     hub.server_close()
     assert refused(capsys, "inspect", "tester/it")
+    assert "can not be reached" in refused(capsys, "push", folders("ours"), "a-name-without-an-owner")

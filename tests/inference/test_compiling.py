@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from tests.small_models import resnet, vit
 from tscnc_hf import sparse_compile
@@ -315,6 +316,56 @@ def test_residual_sums_are_part_of_the_layer_before(batch, kind, always_sparse, 
     with torch.no_grad():
         assert_same(torch.compile(fast, backend="aot_eager", fullgraph=True), model, x)
         assert_same(torch.export.export(fast, (x,)).module(), model, x)
+
+
+class Placed(nn.Module):
+    """Sums with what is the same for all images, and with what is larger than a layer's output."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.lin, self.head = nn.Conv2d(3, 32, 4, 4), nn.Linear(32, 64), nn.Linear(64, 10)
+        self.shift, self.pos = nn.Parameter(torch.randn(32, 1, 1)), nn.Parameter(torch.randn(1, 64, 64))
+        self.one = nn.Linear(64, 1)
+
+    def forward(self, x, *more):
+        x = (self.conv(x) + self.shift).flatten(2).transpose(1, 2)
+        x = (self.lin(x) + self.pos).relu()
+        return self.head((self.one(x) + x).mean(1))
+
+
+class Around(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = Placed()
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_a_sum_with_something_of_another_shape(batch, always_sparse):
+    model = thinned(Around())
+    fast = sparse_compile(model, torch.randn(batch, 3, 32, 32))
+    assert any(isinstance(module, SparseLayer) for module in fast.modules())
+    for images in (1, 3, 4, 16):
+        assert_same(fast, model, torch.randn(images, 3, 32, 32))
+
+
+def test_a_layer_with_a_hook_stays_and_calls_it(always_sparse):
+    model, seen = thinned(Around()), []
+    model.inner.lin.register_forward_hook(lambda module, args, output: seen.append(1) or 2 * output)
+    x = torch.randn(2, 3, 32, 32)
+    fast = sparse_compile(model, x)
+    seen.clear()
+    assert_same(fast, model, x)
+    assert len(seen) == 2
+
+
+def test_a_weight_that_torch_prunes_in_each_call_is_named():
+    model = Around().eval()
+    prune.l1_unstructured(model.inner.lin, "weight", 0.9)
+    with pytest.raises(ValueError, match="inner.lin.weight is computed anew .*prune.remove"):
+        sparse_compile(model, torch.randn(2, 3, 32, 32))
 
 
 def test_two_convolutions_of_a_block_are_one_call(always_sparse, monkeypatch):

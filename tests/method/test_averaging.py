@@ -98,6 +98,14 @@ def test_a_shared_weight_is_averaged_once():
     torch.testing.assert_close(model["b"].weight.detach(), before + 0.5)
 
 
+def test_half_precision_is_refused_before_the_first_step(build, make_trainer):
+    model, processor = build("vit")
+    trainer = make_trainer((model.to(torch.bfloat16), processor), ema_decay=0.999)
+    with pytest.raises(ValueError, match="half precision, in which an average does not move"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
 def test_wrong_input():
     for decay in (0, 1, -0.1, 1.5):
         with pytest.raises(ValueError, match="outside"):

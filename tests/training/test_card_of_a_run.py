@@ -196,6 +196,32 @@ def test_figures_are_credited_to_the_data_that_they_are_of(run_folder, tmp_path)
     assert "other-digits" not in text and "It was trained on" not in text and "**Note:** Eight pixels." in text
 
 
+def test_classes_are_shown_by_number_whatever_their_order_in_the_file(run_folder):
+    config = json.loads((run_folder / "config.json").read_text())
+    before = rebuild_card(open_repository(run_folder)).read_text()
+    names = config["id2label"]
+    config["id2label"] = {key: names[key] for key in sorted(names, reverse=True)}
+    (run_folder / "config.json").write_text(json.dumps(config))
+    assert rebuild_card(open_repository(run_folder)).read_text() == before
+
+
+def test_a_name_that_is_a_path_is_not_another_name(run_folder):
+    settings = json.loads((run_folder / "tscnc_config.json").read_text())
+    (run_folder / "tscnc_config.json").write_text(json.dumps(settings | {"dataset_name": "/home/me/digits"}))
+    (run_folder / "results.json").unlink()
+    texts = [rebuild_card(open_repository(run_folder)).read_text() for _ in range(2)]
+    assert texts[0] == texts[1] and "It was trained on" not in texts[0]
+    text = rebuild_card(open_repository(run_folder), dataset_name="you/digits").read_text()
+    assert "datasets:\n- you/digits" in text and "It was trained on" not in text  # nothing was measured
+
+
+def test_examples_of_another_evaluation_are_not_shown(run_folder, tmp_path):
+    assert "adversarial_examples.png" in rebuild_card(open_repository(run_folder)).read_text()
+    other = of_other_data(run_folder, tmp_path / "other.json", "letters")
+    text = rebuild_card(open_repository(run_folder), results_file=other).read_text()
+    assert "adversarial_examples.png" not in text
+
+
 def test_a_name_that_was_given_to_data_is_theirs_only(run_folder, tmp_path):
     given = {"dataset_name": "you/digits", "notes": ["Scanned."]}
     for more in (given, {}):  # what was given outlives the next writing

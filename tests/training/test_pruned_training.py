@@ -165,7 +165,27 @@ def test_zeros_of_a_sparse_checkpoint_are_kept(build, make_trainer, tmp_path):
     assert all((record.weight[were[record.name]] == 0).all() for record in weight_matrices(trainer.model))
 
 
+@pytest.mark.parametrize("criterion", ["magnitude", "movement", "lamp"])
+def test_zeros_stay_whatever_the_criterion_says(criterion, build, make_trainer):
+    model, processor = build("vit")
+    with torch.no_grad():
+        for number, record in enumerate(weight_matrices(model)):
+            record.weight[torch.rand_like(record.weight) < (0.3, 0.9)[number % 2]] = 0
+    were = {record.name: record.weight.detach() == 0 for record in weight_matrices(model)}
+    options = SCHEDULE | {"keep_masks": True, "target_sparsity": 0.8, "pruning_criterion": criterion}
+    trainer = make_trainer((model, processor), learning_rate=1e-2, **options)
+    trainer.train()
+    assert zeros(trainer) == trainer.compressor.pruner.target_count(0.8)
+    assert all((record.weight[were[record.name]] == 0).all() for record in weight_matrices(trainer.model))
+
+
 def test_what_cannot_be_kept_is_refused(build, make_trainer):
+    model, processor = build("vit")
+    with torch.no_grad():
+        next(iter(weight_matrices(model))).weight.zero_()
+    options = {"keep_masks": True, "target_sparsity": 0.8, "pruning_scope": "uniform"}
+    with pytest.raises(ValueError, match="keep_masks=True keeps the zeros .* scope='uniform' .* has to get"):
+        make_trainer((model, processor), **options)
     with pytest.raises(ValueError, match="keep_masks=True, but no prunable weight of the model is zero"):
         make_trainer(build("vit"), keep_masks=True)
     model, processor = build("vit")

@@ -7,9 +7,11 @@ import pytest
 import torch
 from datasets import Dataset
 from torch import nn
-from transformers import TrainingArguments, ViTImageProcessor
+from transformers import TrainerCallback, TrainingArguments, ViTImageProcessor
 
+from tscnc_hf.data.batches import collate
 from tscnc_hf.data.image_datasets import ImageTensorDataset
+from tscnc_hf.method.criteria import _CRITERIA, find_criterion, register_criterion
 from tscnc_hf.training.checks import check_labels
 from tscnc_hf.training.trainer import TSCNCTrainer
 
@@ -106,7 +108,79 @@ def test_the_shortest_schedule_that_fits_trains(build, make_trainer):
     assert trainer.compressor.pruner.pruned_count == trainer.compressor.pruner.target_count(0.9)
 
 
+def test_a_run_that_is_ended_early_says_what_it_has_not_reached(build, make_trainer, caplog):
+    class End(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 5
+
+    options = {"max_steps": 8, "pruning_start": 0.0, "pruning_end": 0.9, "pruning_interval": 1}
+    trainer = make_trainer(build("vit"), **options)
+    trainer.add_callback(End())
+    trainer.train()
+    assert "training was ended after step 5 of 8 with" in caplog.text and "target_sparsity is 90.00%" in caplog.text
+
+
+def test_a_training_that_is_refused_leaves_the_results(build, make_trainer, digits):
+    trainer = make_trainer(build("vit"), save_strategy="no", max_steps=4, pruning_interval=1)
+    trainer.train()
+    results = trainer.test(digits.test.subset(range(8)), attacks=("clean",), full=False)
+    count = trainer.compressor.pruner.pruned_count
+    with pytest.raises(ValueError, match="no whole checkpoint to resume from"):
+        trainer.train(resume_from_checkpoint=True)
+    assert trainer.publisher.results is results and trainer.compressor.pruner.pruned_count == count > 0
+
+
+def test_an_optimizer_that_was_made_before_the_gates_is_refused(build, make_config, digits):
+    model, processor = build("vit")
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    given = {"train_dataset": digits.train.subset(range(64)), "processing_class": processor}
+    config = make_config(tsc_on="gates")
+    trainer = TSCNCTrainer(model, config, **given, optimizers=(optimizer, None))
+    assert_no_step(trainer, "would not train them: give optimizer_cls_and_kwargs")
+    made_here = {"optimizer_cls_and_kwargs": (torch.optim.AdamW, {"lr": 1e-3})}
+    TSCNCTrainer(build("vit")[0], config, **given, **made_here).train()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda scores: dict(list(scores.items())[1:]), "criterion 'own' gives .* None; a score for each"),
+        (
+            lambda scores: {name: score.flatten(1).sum(1) for name, score in scores.items()},
+            "'own' gives .* scores of shape",
+        ),
+        (lambda scores: list(scores.values()), "'own' returns a list"),
+    ],
+)
+def test_scores_of_an_own_criterion_that_do_not_fit(change, message, build, make_trainer, monkeypatch):
+    monkeypatch.setattr("tscnc_hf.method.criteria._CRITERIA", dict(_CRITERIA))
+    register_criterion("own", lambda matrices, gradients: change(find_criterion("magnitude").score(matrices, None)))
+    with pytest.raises(ValueError, match=message):
+        make_trainer(build("vit"), pruning_criterion="own")
+
+
 # ---- data ----
+
+
+def test_a_head_that_its_config_does_not_know_of(build, make_trainer):
+    model, processor = build("vit")
+    model.classifier = torch.nn.Linear(model.classifier.in_features, 12)
+    with pytest.raises(ValueError, match="returns 12 numbers of an image, and its config says num_labels=10"):
+        make_trainer((model, processor))
+
+
+@pytest.mark.parametrize(
+    "change", [lambda y: y.int(), lambda y: torch.nn.functional.one_hot(y, 10), lambda y: y[:, None]]
+)
+def test_labels_of_an_own_collator_that_no_loss_takes(change, build, make_config, digits):
+    def own(items):
+        batch = collate(items)
+        return batch | {"labels": change(batch["labels"])}
+
+    with pytest.raises(ValueError, match="class ids are int64 of shape"):
+        model, processor = build("vit")
+        options = {"data_collator": own, "train_dataset": digits.train, "processing_class": processor}
+        TSCNCTrainer(model, make_config(), **options)
 
 
 def items(**changes) -> list[dict]:

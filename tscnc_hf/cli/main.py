@@ -186,17 +186,16 @@ def _show_model(options: argparse.Namespace, found: dict[str, Any]) -> None:
 
 
 def _convert(options: argparse.Namespace) -> dict[str, Any]:
-    from tscnc_hf.artifact.models.weights import read_weights
     from tscnc_hf.artifact.packed.limit import count_minus_zeros
     from tscnc_hf.artifact.repository.conversion import pack, unpack
-    from tscnc_hf.artifact.repository.opening import folder_sizes, open_repository
+    from tscnc_hf.artifact.repository.opening import folder_sizes, open_repository, read_tensors
 
     packing = options.command == "pack"
     repository = open_repository(options.model, options.revision, weights="dense" if packing else "packed")
     how = {"compression": options.compression, "value_dtype": options.value_dtype} if packing else {}
     path = (pack if packing else unpack)(repository, options.output, **how)
     done = {"written": str(path)} | repository.sizes | folder_sizes(path.parent)
-    if packing and (minus := count_minus_zeros(read_weights(repository.folder).values())):
+    if packing and (minus := count_minus_zeros(read_tensors(repository.folder).values())):
         done["minus_zeros"] = minus
     return done
 

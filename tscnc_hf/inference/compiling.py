@@ -69,6 +69,7 @@ def sparse_compile(model: nn.Module, example: Inputs) -> nn.Module:
             with torch_threads(1 if apart else torch.get_num_threads()):
                 calls = calls_of(base, (nn.Linear, nn.Conv2d), lambda part=part: _run(base, part))
                 layers = [call for call in calls.values() if type(call.module) in (nn.Linear, nn.Conv2d)]
+                layers = [call for call in layers if not _watched(call.module)]
                 alike: dict[tuple, Choice] = {}
                 choices = {call.name: choose(call, alike) for call in layers}
                 pairs: dict[tuple, SparseConvBlock | None] = {}
@@ -115,6 +116,12 @@ def _beside(one: Callable[[], object], other: Callable[[], object]) -> tuple[flo
 def _check(model: nn.Module, example: Inputs) -> None:
     if any(module.training for module in model.modules()):
         raise ValueError("the model is in training mode: a compiled model is for inference, call model.eval() first")
+    for name, module in model.named_modules():
+        if isinstance(getattr(module, "weight_orig", None), nn.Parameter):
+            raise ValueError(
+                f"{name}.weight is computed anew in each call, by torch.nn.utils.prune or its like: make it final "
+                "first, torch.nn.utils.prune.remove(layer, 'weight')"
+            )
     for what, tensors in (
         ("the model", [*model.parameters(), *model.buffers()]),
         ("the example", _tensors(example)),
@@ -131,6 +138,11 @@ def _tensors(example: Inputs) -> list[Tensor]:
     if not found or any(t.numel() == 0 for t in found):
         raise ValueError("example: give images (n, c, h, w) with at least one image, or a mapping that holds them")
     return found
+
+
+def _watched(module: nn.Module) -> bool:
+    """Whether somebody has put a hook on it, which another layer in its place would not call."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _run(model: nn.Module, example: Inputs) -> object:
@@ -234,6 +246,11 @@ def _built(
             difference = _difference(_logits(made, example), expected)
         except WeightIsRead as error:
             plan = {name: layer for name, layer in plan.items() if placed[name] is not error.args[1]}
+            continue
+        except RuntimeError:
+            if not blocks:
+                raise
+            blocks = False  # a sum that is larger than the layer's output, say
             continue
         if difference <= TOLERANCE:
             return made

@@ -126,6 +126,19 @@ Matrix checked_linear(const Tensor& entries, const Tensor& rows, const optional<
   return checked(entries, rows, bias, inputs, block_channels, vectors * BYTES, inputs * vectors * BYTES);
 }
 
+// What is added, as large as the output that it is added to: a bias of each place, say, is the same for all images.
+optional<Tensor> spread(const optional<Tensor>& residual, at::IntArrayRef sizes) {
+  if (!residual) return std::nullopt;
+  check_activations("residual", *residual);
+  if (residual->sizes() == sizes) return residual;
+  const int64_t lacking = static_cast<int64_t>(sizes.size()) - residual->dim();
+  bool fits = lacking >= 0;
+  for (int64_t i = 0; fits && i < residual->dim(); ++i)
+    fits = residual->size(i) == 1 || residual->size(i) == sizes[i + lacking];
+  TORCH_CHECK(fits, "residual is ", residual->sizes(), ", the output ", sizes);
+  return residual->expand(sizes);
+}
+
 struct Flat {
   Tensor x, y;
   optional<Tensor> residual;
@@ -137,13 +150,9 @@ Flat flat(const Tensor& x, int64_t inputs, int64_t outputs, const optional<Tenso
   TORCH_CHECK(x.dim() >= 1 && x.size(-1) == inputs, "x of shape ", x.sizes(), " has not ", inputs, " features");
   auto sizes = x.sizes().vec();
   sizes.back() = outputs;
-  if (residual) {
-    check_activations("residual", *residual);
-    TORCH_CHECK(residual->sizes() == at::IntArrayRef(sizes), "residual is ", residual->sizes(), ", the output ",
-                at::IntArrayRef(sizes));
-  }
+  const optional<Tensor> other = spread(residual, sizes);
   return {x.contiguous(), at::empty(sizes, x.options().memory_format(at::MemoryFormat::Contiguous)),
-          residual ? optional<Tensor>(residual->contiguous()) : std::nullopt, x.numel() / inputs};
+          other ? optional<Tensor>(other->contiguous()) : std::nullopt, x.numel() / inputs};
 }
 
 const float* data(const optional<Tensor>& t) { return t ? t->const_data_ptr<float>() : nullptr; }
@@ -230,12 +239,9 @@ Shape shape_of(const Tensor& x, int64_t channels, at::IntArrayRef kernel, at::In
   return shape_of(x.sizes(), channels, kernel, stride, padding, dilation);
 }
 
-void check_residual(const optional<Tensor>& residual, const Shape& s, int64_t outputs) {
-  if (!residual) return;
-  check_activations("residual", *residual);
+optional<Tensor> spread(const optional<Tensor>& residual, const Shape& s, int64_t outputs) {
   const int64_t sizes[] = {s.images, outputs, s.out_height, s.out_width};
-  TORCH_CHECK(residual->sizes() == at::IntArrayRef(sizes), "residual is ", residual->sizes(), ", the output ",
-              at::IntArrayRef(sizes));
+  return spread(residual, at::IntArrayRef(sizes));
 }
 
 Tensor sparse_conv_pixels(const Tensor& x, const Tensor& entries, const Tensor& rows, const optional<Tensor>& bias,
@@ -250,8 +256,8 @@ Tensor sparse_conv_pixels(const Tensor& x, const Tensor& entries, const Tensor& 
   TORCH_CHECK(rows.dim() == 3 && rows.size(0) > 0, "rows: (blocks, outputs, 3) is needed");
   const Matrix m = checked(entries, rows, bias, channels, (channels + rows.size(0) - 1) / rows.size(0), reach,
                            planes.size(s) * 4);
-  check_residual(residual, s, m.outputs);
-  const optional<Tensor> other = residual ? optional<Tensor>(residual->contiguous()) : std::nullopt;
+  const optional<Tensor> all = spread(residual, s, m.outputs);
+  const optional<Tensor> other = all ? optional<Tensor>(all->contiguous()) : std::nullopt;
   const Tensor y = at::empty({s.images, m.outputs, s.out_height, s.out_width}, x.options());
   conv_pixels(m, group, s, x.const_data_ptr<float>(), {x.stride(0), x.stride(1), x.stride(2), x.stride(3)},
               y.data_ptr<float>(), data(other), activation, at::get_num_threads(),
@@ -324,9 +330,9 @@ Tensor sparse_conv_images(const Tensor& x, const Tensor& entries, const Tensor& 
   const bool known = with_tile(tile[0], tile[1], [&](auto height, auto width) {
     constexpr int NY = decltype(height)::value, NX = decltype(width)::value;
     const Matrix m = checked_images<NY, NX>(entries, rows, bias, s, block_channels);
-    check_residual(residual, s, m.outputs);
+    const optional<Tensor> all = spread(residual, s, m.outputs);
     const Tensor in = innermost(x);
-    const optional<Tensor> other = residual ? optional<Tensor>(innermost(*residual)) : std::nullopt;
+    const optional<Tensor> other = all ? optional<Tensor>(innermost(*all)) : std::nullopt;
     y = empty_innermost(s.images, m.outputs, s.out_height, s.out_width, x);
     conv_images<NY, NX>(m, group, s, in.const_data_ptr<float>(), y.data_ptr<float>(), data(other), activation,
                         at::get_num_threads(), [](int64_t n, auto g) { parallel(n, g); });
@@ -354,9 +360,9 @@ Tensor sparse_conv_block(const Tensor& x, const Tensor& entries, const Tensor& r
     constexpr int NY = decltype(height)::value, NX = decltype(width)::value;
     const Matrix m = checked_images<NY, NX>(entries, rows, bias, one, block_channels);
     const Matrix m2 = checked_images<NY, NX>(entries2, rows2, bias2, two, block_channels2);
-    check_residual(residual, two, m2.outputs);
+    const optional<Tensor> all = spread(residual, two, m2.outputs);
     const Tensor in = innermost(x);
-    const optional<Tensor> other = residual ? optional<Tensor>(innermost(*residual)) : std::nullopt;
+    const optional<Tensor> other = all ? optional<Tensor>(innermost(*all)) : std::nullopt;
     y = empty_innermost(two.images, m2.outputs, two.out_height, two.out_width, x);
     conv_block<NY, NX>(m, one, between, m2, two, in.const_data_ptr<float>(), y.data_ptr<float>(), data(other),
                        activation, at::get_num_threads(), [](int64_t n, auto g) { parallel(n, g); });

@@ -52,4 +52,9 @@ def labels_of(dataset: Any) -> Any:
     if (labels := stored_labels(dataset)) is not None:
         return labels
     items = (dataset[place] for place in range(len(dataset)))
+    if len(dataset) and not {"labels", "label"} & set(dataset[0]):
+        raise ValueError(
+            f"class_weights='balanced' counts the classes of all images: an item needs labels or label, and has "
+            f"{', '.join(map(str, dataset[0]))}"
+        )
     return [np.asarray(item["labels"] if "labels" in item else item["label"]) for item in items]

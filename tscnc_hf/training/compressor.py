@@ -122,6 +122,12 @@ class Compressor:
             logger.warning(self._frozen_text())
         self.scales = {name: scale.to(self.args.device) for name, scale in self.scales.items()}
         if self.args.ema_decay > 0 and (step == 0 or self.average is None):
+            if half := [n for n, p in self.model.named_parameters() if p.dtype in (torch.float16, torch.bfloat16)]:
+                raise ValueError(
+                    f"ema_decay={self.args.ema_decay}, and {half[0]} and {len(half) - 1} more weights are of half "
+                    "precision, in which an average does not move: load the model in float32 (model.float()); with "
+                    "bf16=True it computes in bfloat16 all the same"
+                )
             self.average = WeightAverage(self.model, self.args.ema_decay)
 
     def before_step(self, step: int, max_steps: int, optimizer: torch.optim.Optimizer | None) -> None:
@@ -264,6 +270,11 @@ class Compressor:
             for group in optimizer.param_groups:
                 group["params"] = [parameter for parameter in group["params"] if id(parameter) not in own]
             optimizer.add_param_group({"params": gates, "lr": self.args.gate_learning_rate, "weight_decay": 0.0})
+
+    def lacks_gates(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether there are gates that no group of the optimizer has: somebody made it before they were attached."""
+        there = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        return any(id(parameter) not in there for parameter in gate_parameters(self.model))
 
     def figures(self) -> dict[str, float]:
         """For the log: "sparsity" of the prunable weights and "gates_open", both fractions, where there are any."""

@@ -51,6 +51,11 @@ def check_images(
             images = batch["pixel_values"]
             try:
                 found, alone = _send_one(model, preprocessing, images)
+                if None not in (found, outputs) and found != outputs:
+                    raise ValueError(
+                        f"the model returns {found} numbers of an image, and its config says num_labels={outputs}: "
+                        "nobody could load what is saved. Set model.config.num_labels and id2label to its classes"
+                    )
                 outputs = found if outputs is None else outputs
                 _check_batch(dataset, batch, outputs, args, role)
                 if alone and role == "train_dataset":
@@ -182,6 +187,11 @@ def _send_one(model: nn.Module, preprocessing: Preprocessing, images: Tensor) ->
 def _check_batch(dataset, batch: Mapping[str, Tensor], outputs: int | None, args: TSCNCConfig, role: str) -> None:
     labels = batch["labels"]
     if not labels.is_floating_point():
+        if labels.ndim != 1 or labels.dtype != torch.int64:
+            raise ValueError(
+                f"the collator makes labels of {labels.dtype} and shape {tuple(labels.shape)}: class ids are int64 of "
+                "shape (batch,); one-hot rows become ids by labels.argmax(1), or soft labels by labels.float()"
+            )
         if outputs is not None:
             check_labels(labels, outputs)
             try:

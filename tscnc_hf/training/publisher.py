@@ -27,6 +27,7 @@ from tscnc_hf.artifact.packed.limit import storage_limit
 from tscnc_hf.artifact.repository.opening import METHOD_FILE, RESULTS_FILE, folder_sizes, read_tensors
 from tscnc_hf.artifact.repository.push import push_folder
 from tscnc_hf.artifact.repository.recard import RUN_FACTS
+from tscnc_hf.data.class_names import class_names_of_model
 from tscnc_hf.evaluation.page import PAGE_FILES
 from tscnc_hf.evaluation.run import card_figures, other_weights
 from tscnc_hf.method.adversarial.pixels import Geometry, Preprocessing
@@ -123,7 +124,7 @@ class Publisher:
         options = {"model_name": name or folder.resolve().name} | self.card_options
         options |= {"robustness": None, **card_figures(self.results), "config": self.options()}
         options |= self.facts(model) | {"log_history": list(log_history)}
-        names = [str(name) for name in (getattr(getattr(model, "config", None), "id2label", None) or {}).values()]
+        names = class_names_of_model(model)
         sizes = folder_sizes(folder) if folder.is_dir() else {}
         if sizes:
             sizes["limit_bytes"] = storage_limit(read_tensors(folder))

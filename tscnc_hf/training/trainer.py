@@ -13,7 +13,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from huggingface_hub import CommitInfo
 from torch import Tensor, nn
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback, TrainerState
 from transformers.trainer_utils import HubStrategy, PredictionOutput
 from transformers.utils import logging
 
@@ -257,6 +257,11 @@ class TSCNCTrainer(ResumableTrainer):
         optimizer = super().create_optimizer(*args, **kwargs)
         if made_here:
             self.compressor.group_gates(optimizer)
+        elif self.compressor.lacks_gates(optimizer):
+            raise ValueError(
+                "tsc_on='gates' attaches gates to the model, and the optimizer that was given, which was made before, "
+                "would not train them: give optimizer_cls_and_kwargs=(class, options) in place of optimizers=(...)"
+            )
         return optimizer
 
     # ---- log ----
@@ -498,12 +503,14 @@ class TSCNCTrainer(ResumableTrainer):
             more["teacher"] = self.teacher.digest
         return replace(found, options={**found.options, **more})
 
-    def train(self, *args, **kwargs):
+    def about_to_train(self) -> None:
         self.publisher.forget_results()  # of other weights, from now on
         self._trained, self._published = True, None
         self.compressor.restart()  # weights may have been frozen since it was made
         if self._optimizer_is_ours:  # of a training before: its moments, and perhaps of other weights
             self.optimizer, self._optimizer_is_ours = None, False
+
+    def train(self, *args, **kwargs):
         try:
             return super().train(*args, **kwargs)
         finally:
@@ -636,6 +643,22 @@ class Predictions(PredictionOutput):
     adversarial_predictions = None
 
 
+def early_ends(args: TSCNCConfig, state: TrainerState, sparsity: float | None) -> list[str]:
+    """What a training that somebody ended early has not done: its target, and the choice of the best checkpoint."""
+    found = []
+    if sparsity is not None and state.global_step < state.max_steps and sparsity < args.target_sparsity - 1e-6:
+        found.append(
+            f"training was ended after step {state.global_step} of {state.max_steps} with {sparsity:.2%} zeros among "
+            f"the prunable weights; target_sparsity is {args.target_sparsity:.2%}"
+        )
+    if args.load_best_model_at_end and state.best_model_checkpoint is None:
+        found.append(
+            "load_best_model_at_end=True, but no evaluation came after the masks were final, of a network that had "
+            "not collapsed: these are the last weights. Evaluate more often, or let pruning_end be earlier"
+        )
+    return found
+
+
 class StepCallback(TrainerCallback):
     """Connects the trainer's events to its compressor. No state of its own."""
 
@@ -650,6 +673,9 @@ class StepCallback(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         self.trainer.check_terms()  # the steps since the last log
+        if state.is_world_process_zero:
+            for text in early_ends(args, state, self.trainer.compressor.figures().get("sparsity")):
+                logger.warning(text)
         self.trainer.compressor.end()
 
     def on_step_begin(self, args, state, control, optimizer=None, **kwargs):

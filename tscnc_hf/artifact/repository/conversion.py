@@ -89,6 +89,11 @@ def _refuse_other_model(folder: Path, target: Path, tensors: dict[str, torch.Ten
 def _copy_side_files(source: Path, target: Path, left_out: tuple[str, ...] = ()) -> None:
     """Everything that is published but weights; what is there already stays. The config last: now it can be loaded."""
     names = [name for name in published_files(source) if not (is_dense_file(name) or name == SPARSE_FILE)]
+    if target != source and target.resolve().is_relative_to(
+        source.resolve()
+    ):  # what was written there before is not of it
+        within = f"{target.resolve().relative_to(source.resolve()).as_posix()}/"
+        names = [name for name in names if not name.startswith(within)]
     for name in sorted(names, key=lambda name: name == CONFIG_FILE):
         if not name.startswith(left_out) and not (target / name).is_file():
             with atomic_file(target / name) as temporary:

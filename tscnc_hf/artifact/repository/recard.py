@@ -28,8 +28,10 @@ from tscnc_hf.artifact.repository.opening import (
     read_card,
     read_json,
     read_model,
+    talking_to_the_hub,
 )
 from tscnc_hf.artifact.repository.push import push_folder
+from tscnc_hf.data.class_names import class_names_of_model
 from tscnc_hf.method.reports.sparsity import sparsity_report
 from tscnc_hf.method.reports.spectrum import spectral_report
 
@@ -79,6 +81,8 @@ def rebuild_card(
     if results_file is not None and not results:
         raise ValueError(f"{source} holds no results: give the results.json that `tscnc evaluate` writes")
     method = method_settings(folder, model.config)
+    others = results_file is not None and read_json(folder / RESULTS_FILE) != results
+    kept = [name for name in KEPT_FIGURES if not (others and name == "adversarial_examples")]
     measured = {
         "sparsity": sparsity_report(model, method.get("pruning_exclude") or ()).to_dict(),
         "spectrum": spectral_report(model).to_dict(),
@@ -86,11 +90,12 @@ def rebuild_card(
     if results:
         _check_results(results, model, source)
     known = {key: method[key] for key in RUN_FACTS if method.get(key)}
-    trained, said = _facts_of_card(folder / CARD_FILE, known.get("dataset_name"), results.get("dataset"))
+    recorded = without_paths(known["dataset_name"]) if known.get("dataset_name") else None
+    trained, said = _facts_of_card(folder / CARD_FILE, recorded, results.get("dataset"))
     known |= said | given  # which somebody may have given since
-    if trained not in (known["dataset_name"], known["measured_on"]):
+    if results and trained not in (known["dataset_name"], known["measured_on"]):
         known["trained_on"] = trained
-    names = [str(name) for name in (getattr(model.config, "id2label", None) or {}).values()]
+    names = class_names_of_model(model)
     path = write_card(
         target,
         **{
@@ -100,7 +105,7 @@ def rebuild_card(
             "config": {key: value for key, value in method.items() if key not in (*RUN_FACTS, KEY)},
             "class_names": names,
             "sizes": repository.sizes | {"limit_bytes": storage_limit(tensors)},
-            "kept_figures": [name for name in KEPT_FIGURES if _keep_figure(folder, target, name)],
+            "kept_figures": [name for name in kept if _keep_figure(folder, target, name)],
             "own_widths": bool(recorded_widths(model.config)),
             **{key: results.get(key) for key in ("collapsed", "lipschitz", "gates", "curve", "dense")},
             **known,
@@ -111,6 +116,7 @@ def rebuild_card(
     return path
 
 
+@talking_to_the_hub()
 def publish(folder: str | os.PathLike, repo_id: str, **options: Any) -> CommitInfo:
     """
     Check a folder, write its card for the name it will have (unless somebody else wrote the card), and push it.

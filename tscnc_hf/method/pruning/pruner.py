@@ -70,6 +70,7 @@ class Pruner:
         self._gathered_steps: dict[str, int] = {}  # in which there was one since the masks were chosen
         self._moving: set[str] = set()  # during a step: in whose place latent weights or scores are
         self._near: dict[str, Tensor] = {}  # bool: near the threshold, where rates are learned
+        self._zeros: dict[str, Tensor] = {}  # True = zero when the model came, and to stay so
         self.initial_sparsity = 0.0
 
     # ---- what there is ----
@@ -127,9 +128,17 @@ class Pruner:
                 "the model has nothing to prune: no Linear or convolution weight was found that is trained "
                 "(requires_grad) and not excluded"
             )
-        if not (self.criterion.gathers or self.criterion.learned):
-            self.criterion.score(records, None)
+        scores = None
+        if not self.criterion.learned:
+            given = (
+                {record.name: torch.ones_like(record.weight) for record in records} if self.criterion.gathers else None
+            )
+            scores = self._checked_scores(records, given)
         self.allocation.check(records, target)
+        if self._zeros and target > 0:
+            magnitude = {record.name: record.weight.abs() for record in records}
+            for sparsity in (self.initial_sparsity, target):  # the first and the last choice
+                self._masks(records, magnitude if scores is None else scores, sparsity, {})
 
     # ---- around an optimizer step ----
 
@@ -210,7 +219,7 @@ class Pruner:
         records = self._whole_records()
         gradients = self._whole_gradients()
         unknown = {name for name, gradient in (gradients or {}).items() if bool(gradient.isnan().any())}
-        scores = self.criterion.score(records, gradients and {n: g.nan_to_num() for n, g in gradients.items()})
+        scores = self._checked_scores(records, gradients and {n: g.nan_to_num() for n, g in gradients.items()})
         if unknown:
             scores = _ranked_by_magnitude(records, scores, unknown)
         if self._rates is not None:
@@ -219,8 +228,7 @@ class Pruner:
         records = [record for record in records if record.name not in standing]
         masks = {}
         if records:
-            # what others write as an allocation need not know of masks that stand
-            masks = self.allocation.masks(records, scores, sparsity, *([standing] if standing else []))
+            masks = self._masks(records, scores, sparsity, standing)
         if self._rates is not None:
             self._near = self._all_laid_out(near_threshold(scores, masks))
         self.masks_from(standing | masks)
@@ -228,6 +236,52 @@ class Pruner:
             for name, steps in self._gathered_steps.items():
                 self._gathered[name] /= max(steps, 1)  # the last mean holds until there is another gradient
                 self._gathered_steps[name] = 0
+
+    def _checked_scores(self, records: Sequence[WeightMatrix], gradients: Mapping[str, Tensor] | None) -> dict:
+        """ValueError where the criterion, which may be anybody's, does not give each weight a score."""
+        scores, said = self.criterion.score(records, gradients), f"the criterion {self.criterion_name!r}"
+        if not isinstance(scores, Mapping):
+            raise ValueError(
+                f"{said} returns a {type(scores).__name__}: a map, name of the weight -> scores, is needed"
+            )
+        for record in records:
+            found = scores.get(record.name)
+            if not isinstance(found, Tensor) or found.shape != record.weight.shape:
+                given = f"scores of shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"{found!r}"
+                raise ValueError(
+                    f"{said} gives {record.name} {given}; a score for each of {tuple(record.weight.shape)} is needed"
+                )
+        return scores
+
+    def _masks(
+        self,
+        records: Sequence[WeightMatrix],
+        scores: Mapping[str, Tensor],
+        sparsity: float,
+        standing: Mapping[str, Tensor],
+    ) -> dict[str, Tensor]:
+        """
+        What the allocation chooses, of weights that were zero when the model came (`keep_zeros`) none.
+
+        Raises:
+            ValueError: it keeps one of those, as an allocation may that is not global.
+        """
+        zeros = {r.name: full_tensor(self._zeros[r.name]) for r in records if r.name in self._zeros}
+        if zeros:
+            if (lowest := min(float(scores[record.name].min()) for record in records)) < 0:
+                scores = {name: score.double() - lowest + 1 for name, score in scores.items()}
+            # 0 is least now, and what an allocation takes for empty
+            scores = dict(scores) | {name: scores[name].masked_fill(zero, 0.0) for name, zero in zeros.items()}
+        # what others write as an allocation need not know of masks that stand
+        masks = self.allocation.masks(records, scores, sparsity, *([standing] if standing else []))
+        for name, zero in zeros.items():
+            if back := int((masks[name] & zero).sum()):
+                raise ValueError(
+                    f"keep_masks=True keeps the zeros that the model came with, and at a sparsity of {sparsity:.6g} "
+                    f"with scope={self.allocation.scope!r} {name} has to get {back} of them back: use the scope "
+                    "'global', or keep_masks=False"
+                )
+        return masks
 
     @property
     def frozen(self) -> list[str]:
@@ -316,6 +370,7 @@ class Pruner:
     def keep_zeros(self) -> None:
         """Take the zeros that the weights have now as masks: of a sparse checkpoint that is to be trained further."""
         self.masks_from({name: full_tensor(weight) != 0 for name, weight in self.weights.items()})
+        self._zeros = dict(self._pruned)
         self.initial_sparsity = self.pruned_count / max(self.prunable_count, 1)
 
     def state(self) -> dict[str, Tensor]:

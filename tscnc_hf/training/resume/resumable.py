@@ -278,6 +278,7 @@ class ResumableTrainer(Trainer):
         if resume_from_checkpoint or self.args.save_strategy != SaveStrategy.NO:
             self._identity = self.identity()
         self.termination = Termination(self.args.world_size == 1 and self.args.save_strategy != SaveStrategy.NO)
+        self.about_to_train()
         try:
             with self.termination.watching():
                 output = super().train(resume_from_checkpoint, *args, **kwargs)
@@ -301,6 +302,9 @@ class ResumableTrainer(Trainer):
         finally:
             self._identity = self._beginning = None
             self.termination = Termination(can_wait=False)  # evaluating the model that was left does not end again
+
+    def about_to_train(self) -> None:
+        """Called by `train` once nothing refuses it that is known before its first step."""
 
     def _refuse_others(self, resume_from_checkpoint: str | bool | None) -> None:
         """
