@@ -218,8 +218,9 @@ def test_a_name_that_is_a_path_is_not_another_name(run_folder):
 def test_examples_of_another_evaluation_are_not_shown(run_folder, tmp_path):
     assert "adversarial_examples.png" in rebuild_card(open_repository(run_folder)).read_text()
     other = of_other_data(run_folder, tmp_path / "other.json", "letters")
-    text = rebuild_card(open_repository(run_folder), results_file=other).read_text()
-    assert "adversarial_examples.png" not in text
+    for given in ({"results_file": other}, {}):
+        text = rebuild_card(open_repository(run_folder), **given).read_text()
+        assert "adversarial_examples.png" not in text
 
 
 def test_a_name_that_was_given_to_data_is_theirs_only(run_folder, tmp_path):

@@ -113,6 +113,8 @@ def rebuild_card(
     )
     if results_file is not None:
         write_json(results, target / RESULTS_FILE)
+    if others:  # else the next card would show them beside these results
+        (target / "figures" / "adversarial_examples.png").unlink(missing_ok=True)
     return path
 
 
