@@ -673,8 +673,9 @@ class StepCallback(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         self.trainer.check_terms()  # the steps since the last log
+        texts = early_ends(args, state, self.trainer.compressor.figures().get("sparsity"))  # all processes count
         if state.is_world_process_zero:
-            for text in early_ends(args, state, self.trainer.compressor.figures().get("sparsity")):
+            for text in texts:
                 logger.warning(text)
         self.trainer.compressor.end()
 
