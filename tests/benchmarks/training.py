@@ -105,9 +105,13 @@ def bare_steps(
             loss = F.cross_entropy(forward(x_adv), y)
         terms = constraint_terms(matrices, scales, tsc_weight=TSC, tsc_a=A, cnc_weight=CNC)
         (loss + sum(terms.values())).backward()
+        aside = {}
         if step >= end:
             pruner.mask_gradients_()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        else:
+            aside = pruner.set_gradients_aside_()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        pruner.put_gradients_back_(aside, min(CLIP / (float(norm) + 1e-6), 1.0))
         optimizer.step()
         optimizer.zero_grad()
         done = step + 1

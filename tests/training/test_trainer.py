@@ -216,6 +216,44 @@ def test_frozen_masks_keep_dead_gradients_out_of_clipping(build, make_trainer):
     assert norms == [None, None, 0.0, 0.0]
 
 
+@pytest.mark.parametrize("latent", [False, True])
+def test_clipping_measures_what_is_kept(latent, build, make_trainer):
+    """
+    In each step the gradient is as long as it may be without what is pruned, which gets the same factor; and that norm
+    is logged. Gradients before clipping are taken where nothing else of ours has touched them.
+    """
+    model, processor = build("vit")
+    steps, limit = [], 0.01
+
+    class Gradients(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            gradients = {name: p.grad.double().clone() for name, p in trainer.model.named_parameters()}
+            steps.append((state.global_step, raw.pop(), gradients, trainer.compressor.pruner.masks))
+
+    options = {"pruning_start": 0, "pruning_end": 0.75, "pruning_interval": 1, "pruning_latent": latent}
+    options |= {"target_sparsity": 0.9, "max_grad_norm": limit, "logging_steps": 1}
+    trainer = make_trainer((model, processor), callbacks=[], **options)
+    trainer.callback_handler.callbacks.insert(0, Gradients())  # before latent weights take the pruned ones' place
+    raw, before = [], trainer.compressor.before_clipping
+
+    def keep(*args):
+        raw.append({name: p.grad.double().clone() for name, p in trainer.model.named_parameters()})
+        before(*args)
+
+    trainer.compressor.before_clipping = keep
+    trainer.train()
+    logged = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
+    assert len(steps) == len(logged) == 4
+    for (step, given, clipped, masks), said in zip(steps, logged, strict=True):
+        kept = {name: masks.get(name, torch.ones_like(g, dtype=torch.bool)) for name, g in given.items()}
+        norm = float(torch.cat([gradient[kept[name]] for name, gradient in given.items()]).norm())
+        assert norm > limit and said == pytest.approx(norm, rel=1e-4)
+        for name, gradient in given.items():
+            frozen = 0.0 if step == 3 else 1.0  # pruned weights do not move once the masks are final
+            expected = gradient * limit / norm * torch.where(kept[name], 1.0, frozen)
+            torch.testing.assert_close(clipped[name], expected, rtol=1e-3, atol=1e-9)
+
+
 @pytest.mark.parametrize("objective", ["trades", "pgd-at"])
 def test_attacks_do_not_count_in_batch_norm(objective, build, make_trainer):
     """One forward a step trains, however many the adversary needs."""

@@ -56,7 +56,8 @@ class Compressor:
     begins are named among `args.pruning_exclude`, so that a sparsity is a share of the same weights everywhere.
 
     In training it is called in this order: `begin`; for each step `before_step`, `constraints`, `before_clipping`,
-    `after_backward` and `after_step`; `end`. Steps are counted from 0, `after_step` gets the number of those taken.
+    `after_clipping`, `after_backward` and `after_step`; `end`. Steps are counted from 0, `after_step` gets the number
+    of those taken.
 
     Args:
         model (`nn.Module`): gates are attached to it here, if the options ask for some. Scales of TSC are those of its
@@ -91,6 +92,7 @@ class Compressor:
         self._fresh, self._frozen_later = True, False
         self._overdue = False  # whether the schedule ended before the step that a resumed run begins with
         self._gradients: dict[str, Tensor] | None = None  # of a step after which weights are exchanged
+        self._aside: dict[str, Tensor] = {}  # gradients of pruned weights, while the others are clipped
 
     # ---- around an optimizer step ----
 
@@ -165,10 +167,25 @@ class Compressor:
         return terms
 
     def before_clipping(self, step: int, max_steps: int) -> None:
-        """What is pruned is no part of the gradient's norm once the schedule is over."""
+        """What is pruned is no part of the norm by which gradients are clipped."""
         self._keep_gradients(step, max_steps)
         if self.masks_frozen(step, max_steps):
             self.pruner.mask_gradients_()
+        else:
+            self._aside = self.pruner.set_gradients_aside_()
+
+    def after_clipping(self, norm: Tensor, scale: float = 1.0) -> None:
+        """
+        As long as the schedule runs, pruned weights get their gradients back, clipped by the same factor.
+
+        Args:
+            norm (`Tensor`): of the gradients without them, before they were clipped.
+            scale (`float`): by which a gradient scaler had made gradients too large, until they were clipped.
+        """
+        if self._aside:
+            factor = self.args.max_grad_norm / (float(full_tensor(norm)) + 1e-6)  # that of clip_grad_norm_ in torch
+            self.pruner.put_gradients_back_(self._aside, min(factor, 1.0) / scale)
+        self._aside = {}
 
     def after_backward(self, accelerator, step: int, max_steps: int) -> None:
         """After clipping, right before the optimizer's step."""

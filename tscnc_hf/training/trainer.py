@@ -244,8 +244,11 @@ class TSCNCTrainer(ResumableTrainer):
         return batches, items
 
     def _clip_grad_norm(self, model):
+        scaler = self.accelerator.scaler
         self.compressor.before_clipping(self.state.global_step, self.state.max_steps)
-        return super()._clip_grad_norm(model)
+        norm = super()._clip_grad_norm(model)
+        self.compressor.after_clipping(norm, 1.0 if scaler is None else scaler.get_scale())
+        return norm
 
     def get_decay_parameter_names(self, model) -> list[str]:
         """Weight decay acts on the weights of layers; not on gates, norms, biases, embeddings and tokens."""

@@ -94,6 +94,42 @@ def test_masked_gradients():
     assert (model.weight.grad[~pruner.masks["weight"]] == 0).all() and model.weight.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("latent", [False, True])
+def test_gradients_of_pruned_weights_go_aside_while_others_are_clipped(latent):
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
+    pruner = Pruner(weight_matrices(model), latent=latent)
+    pruner.begin()
+    pruner.update(0.75)
+    pruner.apply_()
+    model(torch.randn(3, 8)).square().sum().backward()
+    before = {name: weight.grad.double().clone() for name, weight in pruner.weights.items()}
+    biases = [layer.bias.grad.double().clone() for layer in model]
+    kept = [before[name][mask] for name, mask in pruner.masks.items()]
+    expected = float(torch.cat([*kept, *biases]).norm())  # of what the network has
+    assert expected < 0.9 * float(torch.cat([g.flatten() for g in [*before.values(), *biases]]).norm())
+    aside = pruner.set_gradients_aside_()
+    limit = 0.5 * expected
+    norm = float(nn.utils.clip_grad_norm_(model.parameters(), limit))
+    assert norm == pytest.approx(expected, rel=1e-5)
+    pruner.put_gradients_back_(aside, limit / norm)
+    for name, weight in pruner.weights.items():
+        torch.testing.assert_close(weight.grad.double(), 0.5 * before[name], rtol=1e-4, atol=1e-6)
+
+
+def test_a_gradient_that_is_not_finite_does_not_go_aside():
+    """Gradient scalers and checks of the loss have to see it."""
+    model = nn.Linear(4, 4)
+    pruner = Pruner(weight_matrices(model))
+    pruner.update(0.5)
+    model.weight.grad = torch.full((4, 4), 2.0)
+    at = tuple((~pruner.masks["weight"]).nonzero()[0])
+    model.weight.grad[at] = float("inf")
+    aside = pruner.set_gradients_aside_()
+    assert torch.isinf(model.weight.grad[at]) and torch.isfinite(aside["weight"]).all()
+    pruner.put_gradients_back_(aside, 1.0)
+    assert int((model.weight.grad == 2.0).sum()) == 15 and torch.isinf(model.weight.grad[at])
+
+
 def test_masks_travel_and_misfits_are_refused():
     model, other = nn.Linear(8, 8), nn.Linear(8, 8)
     pruner, resumed = Pruner(weight_matrices(model)), Pruner(weight_matrices(other))

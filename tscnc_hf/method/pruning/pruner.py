@@ -352,6 +352,31 @@ class Pruner:
             if (gradient := weights[name].grad) is not None:
                 gradient.masked_fill_(pruned, 0.0)
 
+    @torch.no_grad()
+    def set_gradients_aside_(self) -> dict[str, Tensor]:
+        """
+        Zero the gradients of pruned weights that may return, for as long as the norm is taken by which gradients are
+        clipped: what is not there says nothing of how far the network may move. At 99 % their norm is several times
+        that of the others, which all but stand still if it counts. What is not finite stays: it ends the step.
+
+        Returns:
+            What was taken away, sharded as the gradients are, for `put_gradients_back_`.
+        """
+        weights, aside = self.weights, {}
+        for name, pruned in self._pruned.items():
+            if (gradient := weights[name].grad) is not None:
+                taken = pruned & gradient.isfinite()
+                aside[name] = gradient.masked_fill(~taken, 0.0)
+                gradient.masked_fill_(taken, 0.0)
+        return aside
+
+    @torch.no_grad()
+    def put_gradients_back_(self, aside: Mapping[str, Tensor], factor: float) -> None:
+        """Undo `set_gradients_aside_`, with the factor by which the other gradients were clipped."""
+        weights = self.weights
+        for name, gradient in aside.items():
+            weights[name].grad.add_(gradient, alpha=factor)
+
     # ---- masks and state from elsewhere ----
 
     def masks_from(self, masks: Mapping[str, Tensor]) -> None:
