@@ -6,8 +6,9 @@ Torch-Pruning under one training loop written by hand (`train`), and `TSCNCTrain
 network is trained by the loop once a seed, all start from it, and "not pruned" goes on without pruning. Sparsity rises
 by one cubic in the first part of training, and masks are chosen at the same steps. Where libraries differ:
 
-* Zeros: ours and torch's rank the weights of all layers by magnitude, NNCF by magnitude over the norm of their layer.
-  With NNCF and ours a pruned weight can return until the schedule ends.
+* Zeros: torch's and our plain arm rank the weights of all layers by magnitude, NNCF by magnitude over the norm of
+  their layer, our arm LAMP by the square over the sum of the squares in its layer that are no smaller. With NNCF and
+  ours a pruned weight can return until the schedule ends.
 * Channels: every layer loses the same share, until so many multiply-adds are gone. Torch-Pruning cuts them out while
   training, those of residual streams too, in a few rounds, since each makes new parameters, of which the optimizer
   knows nothing. Ours zeroes those inside of blocks, and `slim` cuts them out in the end.
@@ -261,7 +262,8 @@ class TorchPruning(NotPruned):
 BARE = "not pruned"
 PEERS = {BARE: NotPruned, "torch.nn.utils.prune": TorchPrune, "NNCF": NNCF, "Torch-Pruning": TorchPruning}
 TSC = "TSCNCTrainer, TSC"
-OURS = ("TSCNCTrainer, plain", TSC, "TSCNCTrainer, channels")
+LAMP = "TSCNCTrainer, LAMP"
+OURS = ("TSCNCTrainer, plain", LAMP, TSC, "TSCNCTrainer, channels")
 CHANNELS = ("Torch-Pruning", "TSCNCTrainer, channels")
 STEP = "a step"  # the row of times
 
@@ -368,6 +370,8 @@ class Benchmark:
 
     def trainer(self, arm: str, model: nn.Module, target: float, steps: int, seed: int, folder: str) -> TSCNCTrainer:
         options = {"target_sparsity": target}
+        if arm == LAMP:
+            options |= {"pruning_criterion": "lamp"}
         if arm == TSC:
             options |= {"tsc_weight": self.args.tsc_weight, "tsc_a": self.args.tsc_a}
         if arm in CHANNELS:
