@@ -216,8 +216,8 @@ def test_frozen_masks_keep_dead_gradients_out_of_clipping(build, make_trainer):
     assert norms == [None, None, 0.0, 0.0]
 
 
-@pytest.mark.parametrize("latent", [False, True])
-def test_clipping_measures_what_is_kept(latent, build, make_trainer):
+@pytest.mark.parametrize("way", [{}, {"pruning_latent": True}, {"pruning_criterion": "learned"}], ids=str)
+def test_clipping_measures_what_is_kept(way, build, make_trainer):
     """
     In each step the gradient is as long as it may be without what is pruned, which gets the same factor; and that norm
     is logged. Gradients before clipping are taken where nothing else of ours has touched them.
@@ -227,10 +227,10 @@ def test_clipping_measures_what_is_kept(latent, build, make_trainer):
 
     class Gradients(TrainerCallback):
         def on_pre_optimizer_step(self, args, state, control, **kwargs):
-            gradients = {name: p.grad.double().clone() for name, p in trainer.model.named_parameters()}
+            gradients = {n: p.grad.double().clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
             steps.append((state.global_step, raw.pop(), gradients, trainer.compressor.pruner.masks))
 
-    options = {"pruning_start": 0, "pruning_end": 0.75, "pruning_interval": 1, "pruning_latent": latent}
+    options = {"pruning_start": 0, "pruning_end": 0.75, "pruning_interval": 1, **way}
     options |= {"target_sparsity": 0.9, "max_grad_norm": limit, "logging_steps": 1}
     trainer = make_trainer((model, processor), callbacks=[], **options)
     trainer.callback_handler.callbacks.insert(0, Gradients())  # before latent weights take the pruned ones' place
@@ -245,6 +245,11 @@ def test_clipping_measures_what_is_kept(latent, build, make_trainer):
     logged = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
     assert len(steps) == len(logged) == 4
     for (step, given, clipped, masks), said in zip(steps, logged, strict=True):
+        if (
+            "pruning_criterion" in way and step < 3
+        ):  # scores are learned in place of the weights, all else stands still
+            given = {name: gradient for name, gradient in given.items() if name in masks}
+        assert given.keys() == clipped.keys()
         kept = {name: masks.get(name, torch.ones_like(g, dtype=torch.bool)) for name, g in given.items()}
         norm = float(torch.cat([gradient[kept[name]] for name, gradient in given.items()]).norm())
         assert norm > limit and said == pytest.approx(norm, rel=1e-4)

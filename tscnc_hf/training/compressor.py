@@ -167,8 +167,9 @@ class Compressor:
         return terms
 
     def before_clipping(self, step: int, max_steps: int) -> None:
-        """What is pruned is no part of the norm by which gradients are clipped."""
+        """What is pruned, or stands still while scores are learned, is no part of the norm to clip by."""
         self._keep_gradients(step, max_steps)
+        self.pruner.freeze_others(self.model)
         if self.masks_frozen(step, max_steps):
             self.pruner.mask_gradients_()
         else:
