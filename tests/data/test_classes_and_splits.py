@@ -76,6 +76,10 @@ def test_a_split_for_validation_is_used_beside_one_for_test(tmp_path):
     assert "validation on split 'validation'" in data.description
     data = load_image_data(folder, augmentation="none", test_split="validation")
     assert (len(data.train), len(data.validation), len(data.test)) == (18, 2, 20)
+    found = [part.data_split for part in (data.train, data.validation, data.test)]
+    assert found == ["train", "validation", "validation"]
+    assert load_test_data(folder, class_names=["ant", "bee"], test_split="validation").test.data_split == "validation"
+    assert load_test_data(folder, class_names=["ant", "bee"]).test.subset(range(3)).data_split == "test"
 
 
 def test_a_data_set_with_nothing_but_a_test_split(tmp_path):

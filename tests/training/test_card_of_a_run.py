@@ -4,6 +4,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -20,7 +21,7 @@ from tscnc_hf.artifact.models.building import timm_model
 from tscnc_hf.artifact.repository.opening import open_repository
 from tscnc_hf.artifact.repository.recard import rebuild_card
 from tscnc_hf.cli.recipe import command_line
-from tscnc_hf.data.identity import dataset_name
+from tscnc_hf.data.identity import dataset_name, dataset_split
 from tscnc_hf.training.publisher import Publisher
 
 
@@ -324,6 +325,36 @@ CIFAR = {"dataset_name": "cifar10", "builder_name": "parquet"}
 )
 def test_a_data_set_says_its_name(make, name, digits):
     assert dataset_name(make(digits)) == name
+
+
+@pytest.mark.parametrize(
+    ("make", "split"),
+    [
+        (lambda digits: digits.validation.subset(range(8)), "validation"),
+        (lambda digits: Subset(digits.test, range(8)), "test"),  # rows of train that were held out for it
+        (lambda digits: ConcatDataset([digits.test, digits.validation]), None),
+        (lambda digits: datasets.Dataset.from_dict({"label": [0]}, split=datasets.Split.VALIDATION), "validation"),
+        (lambda digits: datasets.Dataset.from_dict({"label": [0]}), None),
+        (lambda digits: SimpleNamespace(split="letters"), None),  # EMNIST's
+        (lambda digits: torch.zeros(3), None),
+    ],
+)
+def test_a_data_set_says_its_split(make, split, digits):
+    assert dataset_split(make(digits)) == split
+
+
+def test_figures_of_held_out_images_are_not_called_those_of_the_test(build, make_trainer, digits, tmp_path):
+    trainer = make_trainer(build("vit"), max_steps=1, epsilon=0.0)
+    for data, split in ((digits.validation, "validation"), (digits.test, "test")):
+        results = trainer.test(data, ("clean",), n=4, full=False)
+        trainer.save_model()
+        assert results["split"] == split
+        for text in (
+            (tmp_path / "out" / "README.md").read_text(),
+            rebuild_card(open_repository(tmp_path / "out")).read_text(),
+        ):
+            shown = {found.dataset_split for found in ModelCard(text).data.eval_results}
+            assert shown == {split} and f"of the clean {split} images" in text
 
 
 def test_the_card_names_data_that_was_given_by_hand(build, make_trainer, digits, tmp_path):

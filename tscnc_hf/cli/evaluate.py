@@ -146,7 +146,7 @@ def evaluate_model(arguments: EvaluationArguments) -> dict:
     say(f"Model: {name}, {sum(p.numel() for p in model.parameters()):,} parameters, on {device}")
     size = "x".join(map(str, data.image_size))
     named = f"{len(data.class_names)} classes ({some_names(data.class_names)})"
-    say(f"Data: {n} of {len(data.test)} test images of {data.name}, {size}, {named}")
+    say(f"Data: {n} of {len(data.test)} {data.test.data_split} images of {data.name}, {size}, {named}")
     try:
         results = evaluate(
             model.to(device),

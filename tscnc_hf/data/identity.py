@@ -84,6 +84,23 @@ def dataset_name(dataset: Any) -> str | None:
     return name
 
 
+def dataset_split(dataset: Any) -> str | None:
+    """
+    The split that images are from, as far as a data set knows it: what `datasets` says, or our own loader, which calls
+    rows of train that were held out by what they were held out for. Of a `Subset` or a `ConcatDataset` that of its
+    parts, if it is one.
+    """
+    if isinstance(dataset, Subset):
+        return dataset_split(dataset.dataset)
+    if isinstance(dataset, ConcatDataset):
+        splits = {dataset_split(part) for part in dataset.datasets}
+        return splits.pop() if len(splits) == 1 else None
+    if own := getattr(dataset, "data_split", None):
+        return own
+    split = getattr(dataset, "split", None)  # other libraries name other things so
+    return str(split) if type(split).__name__ == "NamedSplit" else None
+
+
 def stored_labels(dataset: Any) -> np.ndarray | None:
     """
     All class ids of a data set with a length, integers (n,), where no image need be read for them: of a column, of a

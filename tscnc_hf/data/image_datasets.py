@@ -30,10 +30,11 @@ class EpochDataset(Dataset):
         augmentation_text: what that is, in words.
         seed: non-negative; with epoch and index, all that the augmentation depends on.
         epoch: set by `set_epoch`, 0 at first.
-        data_name: of the data set that they are from, None where nobody has said it.
+        data_name, data_split: of the data set that they are from, None where nobody has said it.
     """
 
-    data_name: ClassVar[str | None] = None  # an attribute where it is known
+    data_name: ClassVar[str | None] = None  # attributes where they are known
+    data_split: ClassVar[str | None] = None
 
     _crop_text: str  # what a "crop" of the class is
     _item_shape: tuple[int, ...]  # (c, h, w)
@@ -78,7 +79,7 @@ class EpochDataset(Dataset):
         return len(self.labels)
 
     def _named(self, part: Self) -> Self:
-        part.data_name = self.data_name
+        part.data_name, part.data_split = self.data_name, self.data_split
         return part
 
     def _position(self, index: int) -> int:

@@ -144,7 +144,7 @@ def load_image_data(
         notes.append(
             f'grey images in three equal channels{looked}, which an attack changes apart: channels="grey" keeps one'
         )
-    return _finish(made, rows.class_names, name, "; ".join(notes), asked)
+    return _finish(made, rows.class_names, name, _role(parts["test"][0]), "; ".join(notes), asked)
 
 
 @dataclass
@@ -208,7 +208,7 @@ def load_test_data(
     if not in_memory and size is None:
         raise ValueError(f"images of {first_size[0]}x{first_size[1]} pixels need an image_size")
     made = rows.dataset(split, indices, decoder, size, in_memory, fit=fit)
-    made.data_name = name
+    made.data_name, made.data_split = name, _role(split)
     channels, *size = made[0]["pixel_values"].shape
     about = (tuple(size), channels, name, "; ".join([origin, *rows.notes]))
     return TestData(made, rows.class_names, *about, fitted=fit is not None)
@@ -433,9 +433,17 @@ def _digits():
     return datasets.Dataset.from_dict({"image": images, "label": labels}, features)
 
 
-def _finish(made: dict[str, Any], class_names: list[str], name: str, origin: str, asked: dict[str, Any]) -> ImageData:
+def _role(split: str) -> str:
+    """What a split to test on is called: rows of train that were held out for it are test images."""
+    return "test" if split == "train" else split
+
+
+def _finish(
+    made: dict[str, Any], class_names: list[str], name: str, tested: str, origin: str, asked: dict[str, Any]
+) -> ImageData:
     for part in made.values():
         part.data_name = name
+    made["train"].data_split, made["validation"].data_split, made["test"].data_split = "train", "validation", tested
     sizes = {tuple(part[0]["pixel_values"].shape) for part in made.values()}
     if len(sizes) > 1:
         raise ValueError(f"train, validation and test images differ in size: {sorted(sizes)}. Give image_size.")

@@ -42,8 +42,8 @@ def _page(results: Mapping, class_names: Sequence[str] | None) -> str:
     threat = report.threat_model
     parts = [
         f"# Robustness of {results['model']}",
-        f"{report.n} test images of {results['dataset']}; {threat['norm']} perturbations within "
-        f"{format_pixels(threat['epsilon'])}, seed {threat['seed']}. White-box attacks, 95 % "
+        f"{report.n} {results.get('split') or 'test'} images of {results['dataset']}; {threat['norm']} "
+        f"perturbations within {format_pixels(threat['epsilon'])}, seed {threat['seed']}. White-box attacks, 95 % "
         f"Wilson intervals.{_sizes(report)}",
         report.to_markdown(),
         "## Are gradients hidden?\n\n" + report.masking_markdown(),
@@ -104,9 +104,8 @@ def comparison_table(results: Mapping[str, Mapping]) -> str:
     ]
     first = results[names[0]]["robustness"]
     norm = {"linf": "L-infinity", "l2": "L2"}[first["threat_model"]["norm"]]
-    note = (
-        f"{first['n']} test images, {norm} epsilon {format_pixels(first['threat_model']['epsilon'])}, 95 % intervals"
-    )
+    radius, split = format_pixels(first["threat_model"]["epsilon"]), results[names[0]].get("split") or "test"
+    note = f"{first['n']} {split} images, {norm} epsilon {radius}, 95 % intervals"
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], note, *_masking_notes(results)])
 
 

@@ -16,6 +16,7 @@ from tscnc_hf.artifact.card.formatting import collapse_text
 from tscnc_hf.artifact.files.atomic import write_json
 from tscnc_hf.artifact.files.identity import RunIdentity, weights_digest
 from tscnc_hf.artifact.repository.opening import RESULTS_FILE, STATE_FOLDER
+from tscnc_hf.data.identity import dataset_split
 from tscnc_hf.evaluation.measures.curve import default_epsilons, security_curve
 from tscnc_hf.evaluation.measures.examples import kept_examples
 from tscnc_hf.evaluation.measures.lipschitz import evaluate_lipschitz
@@ -158,8 +159,8 @@ def evaluate(
             logger.warning(
                 f"{model_name or 'Evaluation'}: {collapse_text(collapsed, collapsed['emptied'], class_names)}"
             )
-    results = {"collapsed": collapsed, "model": model_name, "dataset": dataset_name, "robustness": robustness}
-    results |= of_weights
+    results = {"collapsed": collapsed, "model": model_name, "dataset": dataset_name, "split": dataset_split(dataset)}
+    results |= {"robustness": robustness} | of_weights
     results |= {"gates": dict(gates)} if gates else {}
     results["identity"] = work.identity.to_dict()
 

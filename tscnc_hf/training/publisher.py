@@ -132,6 +132,7 @@ class Publisher:
         same = self.results is None or self.results["dataset"] == self.data_name
         defaults = {"dataset_name": self.data_name if same else None, "class_names": names, "sizes": sizes or None}
         defaults["measured_on"] = self.results["dataset"] if self.results else None
+        defaults["dataset_split"] = (self.results or {}).get("split") or "test"
         defaults["own_widths"] = bool(recorded_widths(getattr(model, "config", None)))
         if "sparsity" not in options:
             defaults["sparsity"] = sparsity_report(model, self.options()["pruning_exclude"]).to_dict()

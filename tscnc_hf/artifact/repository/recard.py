@@ -101,6 +101,7 @@ def rebuild_card(
         **{
             "model_name": repository.name if repository.commit else folder.resolve().name,
             "robustness": results.get("robustness"),
+            "dataset_split": results.get("split") or "test",
             **measured,
             "config": {key: value for key, value in method.items() if key not in (*RUN_FACTS, KEY)},
             "class_names": names,
