@@ -8,8 +8,10 @@ import torch
 from PIL import Image
 
 from tests.data.test_loading import encoded, picture, private_cache, typed, write_parquet  # noqa: F401
+from tscnc_hf.artifact.models.building import vit_from_config
 from tscnc_hf.data.class_names import compare_class_names
 from tscnc_hf.data.loading import load_image_data, load_test_data
+from tscnc_hf.evaluation.measures.robustness import evaluate_robustness
 
 
 NFC, NFD = unicodedata.normalize("NFC", "café"), unicodedata.normalize("NFD", "café")
@@ -80,6 +82,24 @@ def test_a_split_for_validation_is_used_beside_one_for_test(tmp_path):
     assert found == ["train", "validation", "validation"]
     assert load_test_data(folder, class_names=["ant", "bee"], test_split="validation").test.data_split == "validation"
     assert load_test_data(folder, class_names=["ant", "bee"]).test.subset(range(3)).data_split == "test"
+
+
+def test_some_of_the_models_classes_are_tested_under_its_numbers(tmp_path):
+    folder = image_folder(tmp_path, train=["bee", "wasp"], test=["bee", "wasp"])
+    alone = load_test_data(folder, class_names=["bee", "wasp"])
+    data = load_test_data(folder, class_names=["wasp", "ant", "Bee"])
+    assert data.class_names == ["wasp", "ant", "Bee"] and "2 of the model's 3 classes" in data.description
+    assert torch.equal(data.test.labels, torch.tensor([2, 0])[alone.test.labels])
+    assert torch.equal(data.test.images, alone.test.images) and data.test.class_names == data.class_names
+    model, processor = vit_from_config(
+        data.class_names, data.image_size, 3, patch_size=4, hidden_size=8, num_hidden_layers=1, num_attention_heads=1
+    )
+    with torch.no_grad():
+        model.classifier.weight.zero_()
+        model.classifier.bias.copy_(torch.tensor([2.0, 0.0, 0.0]))  # everything is a wasp
+    report = evaluate_robustness(model, data.test, "clean", processing_class=processor, progress=False)
+    (clean,) = report.attacks
+    assert clean.accuracy == clean.balanced_accuracy == 0.5
 
 
 def test_a_data_set_with_nothing_but_a_test_split(tmp_path):

@@ -22,7 +22,8 @@ def compare_class_names(of_model: Sequence[str], of_data: Sequence[str]) -> str 
     the model has as many classes and no names ("LABEL_0", "0").
 
     Raises:
-        ValueError: the same names in another order; or another number of classes and not one name in common.
+        ValueError: the same names in another order, or some of them under other numbers; or another number of classes
+            and not one name in common.
     """
     ours, theirs = _plain(of_model), _plain(of_data)
     if ours == theirs:
@@ -38,13 +39,32 @@ def compare_class_names(of_model: Sequence[str], of_data: Sequence[str]) -> str 
             f"{len(theirs)} ({some_names(of_data)}), and not one name is the same. Give the data set it was "
             "trained for"
         )
-    moved = sum(ours.index(name) != theirs.index(name) for name in both)
+    moved = [name for name in theirs if name in both and ours.index(name) != theirs.index(name)]
+    if moved:
+        one, other = ours.index(moved[0]), theirs.index(moved[0])
+        raise ValueError(
+            f"the data set's classes are not the model's, and {len(moved)} of the {len(both)} names in both have "
+            f"another number: {of_model[one]!r} is {one} in the model, {of_data[other]!r} {other} in the data set, "
+            "and labels are compared by number. Give the labels the model's numbers, and leave out images of classes "
+            "that it does not have"
+        )
     return (
         "Warning: the data set's classes are not the model's; labels are compared by number. "
         f"Only the model, of {len(ours)} classes, has {some_names(of_model, both)}; "
         f"only the data set, of {len(theirs)}, has {some_names(of_data, both)}"
-        + (f"; {moved} of the {len(both)} names in both have another number" if moved else "")
     )
+
+
+def numbers_of_a_part(of_model: Sequence[str], of_data: Sequence[str]) -> list[int] | None:
+    """
+    The model's numbers of a data set's classes where these are some of the model's, in any order; None where they are
+    all of them, or where one is not among them.
+    """
+    ours, theirs = _plain(of_model), _plain(of_data)
+    alike = len(set(ours)) == len(ours) and len(set(theirs)) == len(theirs) < len(ours)
+    if not alike or has_no_names(of_model) or not set(theirs) <= set(ours):
+        return None
+    return [ours.index(name) for name in theirs]
 
 
 def refuse_another_order(of_model: Sequence[str], of_data: Sequence[str]) -> None:

@@ -12,7 +12,7 @@ import torch
 
 from tscnc_hf.data.augmentation import check_augmentation
 from tscnc_hf.data.batches import collate
-from tscnc_hf.data.class_names import some_names
+from tscnc_hf.data.class_names import numbers_of_a_part, some_names
 from tscnc_hf.data.columns import encode_labels, find_columns, labelled_rows, normal_name, read_labels
 from tscnc_hf.data.decoding import CHANNELS, Fit, common_size, decode_rows, decoder_for
 from tscnc_hf.data.folders import image_folder_splits, refuse_shared_files
@@ -188,7 +188,8 @@ def load_test_data(
         fit: from an image (PIL, mode RGB or L) to its pixels, uint8 (c, h, w), in place of `image_size`, where the
             images have no size in common, or one above 96 pixels. Others keep the size that they have.
         limit: the first n rows, chosen as by `test_limit` there.
-        class_names: of the model. Labels of a data set without train that are strings are looked up in them.
+        class_names: of the model. Labels of a data set without train that are strings are looked up in them, and so
+            are the classes of one that has only some of them.
 
     Raises:
         ValueError, FileNotFoundError: as `load_image_data`; a label that the model has no class for.
@@ -197,6 +198,7 @@ def load_test_data(
     size = _check_size(image_size)
     splits, name = _digits_or_splits(dataset, asked, ("train", "test"), test_only=True)
     rows = _Rows(splits, image_column, label_column, drop_unlabelled, class_names)
+    rows.find_among(class_names or ())
     split, _, indices, origin = _test_rows(rows.labels)
     indices = first_rows(indices, rows.labels[split], limit, "limit")
     decoder, first_size, _ = decoder_for(rows.some_images(split, indices), channels)
@@ -253,6 +255,15 @@ class _Rows:
         if isinstance(features[self.column], datasets.Image):
             undecoded = datasets.Image(decode=False)
             self.images = {split: rows.cast_column(self.column, undecoded) for split, rows in self.images.items()}
+
+    def find_among(self, class_names: Sequence[str]) -> None:
+        """Give labels the numbers of these classes where their own are only some of them."""
+        numbers = numbers_of_a_part(class_names, self.class_names)
+        if numbers is None:
+            return
+        self.notes.append(f"{len(numbers)} of the model's {len(class_names)} classes, found by their names")
+        self.labels = {split: np.array(numbers)[labels] for split, labels in self.labels.items()}
+        self.class_names = list(class_names)
 
     def some_images(self, split: str, indices: np.ndarray) -> Iterator[tuple[Any, str]]:
         """The first of the rows `indices` and some others, as stored, and what messages call them."""
