@@ -184,8 +184,8 @@ class Compressor:
             scale (`float`): by which a gradient scaler had made gradients too large, until they were clipped.
         """
         if self._aside:
-            factor = self.args.max_grad_norm / (float(full_tensor(norm)) + 1e-6)  # that of clip_grad_norm_ in torch
-            self.pruner.put_gradients_back_(self._aside, min(factor, 1.0) / scale)
+            factor = (self.args.max_grad_norm / (full_tensor(norm) + 1e-6)).clamp(max=1.0)  # as clip_grad_norm_ has it
+            self.pruner.put_gradients_back_(self._aside, factor / scale)
         self._aside = {}
 
     def after_backward(self, accelerator, step: int, max_steps: int) -> None:

@@ -27,7 +27,7 @@ from tscnc_hf.method.matrices import WeightMatrix, full_tensor
 from tscnc_hf.method.pruning.allocation import Allocation
 from tscnc_hf.method.pruning.layer_rates import LayerRates, near_threshold
 from tscnc_hf.method.pruning.regrowth import exchanged, forget_moments_
-from tscnc_hf.method.sharding import laid_out
+from tscnc_hf.method.sharding import laid_out, local
 
 
 class Pruner:
@@ -371,11 +371,11 @@ class Pruner:
         return aside
 
     @torch.no_grad()
-    def put_gradients_back_(self, aside: Mapping[str, Tensor], factor: float) -> None:
-        """Undo `set_gradients_aside_`, with the factor by which the other gradients were clipped."""
+    def put_gradients_back_(self, aside: Mapping[str, Tensor], factor: Tensor | float) -> None:
+        """Undo `set_gradients_aside_`, with the factor (a scalar) by which the other gradients were clipped."""
         weights = self.weights
         for name, gradient in aside.items():
-            weights[name].grad.add_(gradient, alpha=factor)
+            local(weights[name].grad).add_(local(gradient) * factor)
 
     # ---- masks and state from elsewhere ----
 
