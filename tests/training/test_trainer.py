@@ -259,6 +259,25 @@ def test_clipping_measures_what_is_kept(way, build, make_trainer):
             torch.testing.assert_close(clipped[name], expected, rtol=1e-3, atol=1e-9)
 
 
+def test_gradients_of_pruned_weights_are_unscaled_with_the_others(build, make_trainer):
+    """A gradient scaler's factor, here 8, is divided out as the others are clipped, when they are not there."""
+    trainer = make_trainer(build("vit"), pruning_start=0, pruning_end=0.75, max_grad_norm=0.5)
+    compressor, parameters = trainer.compressor, list(trainer.model.parameters())
+    compressor.pruner.update(0.5)
+    for parameter in parameters:
+        parameter.grad = torch.randn_like(parameter)
+    expected = [parameter.grad.double().clone() for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad.mul_(8.0)
+    compressor.before_clipping(0, 4)
+    for parameter in parameters:
+        parameter.grad.div_(8.0)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, 0.5)
+    compressor.after_clipping(norm, 8.0)
+    for parameter, gradient in zip(parameters, expected, strict=True):
+        torch.testing.assert_close(parameter.grad.double(), gradient * 0.5 / float(norm), rtol=1e-4, atol=1e-9)
+
+
 @pytest.mark.parametrize("objective", ["trades", "pgd-at"])
 def test_attacks_do_not_count_in_batch_norm(objective, build, make_trainer):
     """One forward a step trains, however many the adversary needs."""
