@@ -219,7 +219,8 @@ def test_frozen_masks_keep_dead_gradients_out_of_clipping(build, make_trainer):
 @pytest.mark.parametrize("way", [{}, {"pruning_latent": True}, {"pruning_criterion": "learned"}], ids=str)
 def test_clipping_measures_what_is_kept(way, build, make_trainer):
     """
-    In each step the gradient is as long as it may be without what is pruned, which gets the same factor; and that norm
+    In each step the gradient is as long as it may be without what is pruned, which gets the same factor, and is no
+    longer either; and that norm
     is logged. Gradients before clipping are taken where nothing else of ours has touched them.
     """
     model, processor = build("vit")
@@ -253,8 +254,9 @@ def test_clipping_measures_what_is_kept(way, build, make_trainer):
         kept = {name: masks.get(name, torch.ones_like(g, dtype=torch.bool)) for name, g in given.items()}
         norm = float(torch.cat([gradient[kept[name]] for name, gradient in given.items()]).norm())
         assert norm > limit and said == pytest.approx(norm, rel=1e-4)
+        away = float(torch.cat([gradient[~kept[name]] for name, gradient in given.items()]).norm())
         for name, gradient in given.items():
-            frozen = 0.0 if step == 3 else 1.0  # pruned weights do not move once the masks are final
+            frozen = 0.0 if step == 3 else norm / max(norm, away)  # pruned weights do not move once masks are final
             expected = gradient * limit / norm * torch.where(kept[name], 1.0, frozen)
             torch.testing.assert_close(clipped[name], expected, rtol=1e-3, atol=1e-9)
 

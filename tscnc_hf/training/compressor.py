@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 from transformers.utils import logging
 
 from tscnc_hf.artifact.files.state import STATE_FILE, load_state
@@ -177,14 +178,17 @@ class Compressor:
 
     def after_clipping(self, norm: Tensor, scale: float = 1.0) -> None:
         """
-        As long as the schedule runs, pruned weights get their gradients back, clipped by the same factor.
+        As long as the schedule runs, pruned weights get their gradients back, clipped by the same factor, or by more
+        where they are longer than the others: what may return is not to leap ahead of what is there.
 
         Args:
             norm (`Tensor`): of the gradients without them, before they were clipped.
             scale (`float`): by which a gradient scaler had made gradients too large, until they were clipped.
         """
         if self._aside:
-            factor = (self.args.max_grad_norm / (full_tensor(norm) + 1e-6)).clamp(max=1.0)  # as clip_grad_norm_ has it
+            own = full_tensor(get_total_norm(self._aside.values())) / scale
+            longer = torch.maximum(own, full_tensor(norm).to(own.device, own.dtype))
+            factor = (self.args.max_grad_norm / (longer + 1e-6)).clamp(max=1.0)  # as clip_grad_norm_ has it
             self.pruner.put_gradients_back_(self._aside, factor / scale)
         self._aside = {}
 
