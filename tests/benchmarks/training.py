@@ -111,7 +111,8 @@ def bare_steps(
         else:
             aside = pruner.set_gradients_aside_()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-        pruner.put_gradients_back_(aside, min(CLIP / (float(norm) + 1e-6), 1.0))
+        longer = torch.maximum(norm, torch.nn.utils.get_total_norm(aside.values())) if aside else norm
+        pruner.put_gradients_back_(aside, (CLIP / (longer + 1e-6)).clamp(max=1.0))
         optimizer.step()
         optimizer.zero_grad()
         done = step + 1
