@@ -362,10 +362,13 @@ class Pruner:
         Returns:
             What was taken away, sharded as the gradients are, for `put_gradients_back_`.
         """
-        weights, aside = self.weights, {}
-        for name, pruned in self._pruned.items():
-            if (gradient := weights[name].grad) is not None:
-                taken = pruned & gradient.isfinite()
+        aside = {}
+        for (
+            name,
+            weight,
+        ) in self.weights.items():  # in the model's order, so that norms of them round alike when resumed
+            if name in self._pruned and (gradient := weight.grad) is not None:
+                taken = self._pruned[name] & gradient.isfinite()
                 aside[name] = gradient.masked_fill(~taken, 0.0)
                 gradient.masked_fill_(taken, 0.0)
         return aside
