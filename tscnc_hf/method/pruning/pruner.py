@@ -356,17 +356,14 @@ class Pruner:
     def set_gradients_aside_(self) -> dict[str, Tensor]:
         """
         Zero the gradients of pruned weights that may return, for as long as the norm is taken by which gradients are
-        clipped: what is not there says nothing of how far the network may move. At 99 % their norm is several times
-        that of the others, which all but stand still if it counts. What is not finite stays: it ends the step.
+        clipped: what is not there says nothing of how far the network may move. At 99 % they are several times as long
+        as the others, whose steps they would cut short. What is not finite stays, for those who look for overflows.
 
         Returns:
             What was taken away, sharded as the gradients are, for `put_gradients_back_`.
         """
         aside = {}
-        for (
-            name,
-            weight,
-        ) in self.weights.items():  # in the model's order, so that norms of them round alike when resumed
+        for name, weight in self.weights.items():  # in this order, so that a norm of them rounds alike when resumed
             if name in self._pruned and (gradient := weight.grad) is not None:
                 taken = self._pruned[name] & gradient.isfinite()
                 aside[name] = gradient.masked_fill(~taken, 0.0)
