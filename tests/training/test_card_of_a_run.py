@@ -357,6 +357,20 @@ def test_figures_of_held_out_images_are_not_called_those_of_the_test(build, make
             assert shown == {split} and f"of the clean {split} images" in text
 
 
+def test_figures_of_a_stream_say_its_split(build, make_trainer, tmp_path):
+    rows = {"pixel_values": [torch.full((3, 8, 8), 0.5).tolist()] * 4, "labels": [0, 1, 2, 3]}
+    datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "rows.parquet")
+    files = {"validation": str(tmp_path / "rows.parquet")}
+    held_out = datasets.load_dataset("parquet", data_files=files, split="validation", streaming=True)
+    trainer = make_trainer(build("vit"), max_steps=1, epsilon=0.0)
+    for stream, split in (
+        (held_out.with_format("torch"), "validation"),
+        (iter(datasets.Dataset.from_dict(rows).with_format("torch")), None),
+    ):
+        results = trainer.test(stream, ("clean",), n=3, full=False)
+        assert results["split"] == split and results["robustness"]["n"] == 3
+
+
 def test_the_card_names_data_that_was_given_by_hand(build, make_trainer, digits, tmp_path):
     def card(trainer):
         trainer.save_model()

@@ -97,8 +97,9 @@ def dataset_split(dataset: Any) -> str | None:
         return splits.pop() if len(splits) == 1 else None
     if own := getattr(dataset, "data_split", None):
         return own
-    split = getattr(dataset, "split", None)  # other libraries name other things so
-    return str(split) if type(split).__name__ == "NamedSplit" else None
+    if type(getattr(dataset, "info", None)).__name__ != "DatasetInfo" or dataset.split is None:
+        return None  # other libraries name other things so
+    return str(dataset.split)
 
 
 def stored_labels(dataset: Any) -> np.ndarray | None:

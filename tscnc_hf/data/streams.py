@@ -8,6 +8,8 @@ from typing import Any
 
 from torch.utils.data import IterableDataset, get_worker_info
 
+from tscnc_hf.data.identity import dataset_split
+
 
 def is_stream(dataset: Any) -> bool:
     """
@@ -43,3 +45,11 @@ class FirstItems(IterableDataset):
         if not first and worker is None:
             raise ValueError("the stream has no image: it must begin anew whenever it is iterated")
         return chain(first, items)
+
+
+class TakenItems(list):
+    """The first `count` items of a stream, or all that there are, in memory; `data_split` is the stream's."""
+
+    def __init__(self, stream: Any, count: int):
+        super().__init__(islice(stream, count))
+        self.data_split = dataset_split(stream)

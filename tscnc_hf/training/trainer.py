@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -27,7 +26,7 @@ from tscnc_hf.artifact.models.weights import has_weights
 from tscnc_hf.data.batches import collate, collate_unlabelled
 from tscnc_hf.data.class_names import SameClasses
 from tscnc_hf.data.identity import dataset_name, random_states_kept
-from tscnc_hf.data.streams import FirstItems, has_length, is_stream
+from tscnc_hf.data.streams import FirstItems, TakenItems, has_length, is_stream
 from tscnc_hf.evaluation.run import as_published, evaluate
 from tscnc_hf.method.adversarial.objectives import objective_terms
 from tscnc_hf.method.matrices import computed_weights, weight_matrices
@@ -432,7 +431,7 @@ class TSCNCTrainer(ResumableTrainer):
         if is_stream(dataset):
             if n is None:
                 raise ValueError("a stream is tested on its first n images: give n")
-            dataset, n = list(islice(dataset, n)), None
+            dataset, n = TakenItems(dataset, n), None
         if len(dataset):
             with random_states_kept():
                 warn_of_size(self._shape, collate([dataset[0]])["pixel_values"], "test_dataset")
