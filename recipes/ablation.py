@@ -157,10 +157,10 @@ def say(row: dict, done: int, total: int, start: float, begun: int) -> None:
     left = (time.perf_counter() - start) / max(done - begun, 1) * (total - done) / 60
     shown = ", ".join(f"{name} {value:.1%}" for name, value in row["accuracy"].items())
     shown += ", collapsed" if row.get("collapsed") else ""
+    trained = "" if row["seconds"] is None else f", trained in {row['seconds']:.0f} s"
     print(
         f"[{done}/{total}] {row['arm']} at {row['sparsity']:.2%}, seed {row['seed']}: {shown}, median kappa "
-        f"{format_kappa(row['median_kappa'])}, {row['lost_ranks']} ranks lost, {row['seconds']:.0f} s; {left:.0f} min "
-        "left",
+        f"{format_kappa(row['median_kappa'])}, {row['lost_ranks']} ranks lost{trained}; {left:.0f} min left",
         flush=True,
     )
 

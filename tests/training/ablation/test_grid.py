@@ -23,6 +23,7 @@ from scipy.stats import ttest_1samp, ttest_rel
 from tests.processes import PATIENCE, left_behind, run_python, started
 from tests.results_page import check_results
 from tscnc_hf.artifact.files.identity import commit
+from tscnc_hf.artifact.files.state import load_state, save_state
 from tscnc_hf.artifact.models.loading import load_sparse
 from tscnc_hf.artifact.repository.opening import published_files
 from tscnc_hf.training.ablation.comparison import comparison_markdown, paired_difference
@@ -283,6 +284,20 @@ def test_cells_are_attacked_alike_whatever_they_train_with(ablation, tmp_path):
         assert (threat["norm"], threat["epsilon"]) == ("linf", 0.1)
     used = json.loads((trained(tmp_path, "weaker").parent / "tscnc_config.json").read_text())
     assert (used["norm"], used["epsilon"]) == ("l2", 0.05)
+
+
+def test_a_row_says_what_trained_the_weights_that_it_measured(ablation, tmp_path):
+    given = {"arms": '{"plain": {}}', "sparsities": "0.5", "max_steps": 2, "seeds": "0"}
+    shown = ablation(tmp_path, **given)
+    (row,) = (row for row in read_rows(tmp_path / "rows.jsonl") if row["arm"] == "plain")
+    assert row["trained_commit"] == row["commit"] and f"trained in {row['seconds']:.0f} s" in shown
+    weights = trained(tmp_path, "plain")
+    for metadata, says in (({"seconds": "4321.5", "commit": "0123"}, (4321.5, "0123")), ({}, (None, None))):
+        save_state(load_state(weights)[0], weights, metadata)
+        shown = ablation(tmp_path, **given, results=tmp_path / f"{len(metadata)}.jsonl")
+        (again,) = (row for row in read_rows(tmp_path / f"{len(metadata)}.jsonl") if row["arm"] == "plain")
+        assert (again["seconds"], again["trained_commit"]) == says and not differences(row, again)
+        assert ("trained in 4322 s" in shown) == bool(metadata)
 
 
 def test_two_processes_train_a_cell_once(ablation, tmp_path, caplog, capsys):

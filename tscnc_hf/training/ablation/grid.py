@@ -25,7 +25,7 @@ from tscnc_hf.artifact.repository.opening import RESULTS_FILE, TRAINED_FILE, rea
 from tscnc_hf.evaluation.run import as_published, evaluate
 from tscnc_hf.method.units.gates import fold_gates_
 from tscnc_hf.training.ablation.bundle import bundle
-from tscnc_hf.training.ablation.rows import DENSE, origin
+from tscnc_hf.training.ablation.rows import DENSE, origin, trained_by
 from tscnc_hf.training.compressor import build_pruner, with_dense_ends
 from tscnc_hf.training.config import OWN_DENSE, TSCNCConfig
 from tscnc_hf.training.resume.checkpoints import checkpoints
@@ -290,20 +290,21 @@ class Grid:
             trainer.train(resume_from_checkpoint=True if checkpoints(folder) else None)
         fold_gates_(trainer.model)  # what others start from, and what is measured, is a plain model
         if trained.exists():
-            trainer.model.load_state_dict(load_state(trained)[0])
+            weights, training = load_state(trained)
+            trainer.model.load_state_dict(weights)
             if (folder / STATE_FILE).is_file():
                 trainer.state = TrainerState.load_from_json(str(folder / STATE_FILE))
         else:
             if self.value_dtype:
                 round_(trainer.model, self.value_dtype)
             trainer.state.save_to_json(str(folder / STATE_FILE))
-            save_state(dict(trainer.model.state_dict()), trained)
-        seconds = time.perf_counter() - start
+            training = {"seconds": f"{time.perf_counter() - start:.1f}", "commit": self.revision or ""}
+            save_state(dict(trainer.model.state_dict()), trained, training)
         figures = self.measure(trainer, cell)
         if self.bundles:
             bundle(folder, self.bundles, cell.name)
         row = {"model": self.label, "arm": cell.arm, "sparsity": cell.sparsity, "seed": cell.seed}
-        row |= {"split": self.split} | figures | {"seconds": round(seconds, 1)}
+        row |= {"split": self.split} | figures | trained_by(training)
         row |= {"parameters": sum(parameter.numel() for parameter in model.parameters())}
         return row | origin(trainer.args.device, self.revision) | {"settings": self.fingerprint(cell)}
 

@@ -30,6 +30,15 @@ def origin(device: torch.device, revision: str | None) -> dict:
     return found | {"device": device_name(device), "threads": torch.get_num_threads()}
 
 
+def trained_by(training: Mapping[str, str]) -> dict:
+    """
+    What a row says of the training: its seconds, of the last start where it was cut off, and its code, which is not
+    always that which measured it. `training`: the metadata of the weights; None of what older ones do not say.
+    """
+    seconds = training.get("seconds")
+    return {"seconds": seconds and float(seconds), "trained_commit": training.get("commit") or None}
+
+
 class Results:
     """
     Rows of a JSON-lines file, one a cell. The file is replaced as a whole, so that a kill leaves all that was there;
@@ -110,7 +119,7 @@ def differences(before: Mapping, after: Mapping) -> dict[str, tuple]:
     What two rows of the same cell disagree in, but for time, date and code: {} when it was reproduced exactly. The
     Lipschitz bound, which only grids that leave whole folders measure, counts where both have it.
     """
-    passing = {"seconds", "date", "commit", "device", "torch", "threads"}
+    passing = {"seconds", "date", "commit", "trained_commit", "device", "torch", "threads"}
     passing |= {"local_lipschitz"} - (set(before) & set(after))
     keys = sorted((set(before) | set(after)) - passing)
     return {key: (before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)}
