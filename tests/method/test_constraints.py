@@ -308,6 +308,19 @@ def test_tsc_sums_over_the_weights_in_units_of_their_scale():
     assert again.item() == pytest.approx(expected, rel=1e-5)
 
 
+def test_the_scale_of_a_sparse_weight_is_that_of_what_is_there():
+    model = nn.Sequential(nn.Linear(40, 50), nn.Linear(50, 4))
+    dense = weight_scales(weight_matrices(model))
+    assert dense["0.weight"] == model[0].weight.detach().square().mean().sqrt()
+    with torch.no_grad():
+        model[0].weight[torch.rand(50, 40) < 0.9] = 0.0
+        model[1].weight.zero_()
+    left = model[0].weight.detach().double()
+    found = weight_scales(weight_matrices(model))
+    assert found["0.weight"].item() == pytest.approx(left[left != 0].square().mean().sqrt().item(), rel=1e-6)
+    assert found["1.weight"] == 1
+
+
 @pytest.mark.parametrize("a", [0.1, 1.0, 100.0])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_tsc_agrees_with_autograd_through_its_formula(a, dtype):

@@ -47,10 +47,14 @@ def _positive(a: float) -> float:
 
 
 def weight_scales(weights: Iterable[WeightMatrix]) -> dict[str, Tensor]:
-    """Root mean square of each weight, float32 scalars by name; 1 where all zero (ours: one `a` for all layers)."""
+    """
+    Root mean square of each weight, over what is not zero, float32 scalars by name; 1 where all is (ours: one `a` for
+    all layers, dense or sparse).
+    """
     scales = {}
     for record in weights:
-        rms = full_tensor(record.weight).detach().float().pow(2).mean().sqrt()
+        weight = full_tensor(record.weight).detach().float()
+        rms = (weight.pow(2).mean() * (weight.numel() / weight.count_nonzero().clamp(min=1))).sqrt()
         scales[record.name] = torch.where(rms > 0, rms, torch.ones_like(rms))
     return scales
 
