@@ -40,6 +40,8 @@ def test_names_under_other_numbers_are_refused():
 def test_some_of_a_models_classes_are_found_by_name():
     assert numbers_of_a_part(CIFAR, ["Cat", "ship", "bird"]) == [3, 8, 2]
     assert numbers_of_a_part(CIFAR, CIFAR[:4]) == [0, 1, 2, 3]
+    twice = ["tench", "crane", "cat", "dog", "crane"]  # as ImageNet has it
+    assert numbers_of_a_part(twice, ["dog", "cat"]) == [3, 2] and numbers_of_a_part(twice, ["dog", "crane"]) is None
     for names in (CIFAR, CIFAR[::-1], STL, ["cat", "monkey"], ["cat", "Cat"]):
         assert numbers_of_a_part(CIFAR, names) is None
     assert numbers_of_a_part(DIGITS, ["3", "1"]) is None  # numbers are no names

@@ -305,6 +305,12 @@ def of_the_hub(repository: str | None, **info) -> datasets.Dataset:
     return made
 
 
+def of_train():
+    made = datasets.Dataset.from_dict({"label": [0] * 8}, split=datasets.Split.TRAIN)
+    made.info.splits = datasets.SplitDict({"train": datasets.SplitInfo("train", num_examples=8)})
+    return made
+
+
 CIFAR = {"dataset_name": "cifar10", "builder_name": "parquet"}
 
 
@@ -335,6 +341,9 @@ def test_a_data_set_says_its_name(make, name, digits):
         (lambda digits: ConcatDataset([digits.test, digits.validation]), None),
         (lambda digits: datasets.Dataset.from_dict({"label": [0]}, split=datasets.Split.VALIDATION), "validation"),
         (lambda digits: datasets.Dataset.from_dict({"label": [0]}), None),
+        (lambda digits: of_train(), "train"),
+        (lambda digits: of_train().train_test_split(0.25)["test"], None),  # which says that it is train
+        (lambda digits: of_train().to_iterable_dataset(), None),
         (lambda digits: SimpleNamespace(split="letters"), None),  # EMNIST's
         (lambda digits: torch.zeros(3), None),
     ],

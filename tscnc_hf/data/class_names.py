@@ -61,8 +61,8 @@ def numbers_of_a_part(of_model: Sequence[str], of_data: Sequence[str]) -> list[i
     all of them, or where one is not among them.
     """
     ours, theirs = _plain(of_model), _plain(of_data)
-    alike = len(set(ours)) == len(ours) and len(set(theirs)) == len(theirs) < len(ours)
-    if not alike or has_no_names(of_model) or not set(theirs) <= set(ours):
+    found = len(set(theirs)) == len(theirs) < len(ours) and all(ours.count(name) == 1 for name in theirs)
+    if not found or has_no_names(of_model):
         return None
     return [ours.index(name) for name in theirs]
 

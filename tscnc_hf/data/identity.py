@@ -87,7 +87,8 @@ def dataset_name(dataset: Any) -> str | None:
 def dataset_split(dataset: Any) -> str | None:
     """
     The split that images are from, as far as a data set knows it: what `datasets` says, or our own loader, which calls
-    rows of train that were held out by what they were held out for. Of a `Subset` or a `ConcatDataset` that of its
+    rows of train that were held out by what they were held out for. A part of train that `datasets` has split off has
+    none. Of a `Subset` or a `ConcatDataset` that of its
     parts, if it is one.
     """
     if isinstance(dataset, Subset):
@@ -99,7 +100,16 @@ def dataset_split(dataset: Any) -> str | None:
         return own
     if type(getattr(dataset, "info", None)).__name__ != "DatasetInfo" or dataset.split is None:
         return None  # other libraries name other things so
-    return str(dataset.split)
+    split = str(dataset.split)
+    if split == "train" and not _is_whole(dataset, split):
+        return None  # rows that were held out of it say that they are it
+    return split
+
+
+def _is_whole(dataset: Any, split: str) -> bool:
+    """Whether a data set of `datasets` certainly has all rows of its split."""
+    known = (dataset.info.splits or {}).get(split)
+    return known is not None and hasattr(dataset, "__len__") and len(dataset) == known.num_examples
 
 
 def stored_labels(dataset: Any) -> np.ndarray | None:
