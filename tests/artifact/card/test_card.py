@@ -194,7 +194,8 @@ def test_a_folder_without_dense_weights_is_loaded_from_its_packed_file(tmp_path)
     names = [alias.name for statement in packed.body[:2] for alias in statement.names]
     assert names == ["AutoImageProcessor", "load_sparse"] and len(fast.body) == 2
     assert "AutoModelForImageClassification" not in text and "tscnc unpack" in text
-    assert row(text, "packed, `model.sparse.safetensors`") == ["160 kB", ""]
+    assert row(text, "packed, `model.sparse.safetensors`") == ["160 kB"]
+    assert "| weights | size |\n| --- | ---: |\n" in text  # no column of shares of what is not there
 
 
 def test_settings_that_were_not_used_are_not_claimed(tmp_path):
@@ -222,7 +223,7 @@ def test_sizes_classes_and_training_figure_when_given(tmp_path):
     text = write(tmp_path, sizes=sizes, log_history=log, class_names=list("abc")).read_text(encoding="utf-8")
     assert row(text, "dense, `model.safetensors`") == ["800 kB", "100.0 %"]
     assert row(text, "packed, `model.sparse.safetensors`") == ["160 kB", "20.0 %"]
-    assert row(text, "what a lossless file needs at least, values stored raw") == ["150 kB", "18.8 %"]
+    assert row(text, "zeros' places at their entropy, values stored raw") == ["150 kB", "18.8 %"]
     assert "(3 classes)" in text
     assert "figures/training.png" in text and (tmp_path / "figures" / "training.png").stat().st_size > 10_000
 

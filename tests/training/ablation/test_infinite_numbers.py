@@ -78,4 +78,4 @@ def test_a_model_without_matrices_is_evaluated_to_the_end(tmp_path):
     results["lipschitz"] |= {"local_median": "inf", "product_log10": "-inf"}
     cells = dict(results_table(reports, {}))
     assert cells["Local Lipschitz constant, median"] == ["at least ∞"]
-    assert cells["Product of layer norms, log10"] == ["-∞"] and "∞" in comparison_table({"scaled": results})
+    assert cells["Product of spectral norms, log10"] == ["-∞"] and "∞" in comparison_table({"scaled": results})

@@ -104,7 +104,11 @@ def results_table(
         *((label, "spectrum", lambda report, key=key: format_kappa(report.get(key))) for label, key in KAPPAS.items()),
         ("Rank-deficient matrices", "spectrum", lambda r: f"{r.get('rank_deficient', 0)} of {len(r['rows'])}"),
         ("Local Lipschitz constant, median", "lipschitz", lambda r: f"at least {format_number(r['local_median'])}"),
-        ("Product of layer norms, log10", "lipschitz", lambda report: format_number(report["product_log10"], ".2f")),
+        (
+            "Product of spectral norms, log10",
+            "lipschitz",
+            lambda report: format_number(report["product_log10"], ".2f"),
+        ),
     ]
     for label, name, text in lines:
         if name != "lipschitz" or own[name] is not None:
@@ -195,13 +199,16 @@ def _accuracy(attack: Mapping[str, Any] | None) -> str:
     return f"{format_percent(attack['accuracy'])} ({low.removesuffix(' %')} to {high})"
 
 
-def size_table(sizes: Mapping[str, int]) -> list[tuple[str, str, str]]:
-    """Rows (what, bytes, share of the dense file) of the weight files that there are, and of the limit for a file."""
+def size_table(sizes: Mapping[str, int]) -> list[tuple[str, ...]]:
+    """
+    Rows (what, bytes) of the weight files that there are, and of the limit for one that does not compress values;
+    where there is a dense file each has its share of it, too.
+    """
     names = {
         "dense_bytes": "dense, `model.safetensors`",
         "sparse_bytes": "packed, `model.sparse.safetensors`",
-        "limit_bytes": "what a lossless file needs at least, values stored raw",
+        "limit_bytes": "zeros' places at their entropy, values stored raw",
     }
     dense = sizes.get("dense_bytes")
     there = {what: sizes[key] for key, what in names.items() if key in sizes}
-    return [(what, format_bytes(n), f"{100 * n / dense:.1f} %" if dense else "") for what, n in there.items()]
+    return [(what, format_bytes(n), *([f"{100 * n / dense:.1f} %"] if dense else [])) for what, n in there.items()]

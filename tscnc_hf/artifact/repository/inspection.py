@@ -181,7 +181,7 @@ def summary_rows(found: Mapping[str, Any]) -> list[tuple[str, str]]:
     dense, packed, limit = (
         format_bytes(sizes[key]) if key in sizes else "none" for key in ("dense_bytes", "sparse_bytes", "limit_bytes")
     )
-    rows.append(("weights on disk", f"dense {dense}, packed {packed}; a lossless file needs {limit}"))
+    rows.append(("weights on disk", f"dense {dense}, packed {packed}; with raw values a file needs {limit}"))
     if minus := found.get("minus_zeros"):
         rows.append(("minus zeros", f"{minus:,}, which a packed file keeps as zeros like the others"))
     for index, metric in enumerate(found.get("metrics", ())):

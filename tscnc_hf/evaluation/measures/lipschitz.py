@@ -53,7 +53,7 @@ class LipschitzReport:
     def to_markdown(self) -> str:
         values = self.summary()
         lines = ["| Lipschitz constant | |", "| --- | ---: |"]
-        lines.append(f"| product of layer norms, log10 | {values['product_log10']:.2f} |")
+        lines.append(f"| product of spectral norms, log10 | {values['product_log10']:.2f} |")
         for name in ("median", "mean", "max"):
             lines.append(
                 f"| local lower bound, {name} over {len(self.local)} images | {values[f'local_{name}']:.4g} |"
