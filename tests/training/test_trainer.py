@@ -11,6 +11,7 @@ from transformers import AutoModelForImageClassification, EvalPrediction, Traine
 
 from tscnc_hf.artifact.files.state import load_state
 from tscnc_hf.data.image_datasets import ImageTensorDataset
+from tscnc_hf.method.matrices import weight_matrices
 from tscnc_hf.training import adversary as attacking
 from tscnc_hf.training.config import TSCNCConfig
 from tscnc_hf.training.metrics import Metrics, observed
@@ -220,8 +221,8 @@ def test_frozen_masks_keep_dead_gradients_out_of_clipping(build, make_trainer):
 def test_clipping_measures_what_is_kept(way, build, make_trainer):
     """
     In each step the gradient is as long as it may be without what is pruned, which gets the same factor, and is no
-    longer either; and that norm
-    is logged. Gradients before clipping are taken where nothing else of ours has touched them.
+    longer either; and that norm is logged. Scores all move, and all count. Gradients before clipping are taken where
+    nothing else of ours has touched them.
     """
     model, processor = build("vit")
     steps, limit = [], 0.01
@@ -246,12 +247,12 @@ def test_clipping_measures_what_is_kept(way, build, make_trainer):
     logged = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
     assert len(steps) == len(logged) == 4
     for (step, given, clipped, masks), said in zip(steps, logged, strict=True):
-        if (
-            "pruning_criterion" in way and step < 3
-        ):  # scores are learned in place of the weights, all else stands still
+        learns = "pruning_criterion" in way and step < 3  # scores in place of the weights, all else stands still
+        if learns:
             given = {name: gradient for name, gradient in given.items() if name in masks}
         assert given.keys() == clipped.keys()
-        kept = {name: masks.get(name, torch.ones_like(g, dtype=torch.bool)) for name, g in given.items()}
+        everything = {name: torch.ones_like(gradient, dtype=torch.bool) for name, gradient in given.items()}
+        kept = everything if learns else everything | {name: masks[name] for name in given.keys() & masks.keys()}
         norm = float(torch.cat([gradient[kept[name]] for name, gradient in given.items()]).norm())
         assert norm > limit and said == pytest.approx(norm, rel=1e-4)
         away = float(torch.cat([gradient[~kept[name]] for name, gradient in given.items()]).norm())
@@ -259,6 +260,40 @@ def test_clipping_measures_what_is_kept(way, build, make_trainer):
             frozen = 0.0 if step == 3 else norm / max(norm, away)  # pruned weights do not move once masks are final
             expected = gradient * limit / norm * torch.where(kept[name], 1.0, frozen)
             torch.testing.assert_close(clipped[name], expected, rtol=1e-3, atol=1e-9)
+
+
+@pytest.mark.parametrize("clipping", [{"max_grad_norm": 0.0}, {"max_grad_norm": 1.0}], ids=str)
+@pytest.mark.parametrize("given", [{"pruning_start": 0, "pruning_end": 0.5}, {"keep_masks": True}], ids=str)
+def test_frozen_masks_keep_dead_gradients_from_the_optimizer(given, clipping, build, make_trainer):
+    """Adafactor has one statistic for a whole row, and one length for a whole update."""
+    model, processor = build("vit")
+    if "keep_masks" in given:
+        with torch.no_grad():
+            for record in weight_matrices(model):
+                record.weight[torch.rand_like(record.weight) < 0.9] = 0.0
+        given = given | {"target_sparsity": 0.0}
+    dead = []
+
+    def look(*_):
+        pruner = trainer.compressor.pruner
+        masks = pruner.masks if trainer.state.global_step >= 2 else {}
+        dead.extend(pruner.weights[name].grad[~mask] for name, mask in masks.items())
+
+    class Look(TrainerCallback):
+        def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
+            optimizer.optimizer.register_step_pre_hook(look)
+
+    trainer = make_trainer((model, processor), callbacks=[Look()], optim="adafactor", **given, **clipping)
+    trainer.train()
+    assert sum(len(gradients) for gradients in dead) > 100 and not any(gradients.any() for gradients in dead)
+
+
+@pytest.mark.parametrize("optim", ["schedule_free_adamw", "galore_adamw_layerwise", "adalomo"])
+def test_optimizers_that_no_mask_reaches_are_refused(optim, tmp_path):
+    TSCNCConfig(str(tmp_path), optim=optim, use_cpu=True)  # where nothing is pruned
+    for pruned in ({"target_sparsity": 0.5}, {"keep_masks": True}):
+        with pytest.raises(ValueError, match=rf"optim='{optim}' .*: use another one where weights are pruned"):
+            TSCNCConfig(str(tmp_path), optim=optim, use_cpu=True, **pruned)
 
 
 def test_gradients_of_pruned_weights_are_unscaled_with_the_others(build, make_trainer):

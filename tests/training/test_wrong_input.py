@@ -130,6 +130,42 @@ def test_a_training_that_is_refused_leaves_the_results(build, make_trainer, digi
     assert trainer.publisher.results is results and trainer.compressor.pruner.pruned_count == count > 0
 
 
+def test_an_optimizer_with_other_weights_for_evaluation_is_refused(build, make_config, digits):
+    class ScheduleFree(torch.optim.SGD):
+        def eval(self):
+            """Puts other weights in place."""
+
+    given = {"train_dataset": digits.train.subset(range(64))}
+    for options, refused in (({}, True), ({"target_sparsity": 0.0, "pruning_interval": 100}, False)):
+        model, processor = build("vit")
+        optimizers = (ScheduleFree(model.parameters(), lr=0.1), None)
+        trainer = TSCNCTrainer(
+            model, make_config(max_steps=4, **options), **given, processing_class=processor, optimizers=optimizers
+        )
+        if refused:
+            assert_no_step(trainer, "ScheduleFree has other weights for evaluation than for training")
+        else:
+            trainer.train()
+
+
+@pytest.mark.parametrize(("end", "left"), [(0.5, "checkpoint-4"), (0.625, "the last weights")])
+def test_a_best_step_that_was_not_saved_is_said(end, left, build, make_trainer, caplog):
+    """Evaluated twice as often as saved; the best one is the last evaluation but one."""
+
+    def mine(predictions):
+        return {"mine": {6: 0.9}.get(trainer.state.global_step, 0.1), "collapsed": False}
+
+    trainer = make_trainer(
+        build("vit"), compute_metrics=mine, max_steps=8, pruning_start=0, pruning_end=end,
+        eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=4,
+        load_best_model_at_end=True, metric_for_best_model="mine",
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.state.best_global_step == 6
+    assert f"the best evaluation was after step 6, which was not saved: this is {left}. Let" in caplog.text
+    assert "no evaluation came after" not in caplog.text
+
+
 def test_an_optimizer_that_was_made_before_the_gates_is_refused(build, make_config, digits):
     model, processor = build("vit")
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)

@@ -168,13 +168,16 @@ class Compressor:
         return terms
 
     def before_clipping(self, step: int, max_steps: int) -> None:
-        """What is pruned, or stands still while scores are learned, is no part of the norm to clip by."""
+        """
+        What is pruned, or stands still while scores are learned, is no part of the norm to clip by. Scores all move,
+        those of pruned weights as well: their gradients count.
+        """
         self._keep_gradients(step, max_steps)
         self.pruner.freeze_others(self.model)
-        if self.masks_frozen(step, max_steps):
-            self.pruner.mask_gradients_()
-        else:
+        if not self.masks_frozen(step, max_steps) and not self.pruner.learns_scores:
             self._aside = self.pruner.set_gradients_aside_()
+        else:
+            self._mask_gradients(step, max_steps)
 
     def after_clipping(self, norm: Tensor, scale: float = 1.0) -> None:
         """
@@ -188,13 +191,17 @@ class Compressor:
         if self._aside:
             own = full_tensor(get_total_norm(self._aside.values())) / scale
             longer = torch.maximum(own, full_tensor(norm).to(own.device, own.dtype))
-            factor = (self.args.max_grad_norm / (longer + 1e-6)).clamp(max=1.0)  # as clip_grad_norm_ has it
-            self.pruner.put_gradients_back_(self._aside, factor / scale)
+            kept, factor = (
+                (self.args.max_grad_norm / (length.to(own.device, own.dtype) + 1e-6)).clamp(max=1.0)
+                for length in (full_tensor(norm), longer)
+            )  # as clip_grad_norm_ has it
+            self.pruner.put_gradients_back_(self._aside, factor / scale, factor / kept)
         self._aside = {}
 
     def after_backward(self, accelerator, step: int, max_steps: int) -> None:
         """After clipping, right before the optimizer's step."""
         self._keep_gradients(step, max_steps)  # where nothing is clipped
+        self._mask_gradients(step, max_steps)
         if not self.pruner.active:
             return
         if self.args.fp16 and not self.args.max_grad_norm:  # clipping would have done it
@@ -230,6 +237,11 @@ class Compressor:
         clamp_gates_(self.model)
         if self.average is not None:
             self.average.update(self.model, step, pruner.local_masks)
+
+    def _mask_gradients(self, step: int, max_steps: int) -> None:
+        """Of weights that stay zero: optimizers that keep one statistic for many weights are not to count them."""
+        if self.masks_frozen(step, max_steps):
+            self.pruner.mask_gradients_()
 
     def _keep_gradients(self, step: int, max_steps: int) -> None:
         """Those of a step after which weights are exchanged, before pruned ones lose theirs."""
@@ -292,6 +304,17 @@ class Compressor:
             for group in optimizer.param_groups:
                 group["params"] = [parameter for parameter in group["params"] if id(parameter) not in own]
             optimizer.add_param_group({"params": gates, "lr": self.args.gate_learning_rate, "weight_decay": 0.0})
+
+    def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        """
+        ValueError where something is pruned and the optimizer swaps weights by itself, outside of its steps: what is
+        evaluated and saved then is not what was masked.
+        """
+        if (self.args.target_sparsity > 0 or self.args.keep_masks) and callable(getattr(optimizer, "eval", None)):
+            raise ValueError(
+                f"the optimizer {type(optimizer).__name__} has other weights for evaluation than for training, as "
+                "schedule-free ones do, and those would not be pruned: use another one, and ema_decay for an average"
+            )
 
     def lacks_gates(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether there are gates that no group of the optimizer has: somebody made it before they were attached."""

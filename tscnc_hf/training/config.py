@@ -314,6 +314,8 @@ class TSCNCConfig(TrainingArguments):
             self._check_teacher()
         if self.regrow_fraction > 0 and self.target_sparsity > 0:
             self._check_regrowth(criterion)
+        if self.target_sparsity > 0 or self.keep_masks:
+            self._check_optimizer()
         if self.natural_fraction + self.epsilon_warmup > 1:
             raise ValueError(
                 f"natural_fraction={self.natural_fraction} and then epsilon_warmup={self.epsilon_warmup} are more "
@@ -372,6 +374,18 @@ class TSCNCConfig(TrainingArguments):
                 f"teacher={OWN_DENSE!r} is the network before anything is pruned, and with keep_masks=True it is "
                 "sparse from the beginning: give the folder of a dense one"
             )
+
+    def _check_optimizer(self) -> None:
+        """ValueError where no mask can act between the gradients and the optimizer's step, or on what is evaluated."""
+        optim = str(getattr(self.optim, "value", self.optim))
+        reasons = {
+            "lomo": "takes its steps while gradients are computed",
+            "layerwise": "takes its steps while gradients are computed",
+            "schedule_free": "has other weights for evaluation than for training, which would not be pruned",
+        }
+        for part, reason in reasons.items():
+            if part in optim:
+                raise ValueError(f"optim={optim!r} {reason}: use another one where weights are pruned, as adamw_torch")
 
     def _check_regrowth(self, criterion: RegisteredCriterion) -> None:
         """ValueError where a weight cannot be exchanged for another one."""

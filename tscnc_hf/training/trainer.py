@@ -257,6 +257,7 @@ class TSCNCTrainer(ResumableTrainer):
         made_here = self.optimizer is None
         self._optimizer_is_ours = made_here or self._optimizer_is_ours
         optimizer = super().create_optimizer(*args, **kwargs)
+        self.compressor.check_optimizer(optimizer)
         if made_here:
             self.compressor.group_gates(optimizer)
         elif self.compressor.lacks_gates(optimizer):
@@ -653,7 +654,13 @@ def early_ends(args: TSCNCConfig, state: TrainerState, sparsity: float | None) -
             f"training was ended after step {state.global_step} of {state.max_steps} with {sparsity:.2%} zeros among "
             f"the prunable weights; target_sparsity is {args.target_sparsity:.2%}"
         )
-    if args.load_best_model_at_end and state.best_model_checkpoint is None:
+    best, loaded = state.best_global_step, Path(state.best_model_checkpoint or "the last weights").name
+    if args.load_best_model_at_end and best and loaded != f"checkpoint-{best}":
+        found.append(
+            f"load_best_model_at_end=True, but the best evaluation was after step {best}, which was not saved: this "
+            f"is {loaded}. Let save_steps and eval_steps be the same"
+        )
+    elif args.load_best_model_at_end and state.best_model_checkpoint is None:
         found.append(
             "load_best_model_at_end=True, but no evaluation came after the masks were final, of a network that had "
             "not collapsed: these are the last weights. Evaluate more often, or let pruning_end be earlier"

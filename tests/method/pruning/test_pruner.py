@@ -116,6 +116,35 @@ def test_gradients_of_pruned_weights_go_aside_while_others_are_clipped(latent):
         torch.testing.assert_close(weight.grad.double(), 0.5 * before[name], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("criterion", ["taylor", "movement"])
+def test_weights_are_judged_by_gradients_that_were_clipped_alike(criterion):
+    """Those of pruned weights are clipped by a quarter of the others' factor, and count whole."""
+    torch.manual_seed(0)
+    gathered = []
+    for apart in (False, True):
+        model = nn.Linear(16, 16)
+        with torch.no_grad():
+            model.weight.copy_(torch.randn(16, 16, generator=torch.Generator().manual_seed(1)))
+        pruner = Pruner(weight_matrices(model), criterion)
+        pruner.begin()
+        for step in range(3):
+            model.weight.grad = torch.randn(16, 16, generator=torch.Generator().manual_seed(step)) * 8
+            if apart and step:
+                aside = pruner.set_gradients_aside_()
+                model.weight.grad.mul_(0.5)
+                pruner.put_gradients_back_(aside, 0.125, torch.tensor(0.25))
+            elif step:
+                model.weight.grad.mul_(0.5)
+            pruner.before_step()
+            pruner.after_step()
+            if not step:
+                pruner.update(0.75)
+            pruner.apply_()
+        gathered.append(next(iter(pruner.state()[f"gathered.{name}"] for name in pruner.records)))
+    torch.testing.assert_close(*gathered)
+    assert gathered[0].count_nonzero() == 256
+
+
 def test_a_gradient_that_is_not_finite_does_not_go_aside():
     """Gradient scalers and checks of the loss have to see it."""
     model = nn.Linear(4, 4)

@@ -68,6 +68,7 @@ class Pruner:
         self._scores: dict[str, Tensor] = {}  # learned ones
         self._gathered: dict[str, Tensor] = {}  # NaN where there has never been a gradient
         self._gathered_steps: dict[str, int] = {}  # in which there was one since the masks were chosen
+        self._cut: Tensor | None = None  # by how much more this step's gradients of pruned weights were clipped
         self._moving: set[str] = set()  # during a step: in whose place latent weights or scores are
         self._near: dict[str, Tensor] = {}  # bool: near the threshold, where rates are learned
         self._zeros: dict[str, Tensor] = {}  # True = zero when the model came, and to stay so
@@ -168,7 +169,11 @@ class Pruner:
             if gradient is None:
                 continue
             if self.criterion.gathers or self._rates is not None:
-                seen = gradient.nan_to_num(0.0, 0.0, 0.0)  # of a step with an overflow, which a gradient scaler skips
+                seen = gradient.clone()
+                if self._cut is not None and name in self._pruned:  # weights are judged by what is the same for all
+                    part = local(seen)
+                    part.copy_(torch.where(local(self._pruned[name]), part / self._cut, part))
+                seen = seen.nan_to_num(0.0, 0.0, 0.0)  # of a step with an overflow, which a gradient scaler skips
                 if self.criterion.gathers:
                     gathered = self._gathered[name]
                     if self._gathered_steps[name] == 0:
@@ -183,6 +188,7 @@ class Pruner:
             else:
                 weight.copy_(dense)
             self._moving.add(name)
+        self._cut = None
         if products:
             self._rates.learn(products)
 
@@ -371,9 +377,14 @@ class Pruner:
         return aside
 
     @torch.no_grad()
-    def put_gradients_back_(self, aside: Mapping[str, Tensor], factor: Tensor | float) -> None:
-        """Undo `set_gradients_aside_`, with the factor (a scalar) by which the other gradients were clipped."""
-        weights = self.weights
+    def put_gradients_back_(
+        self, aside: Mapping[str, Tensor], factor: Tensor | float, cut: Tensor | None = None
+    ) -> None:
+        """
+        Undo `set_gradients_aside_`, with the factor (a scalar) by which these gradients are clipped. `cut`: that over
+        the factor of the others, which criteria that gather gradients leave out again.
+        """
+        weights, self._cut = self.weights, cut if self.active else None
         for name, gradient in aside.items():
             local(weights[name].grad).add_(local(gradient) * factor)
 
