@@ -12,7 +12,16 @@ from tscnc_hf import __version__
 # the order of the navigation; a page that is not here is an error
 PAGES = {
     "Use": ["quickstart", "method", "pruning", "slimming", "inference", "recipes", "distributed", "evaluation", "hub"],
-    "Look up": ["options", "results", "coefficients", "results_json", "packed_format", "architectures", "benchmarks", "paper_index"],
+    "Look up": [
+        "options",
+        "results",
+        "coefficients",
+        "results_json",
+        "packed_format",
+        "architectures",
+        "benchmarks",
+        "paper_index",
+    ],
     "API": ["api/training", "api/evaluation", "api/models", "api/method"],
     "Carry on": ["extending", "contributing"],
 }

@@ -3,7 +3,7 @@ What does each part do? Arms x sparsities x seeds with the same data order and a
 
     python recipes/ablation.py --config recipes/configs/ablation_cnn.yaml
     python recipes/ablation.py --config recipes/configs/ablation_cnn.yaml --check plain-0.99-s1
-    python recipes/ablation_report.py --rows recipes/results/ablation.jsonl --output recipes/results
+    python recipes/ablation_report.py --rows outputs/ablation.jsonl --output outputs/ablation
 
 Started again it goes on where it was: finished cells are skipped. `--check` runs one cell anew and compares the rows.
 Every option is in `--help`; the YAML file sets defaults, the command line wins.
