@@ -262,6 +262,35 @@ def test_clipping_measures_what_is_kept(way, build, make_trainer):
             torch.testing.assert_close(clipped[name], expected, rtol=1e-3, atol=1e-9)
 
 
+@pytest.mark.parametrize("way", [{}, {"pruning_latent": True}], ids=str)
+def test_without_clipping_the_logged_norm_is_that_of_what_is_kept(way, build, make_trainer):
+    """And gradients are as they were, but for those of weights that stay zero."""
+    options = {"pruning_start": 0, "pruning_end": 0.75, "pruning_interval": 1, "target_sparsity": 0.9, **way}
+    trainer = make_trainer(build("vit"), max_grad_norm=0.0, logging_steps=1, **options)
+    raw, before = [], trainer.compressor.before_clipping
+
+    class Gradients(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            masks, frozen = trainer.compressor.pruner.masks, state.global_step == 3
+            kept = {name: masks.get(name, torch.ones_like(g, dtype=torch.bool)) for name, g in raw[-1].items()}
+            for name, parameter in trainer.model.named_parameters():
+                expected = raw[-1][name] * kept[name] if frozen else raw[-1][name]
+                assert torch.equal(parameter.grad, expected), name
+            norms.append(float(torch.cat([g[kept[name]].double() for name, g in raw[-1].items()]).norm()))
+            whole.append(float(torch.cat([g.flatten().double() for g in raw[-1].values()]).norm()))
+
+    def keep(*args):
+        raw.append({name: p.grad.clone() for name, p in trainer.model.named_parameters()})
+        before(*args)
+
+    norms, whole, trainer.compressor.before_clipping = [], [], keep
+    trainer.callback_handler.callbacks.insert(0, Gradients())
+    trainer.train()
+    logged = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
+    assert logged == pytest.approx(norms, rel=1e-5) and len(logged) == 4
+    assert all(more > 1.05 * kept for more, kept in zip(whole[1:], norms[1:], strict=True))
+
+
 @pytest.mark.parametrize("clipping", [{"max_grad_norm": 0.0}, {"max_grad_norm": 1.0}], ids=str)
 @pytest.mark.parametrize("given", [{"pruning_start": 0, "pruning_end": 0.5}, {"keep_masks": True}], ids=str)
 def test_frozen_masks_keep_dead_gradients_from_the_optimizer(given, clipping, build, make_trainer):

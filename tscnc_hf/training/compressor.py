@@ -182,13 +182,16 @@ class Compressor:
     def after_clipping(self, norm: Tensor, scale: float = 1.0) -> None:
         """
         As long as the schedule runs, pruned weights get their gradients back, clipped by the same factor, or by more
-        where they are longer than the others: what may return is not to leap ahead of what is there.
+        where they are longer than the others: what may return is not to leap ahead of what is there. Without
+        `max_grad_norm` they come back as they were.
 
         Args:
             norm (`Tensor`): of the gradients without them, before they were clipped.
             scale (`float`): by which a gradient scaler had made gradients too large, until they were clipped.
         """
-        if self._aside:
+        if self._aside and not self.args.max_grad_norm:
+            self.pruner.put_gradients_back_(self._aside, 1 / scale)
+        elif self._aside:
             own = full_tensor(get_total_norm(self._aside.values())) / scale
             longer = torch.maximum(own, full_tensor(norm).to(own.device, own.dtype))
             kept, factor = (

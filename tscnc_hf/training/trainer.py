@@ -243,9 +243,17 @@ class TSCNCTrainer(ResumableTrainer):
         return batches, items
 
     def _clip_grad_norm(self, model):
+        return self._of_what_is_kept(super()._clip_grad_norm, model)
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        if grad_norm is None:  # nothing is clipped: for the log
+            return self._of_what_is_kept(super()._get_grad_norm, model)
+        return super()._get_grad_norm(model, grad_norm=grad_norm)
+
+    def _of_what_is_kept(self, norm_of: Callable, model: nn.Module) -> Tensor | float:
         scaler = self.accelerator.scaler
         self.compressor.before_clipping(self.state.global_step, self.state.max_steps)
-        norm = super()._clip_grad_norm(model)
+        norm = norm_of(model)
         self.compressor.after_clipping(norm, 1.0 if scaler is None else scaler.get_scale())
         return norm
 
