@@ -27,6 +27,7 @@ HOOKS = {
         "is_training",
         "dataloader_key",
     ],
+    "_get_grad_norm": ["self", "model", "grad_norm"],
     "_get_output_dir": ["self", "trial"],
     "_init_training_state": [
         "self",

@@ -23,15 +23,11 @@ class Before(TrainerCallback):
 
     def __init__(self, trainer):
         self.trainer, self.gradients, self.steps = trainer, {}, {}
-        clip = trainer._clip_grad_norm
-        trainer._clip_grad_norm = lambda model: self.look() or clip(model)
+        norm_of = trainer._of_what_is_kept
+        trainer._of_what_is_kept = lambda *given: self.look() or norm_of(*given)
 
     def look(self):
         self.gradients = {name: w.grad.clone() for name, w in self.trainer.compressor.pruner.weights.items()}
-
-    def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        if not args.max_grad_norm:
-            self.look()
 
     def on_optimizer_step(self, args, state, control, **kwargs):
         pruner = self.trainer.compressor.pruner
