@@ -272,9 +272,7 @@ def test_fp16_gradients_are_unscaled_once(text, build, make_trainer):
     trainer.compressor.pruner.begin(trainer.create_optimizer())
     for parameter in trainer.model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    trainer.compressor.args = SimpleNamespace(
-        fp16=True, max_grad_norm=0, regrow_fraction=0, keep_masks=False, target_sparsity=0.0
-    )
+    trainer.compressor.args = SimpleNamespace(fp16=True, max_grad_norm=0, regrow_fraction=0)
     with pytest.raises(RuntimeError, match=text) if text == "another" else nullcontext():
         accelerator = SimpleNamespace(unscale_gradients=unscale_gradients)
         trainer.compressor.after_backward(accelerator, 0, 16)

@@ -170,14 +170,14 @@ class Compressor:
     def before_clipping(self, step: int, max_steps: int) -> None:
         """
         What is pruned, or stands still while scores are learned, is no part of the norm to clip by. Scores all move,
-        those of pruned weights as well: their gradients count.
+        those of pruned weights as well: their gradients count. Also called where nothing is clipped.
         """
         self._keep_gradients(step, max_steps)
         self.pruner.freeze_others(self.model)
-        if not self.masks_frozen(step, max_steps) and not self.pruner.learns_scores:
+        if self.masks_frozen(step, max_steps):
+            self.pruner.mask_gradients_()
+        elif not self.pruner.learns_scores:
             self._aside = self.pruner.set_gradients_aside_()
-        else:
-            self._mask_gradients(step, max_steps)
 
     def after_clipping(self, norm: Tensor, scale: float = 1.0) -> None:
         """
@@ -204,7 +204,6 @@ class Compressor:
     def after_backward(self, accelerator, step: int, max_steps: int) -> None:
         """After clipping, right before the optimizer's step."""
         self._keep_gradients(step, max_steps)  # where nothing is clipped
-        self._mask_gradients(step, max_steps)
         if not self.pruner.active:
             return
         if self.args.fp16 and not self.args.max_grad_norm:  # clipping would have done it
@@ -240,11 +239,6 @@ class Compressor:
         clamp_gates_(self.model)
         if self.average is not None:
             self.average.update(self.model, step, pruner.local_masks)
-
-    def _mask_gradients(self, step: int, max_steps: int) -> None:
-        """Of weights that stay zero: optimizers that keep one statistic for many weights are not to count them."""
-        if self.masks_frozen(step, max_steps):
-            self.pruner.mask_gradients_()
 
     def _keep_gradients(self, step: int, max_steps: int) -> None:
         """Those of a step after which weights are exchanged, before pruned ones lose theirs."""
