@@ -31,7 +31,7 @@ def main(args: list[str] | None = None) -> None:
     from tscnc_hf.artifact.files.atomic import atomic_file
     from tscnc_hf.training.ablation.comparison import comparison_markdown
     from tscnc_hf.training.ablation.correlation import correlation_markdown
-    from tscnc_hf.training.ablation.figures import kappa, over_sparsity_figure, own_rows, scatter_figure
+    from tscnc_hf.training.ablation.figures import arms_figure, kappa, own_rows, scatter_figure
     from tscnc_hf.training.ablation.rows import read_rows
 
     try:
@@ -54,8 +54,8 @@ def main(args: list[str] | None = None) -> None:
     if arguments.figures:
         accuracy = f"{arguments.attack} accuracy, %"
         figures = {
-            "robustness": over_sparsity_figure(rows, robust, accuracy, log=False),
-            "conditioning": over_sparsity_figure(rows, kappa, label, log=True),
+            "robustness": arms_figure(rows, robust, accuracy, log=False),
+            "conditioning": arms_figure(rows, kappa, label, log=True),
             "robustness_over_conditioning": scatter_figure(rows, kappa, robust, accuracy, label),
         }
         for name, figure in figures.items():

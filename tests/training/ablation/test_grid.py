@@ -27,7 +27,7 @@ from tscnc_hf.artifact.files.state import load_state, save_state
 from tscnc_hf.artifact.models.loading import load_sparse
 from tscnc_hf.artifact.repository.opening import published_files
 from tscnc_hf.training.ablation.comparison import comparison_markdown, paired_difference
-from tscnc_hf.training.ablation.figures import kappa, over_sparsity_figure
+from tscnc_hf.training.ablation.figures import arms_figure, kappa
 from tscnc_hf.training.ablation.grid import Cell, Grid, grid
 from tscnc_hf.training.ablation.rows import Results, differences, read_rows
 
@@ -213,11 +213,25 @@ def test_two_rows_of_a_cell_are_not_averaged():
 
 def test_figures_say_what_they_cannot_show():
     rows = [a_row(sparsity=s, seed=i, median_kappa=k) for s in (0.9, 0.99) for i, k in ((0, 3.0), (1, "inf"))]
-    (axes,) = over_sparsity_figure(rows, kappa, "condition number", log=True).axes
-    assert axes.get_xlabel() == "zeros among the prunable weights (2 runs without a finite value)"
-    (axes,) = over_sparsity_figure(rows, lambda row: row["accuracy"]["pgd-20"], "accuracy", log=False).axes
-    assert axes.get_xlabel() == "zeros among the prunable weights"
-    assert list(axes.lines[0].get_ydata()) == [0.2, 0.2]
+    (axes,) = arms_figure(rows, kappa, "condition number", log=True).axes
+    assert axes.get_xlabel() == "condition number\n(seeds, median; 2 runs without a finite value)"
+
+
+def test_figures_show_each_seed_of_an_arm_the_mean_and_the_dense_network():
+    rows = [a_row("dense", 0.0, seed, robust) for seed, robust in enumerate((0.3, 0.5))]
+    rows += [a_row("dense-TSC", 0.0, 0, 0.7)]  # one arm's own, not what all are compared with
+    for sparsity, arm, first in ((0.99, "TSC", 0.3), (0.9, "plain", 0.2), (0.99, "plain", 0.1)):
+        rows += [a_row(arm, sparsity, seed, first + 0.05 * seed) for seed in range(2)]
+    (axes,) = arms_figure(rows, lambda row: row["accuracy"]["pgd-20"], "accuracy", log=False).axes
+    written = [label.get_text() for label in axes.get_yticklabels()]
+    assert written == ["90 % zeros", "plain", "99 % zeros", "TSC", "plain"]
+    shown = [marks.get_offsets() for marks in axes.collections]  # seeds, then mean, of each arm from above
+    expected = [[[0.2, 1], [0.25, 1]], [[0.225, 1]], [[0.3, 3], [0.35, 3]], [[0.325, 3]]]
+    expected += [[[0.1, 4], [0.15, 4]], [[0.125, 4]]]
+    for found, points in zip(shown, expected, strict=True):
+        assert np.allclose(found, points)
+    assert axes.lines[0].get_xdata()[0] == pytest.approx(0.4)
+    assert axes.get_xlabel() == "accuracy\n(seeds, mean; dashed: dense)"
 
 
 # ---- the script ----

@@ -1,4 +1,4 @@
-"""Figures of an ablation: accuracy and condition numbers over sparsity, and one over the other."""
+"""Figures of an ablation: accuracy and condition numbers of the arms at each sparsity, and one over the other."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import cycle
 from typing import TYPE_CHECKING
 
-from tscnc_hf.artifact.card.figures import INK, LINES, WIDTH, finish_panel
+from tscnc_hf.artifact.card.figures import BLUE, DASHED, INK, LINES, WIDTH, finish_panel
 from tscnc_hf.artifact.card.formatting import format_kappa, number
+from tscnc_hf.training.ablation.rows import DENSE
 
 
 if TYPE_CHECKING:
@@ -21,31 +22,41 @@ if TYPE_CHECKING:
 MARKERS = "osD^vPX*<>"
 
 
-def over_sparsity_figure(rows: Sequence[Mapping], value: Callable[[Mapping], float], title: str, log: bool) -> Figure:
+def arms_figure(rows: Sequence[Mapping], value: Callable[[Mapping], float], label: str, log: bool) -> Figure:
     """
-    One panel a model, one line an arm: the mean over seeds of `value(row)` at each sparsity, every seed as a dot.
+    One panel a model, one line an arm, under a heading for each sparsity: every seed as a dot, in front of them their
+    mean, on a logarithmic axis their median; dashed what the dense network has.
 
     Args:
-        rows: of `tscnc_hf.training.ablation.grid`, those of pruned models.
+        rows: of `tscnc_hf.training.ablation.grid`; those of the shared dense training give the dashed line.
         log: a logarithmic axis, for condition numbers.
     """
-    fig, panels, arms = _panels(rows)
-    for axes, model, own, levels in panels:
-        for index, (arm, theirs) in enumerate(_by(own, "arm").items()):
-            shift, style = 0.06 * (index - len(arms) / 2), arms[arm]
-            points = {i: [value(row) for row in theirs if row["sparsity"] == level] for i, level in enumerate(levels)}
-            points = {i + shift: values for i, values in points.items() if values}
-            means = [statistics.fmean(values) for values in points.values()]
-            means = [mean if math.isfinite(mean) else math.nan for mean in means]
-            axes.plot(list(points), means, lw=1.6, ms=5, label=arm, **style)
-            for x, values in points.items():
-                axes.scatter([x] * len(values), values, s=9, color=style["color"], alpha=0.45, lw=0)
-        axes.set_xticks(range(len(levels)), [f"{100 * level:g} %" for level in levels])
-        axes.set_yscale("log" if log else "linear")
-        missing = sum(not math.isfinite(value(row)) for row in own)
-        label = "zeros among the prunable weights" + (f" ({missing} runs without a finite value)" if missing else "")
-        _finish(axes, f"{title}: {model}", label, axes.yaxis if log else None)
-    _legend(fig)
+    from matplotlib.figure import Figure
+
+    models = _by(own_rows(rows), "model")
+    lines = {model: _lines(own) for model, own in models.items()}
+    height = 0.9 + 0.2 * max(len(found) for found in lines.values())  # inches
+    fig = Figure(figsize=(WIDTH, height), facecolor="white", layout="constrained")
+    centre, word = (statistics.median, "median") if log else (statistics.fmean, "mean")
+    for axes, (model, found) in zip(fig.subplots(1, len(models), squeeze=False)[0], lines.items(), strict=True):
+        dense = _finite(value(row) for row in rows if row["model"] == model and row["arm"] == DENSE)
+        if dense:
+            axes.axvline(centre(dense), zorder=1, **DASHED)
+        for place, (_, theirs) in enumerate(found):
+            if values := _finite(map(value, theirs)):
+                axes.scatter(values, [place] * len(values), s=14, color=BLUE, alpha=0.4, lw=0, zorder=2)
+                axes.scatter(centre(values), place, s=60, color=BLUE, marker="|", lw=2, zorder=3)
+        axes.set_yticks(range(len(found)), [text for text, _ in found], fontsize=8.5, color=INK)
+        for name, (_, theirs) in zip(axes.get_yticklabels(), found, strict=True):
+            name.set_fontweight("normal" if theirs else "bold")
+        axes.set_ylim(len(found) - 0.5, -0.5)
+        axes.set_xscale("log" if log else "linear")
+        missing = sum(not math.isfinite(value(row)) for row in models[model])
+        shown = f"{label}\n(seeds, {word}" + ("; dashed: dense" if dense else "")
+        shown += f"; {missing} runs without a finite value)" if missing else ")"
+        _finish(axes, model, shown, axes.xaxis if log else None)
+        axes.grid(axis="y", visible=False)
+        axes.tick_params(axis="y", length=0, labelcolor=INK)
     return fig
 
 
@@ -53,14 +64,18 @@ def scatter_figure(
     rows: Sequence[Mapping], x: Callable[[Mapping], float], y: Callable[[Mapping], float], title: str, label: str
 ) -> Figure:
     """One panel a model, one dot a run: `y(row)` over `x(row)`, on a logarithmic axis; larger dots are sparser."""
-    fig, panels, arms = _panels(rows)
-    for axes, model, own, levels in panels:
+    from matplotlib.figure import Figure
+
+    models, arms = (_by(own_rows(rows), key) for key in ("model", "arm"))
+    looks = {arm: {"color": color, "marker": marker} for arm, color, marker in zip(arms, cycle(LINES), cycle(MARKERS))}
+    fig = Figure(figsize=(WIDTH, 3.8), facecolor="white", layout="constrained")
+    for axes, (model, own) in zip(fig.subplots(1, len(models), squeeze=False)[0], models.items(), strict=True):
+        levels = sorted(_by(own, "sparsity"))
         for arm, theirs in _by(own, "arm").items():
-            style = {key: arms[arm][key] for key in ("color", "marker")}
             shown = [(x(row), y(row), 16 + 16 * levels.index(row["sparsity"])) for row in theirs]
             shown = [point for point in shown if math.isfinite(point[0]) and point[0] > 0]
             if shown:
-                axes.scatter(*zip(*shown, strict=True), alpha=0.8, lw=0, label=arm, **style)
+                axes.scatter(*zip(*shown, strict=True), alpha=0.8, lw=0, label=arm, **looks[arm])
         axes.set_xscale("log")
         _finish(axes, f"{title}: {model}", f"{label} (larger: sparser)", axes.xaxis)
     _legend(fig)
@@ -76,16 +91,16 @@ def kappa(row: Mapping) -> float:
     return number(row["median_kappa"])
 
 
-def _panels(rows: Sequence[Mapping]) -> tuple[Figure, list[tuple], dict[str, dict]]:
-    """The figure; (axes, model, its rows, their sparsities) of each panel; the style of each arm."""
-    from matplotlib.figure import Figure
+def _lines(rows: Sequence[Mapping]) -> list[tuple[str, list[Mapping]]]:
+    """What stands on each line, and whose rows it shows: none for the headings."""
+    lines: list[tuple[str, list[Mapping]]] = []
+    for sparsity, theirs in sorted(_by(rows, "sparsity").items()):
+        lines += [(f"{100 * sparsity:g} % zeros", []), *_by(theirs, "arm").items()]
+    return lines
 
-    models, names = (_by(own_rows(rows), key) for key in ("model", "arm"))
-    fig = Figure(figsize=(WIDTH, 3.8), facecolor="white", layout="constrained")
-    axes = fig.subplots(1, len(models), squeeze=False)[0]
-    panels = [(*one, sorted(_by(one[-1], "sparsity"))) for one in zip(axes, models, models.values(), strict=True)]
-    looks = zip(names, cycle(LINES), cycle(MARKERS), strict=False)
-    return fig, panels, {name: {"color": color, "marker": marker} for name, color, marker in looks}
+
+def _finite(values: Iterable[float]) -> list[float]:
+    return [value for value in values if math.isfinite(value)]
 
 
 def _by(rows: Iterable[Mapping], key: str) -> dict[str, list[Mapping]]:
@@ -111,6 +126,8 @@ def _finish(axes: Axes, title: str, label: str, condition_numbers: Axis | None =
 
     finish_panel(axes, title, label)
     if condition_numbers is not None:  # as numbers, where powers of ten would stand
-        condition_numbers.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        low, high = condition_numbers.get_view_interval()
+        steps = (1, 2, 5) if high < 300 * low else (1,)  # in between there is no room for more
+        condition_numbers.set_major_locator(LogLocator(subs=steps))
         condition_numbers.set_major_formatter(lambda kappa, _: format_kappa(kappa))
         condition_numbers.set_minor_formatter(NullFormatter())
