@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import ConcatDataset, Subset
 
 from tscnc_hf.artifact.models.building import vit_from_config
-from tscnc_hf.data.class_names import SameClasses, compare_class_names, numbers_of_a_part
+from tscnc_hf.data.class_names import SameClasses, compare_class_names, numbers_of_a_part, refuse_another_order
 from tscnc_hf.data.image_datasets import ImageTensorDataset
 from tscnc_hf.training.trainer import TSCNCTrainer
 
@@ -17,6 +17,8 @@ from tscnc_hf.training.trainer import TSCNCTrainer
 CIFAR = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 STL = ["airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck"]
 DIGITS = [str(digit) for digit in range(10)]
+LABELS = [f"LABEL_{number}" for number in range(12)]
+AS_TEXT = sorted(str(number) for number in range(12))  # as folders and strings are: 0, 1, 10, 11, 2
 
 
 @pytest.mark.parametrize("names", [CIFAR, [name.title() for name in CIFAR], [f"LABEL_{i}" for i in range(10)], DIGITS])
@@ -44,7 +46,7 @@ def test_some_of_a_models_classes_are_found_by_name():
     assert numbers_of_a_part(twice, ["dog", "cat"]) == [3, 2] and numbers_of_a_part(twice, ["dog", "crane"]) is None
     for names in (CIFAR, CIFAR[::-1], STL, ["cat", "monkey"], ["cat", "Cat"]):
         assert numbers_of_a_part(CIFAR, names) is None
-    assert numbers_of_a_part(DIGITS, ["3", "1"]) is None  # numbers are no names
+    assert numbers_of_a_part(CIFAR, ["3", "1"]) is None  # numbers are no names
 
 
 def test_another_number_of_classes():
@@ -57,6 +59,52 @@ def test_another_number_of_classes():
 def test_the_same_names_in_another_order_or_case():
     with pytest.raises(ValueError, match="in another order"):
         compare_class_names(["Dog", "Cat"], ["cat", "dog"])
+
+
+# ---- classes that are only numbered ----
+
+
+@pytest.mark.parametrize(
+    "names", [LABELS, [str(number) for number in range(12)], [f"animal {'x' * i}" for i in range(12)]]
+)
+@pytest.mark.parametrize("first", [0, 1])
+def test_numbers_sorted_as_text_are_another_order(names, first):
+    given = sorted(str(number) for number in range(first, first + 12))
+    at = 2 if first == 0 else 1
+    said = f"{names[0]}, {names[1]}, .*; the data set has them in another order: {', '.join(given[:4])}, ... "
+    said += rf"\(label {at} is '{names[at]}' in the model, '10' in the data set\).*call them 00, 01, ...,"
+    with pytest.raises(ValueError, match=said):
+        compare_class_names(names, given)
+    with pytest.raises(ValueError, match=f"{said}.*If the model was trained in this order, correct its names"):
+        refuse_another_order(names, given)
+    padded = [f"{number:02}" for number in range(first, first + 12)]
+    refuse_another_order(names, padded)
+
+
+def test_a_model_whose_own_numbers_were_sorted_as_text():
+    assert compare_class_names(AS_TEXT, AS_TEXT) is None
+    for others in ([str(number) for number in range(12)], LABELS):
+        with pytest.raises(ValueError, match="in another order: (LABEL_)?0, (LABEL_)?1, (LABEL_)?2, "):
+            compare_class_names(AS_TEXT, others)
+    assert "Only the model, of 12 classes, has 0, 1, 10, 11, ..." in compare_class_names(
+        AS_TEXT, [*CIFAR, "hen", "ox"]
+    )
+
+
+@pytest.mark.parametrize("number", ["{}", "{:02}", "LABEL_{}", "class {}", "Class_{:03}"])
+def test_a_number_is_the_same_however_it_is_written(number):
+    names = [number.format(place) for place in range(12)]
+    assert compare_class_names(LABELS, names) is compare_class_names(names, LABELS) is None
+    assert numbers_of_a_part(LABELS, [names[11], names[3]]) == [11, 3]
+
+
+def test_other_numbers_are_a_warning_unless_they_say_another_class():
+    said = compare_class_names(LABELS[:3], ["1", "2", "3"])  # counted from 1
+    assert said.endswith("Only the model, of 3 classes, has LABEL_0; only the data set, of 3, has 3")
+    assert compare_class_names(LABELS[:3], ["100", "20", "50"]).startswith("Warning: ")
+    assert "has LABEL_3, LABEL_4, " in compare_class_names(LABELS, ["0", "1", "2"])
+    with pytest.raises(ValueError, match="'LABEL_10' is 10 in the model, '10' 2 in the data set"):
+        compare_class_names(LABELS, ["0", "1", "10"])
 
 
 # ---- the model's and those of each data set of a trainer ----
@@ -110,6 +158,30 @@ def test_data_sets_of_a_model_without_names_are_compared(model):
     classes.check(ours(ANIMALS), "eval_dataset")
     with pytest.raises(ValueError, match="test_dataset: .* Label 0 is 'hen' in test_dataset, and 'cat' in train_data"):
         classes.check(column(ANIMALS[::-1]), "test_dataset")
+
+
+def test_numbers_of_data_sets_are_compared():
+    text = column(AS_TEXT)
+    for model in (named(LABELS), named([*CIFAR, "hen", "ox"])):
+        with pytest.raises(ValueError, match="train_dataset: .*has them in another order: 0, 1, 10.*id2label"):
+            SameClasses(model).check(text, "train_dataset")
+        with pytest.raises(ValueError, match="Label 2 is '10' in eval_dataset, and '(LABEL_2|bird)' in the model"):
+            SameClasses(model).check(column(AS_TEXT[:3]), "eval_dataset")
+    for model in (nn.Linear(1, 12), named(AS_TEXT)):
+        classes = SameClasses(model)
+        classes.check(text, "train_dataset")
+        classes.check(column(AS_TEXT[:3]), "eval_dataset")
+        with pytest.raises(ValueError, match="test_dataset: .*(in train_dataset:|in another order)"):
+            classes.check(column(LABELS), "test_dataset")
+    classes = SameClasses(nn.Linear(1, 12))
+    classes.check(column([*CIFAR, "hen", "ox"]), "train_dataset")
+    with pytest.raises(ValueError, match="Label 2 is '10' in test_dataset, and 'bird' in train_dataset"):
+        classes.check(text, "test_dataset")
+    classes = SameClasses(named(LABELS[:3]))
+    classes.check(column(["1", "2", "3"]), "train_dataset")
+    classes.check(ours(["1", "2"], 2), "eval_dataset")
+    with pytest.raises(ValueError, match="Label 0 is '0' in test_dataset, and '1' in train_dataset"):
+        classes.check(column(["0", "1", "2"]), "test_dataset")
 
 
 def test_classes_that_are_no_names():

@@ -2,6 +2,7 @@
 
 import unicodedata
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -11,6 +12,7 @@ from tests.data.test_loading import encoded, picture, private_cache, typed, writ
 from tscnc_hf.artifact.models.building import vit_from_config
 from tscnc_hf.data.class_names import compare_class_names
 from tscnc_hf.data.loading import load_image_data, load_test_data
+from tscnc_hf.data.splits import choose_splits
 from tscnc_hf.evaluation.measures.robustness import evaluate_robustness
 
 
@@ -84,6 +86,108 @@ def test_a_split_for_validation_is_used_beside_one_for_test(tmp_path):
     assert load_test_data(folder, class_names=["ant", "bee"]).test.subset(range(3)).data_split == "test"
 
 
+def two_splits(root, other, how, n=12):
+    """40 rows for training, and others under a name of their own."""
+    if how == "saved":
+        rows = {
+            split: datasets.Dataset.from_dict(
+                {"image": [picture(i) for i in places], "label": [i % 2 for i in places]}, features=typed()
+            )
+            for split, places in {"train": range(40), other: range(40, 40 + n)}.items()
+        }
+        datasets.DatasetDict(rows).save_to_disk(str(root))
+        return str(root)
+    write_parquet(root, n=40, features=typed())
+    write_parquet(root, other, images=[encoded(picture(i)) for i in range(40, 40 + n)], features=typed())
+    if how == "said":
+        files = "".join(f"  - split: {split}\n    path: {split}-*\n" for split in ("train", other))
+        (root / "README.md").write_text(f"---\nconfigs:\n- config_name: default\n  data_files:\n{files}---\n")
+    return str(root)
+
+
+@pytest.mark.parametrize("how", ["said", "saved"])
+@pytest.mark.parametrize(
+    ("other", "meant"), [("valid", "validation"), ("Val", "validation"), ("Test", "test"), ("evaluation", "test")]
+)
+def test_splits_under_their_other_usual_names(how, other, meant, tmp_path):
+    folder = two_splits(tmp_path / "d", other, how)
+    data, alone = load_image_data(folder, augmentation="none"), load_test_data(folder)
+    expected = torch.stack([torch.from_numpy(np.array(picture(i))).permute(2, 0, 1) for i in range(40, 52)])
+    assert torch.equal(data.test.images, expected) and torch.equal(alone.test.images, expected)
+    assert data.test.data_split == alone.test.data_split == meant and len(data.train) == 36
+    assert f"tested on split '{meant}'" in data.description and "not used" not in data.description
+    for name in (other, meant):
+        assert len(load_image_data(folder, test_split=name).test) == 12
+
+
+@pytest.mark.parametrize("how", ["said", "saved"])
+def test_a_split_that_may_be_for_tests_is_not_passed_over(how, tmp_path):
+    folder = two_splits(tmp_path / "d", "holdout", how)
+    said = (
+        "has train, holdout. None is to test on by its name .test, .*valid.*Name the one .* test_split, such as 'hold"
+    )
+    for load in (load_image_data, load_test_data):
+        with pytest.raises(ValueError, match=said):
+            load(folder)
+        assert len(load(folder, test_split="holdout").test) == 12
+    assert load_test_data(folder, test_split="holdout").test.data_split == "holdout"
+
+
+@pytest.mark.parametrize("other", ["holdout", "Test"])
+def test_files_that_datasets_overlooks(other, tmp_path):
+    folder = two_splits(tmp_path / "d", other, "words")
+    said = (
+        rf"has train, files in no split \({other}-00000-of-00001.parquet\). .*of files in lower case.*Rename what is"
+    )
+    for options in ({}, {"test_split": other}):
+        with pytest.raises(ValueError, match=said if not options else f"{other}': .* has files in no split"):
+            load_test_data(folder, **options)
+    write_parquet(tmp_path / "d", "dev", n=8, features=typed())
+    assert f"not used: files in no split ({other}-0" in load_image_data(folder).description
+    assert f"not used: files in no split ({other}-0" in load_test_data(folder).description
+
+
+def test_splits_that_are_not_used_are_named(tmp_path):
+    (tmp_path / "d").mkdir()
+    folder = two_splits(tmp_path / "d" / "data", "test", "words").rpartition("/")[0]
+    for split in ("unlabelled", "extra"):
+        write_parquet(tmp_path / "d" / "data", split, labels=[-1] * 20, features=typed())
+    assert "; not used: 'extra', 'unlabelled'" in load_image_data(folder).description
+    assert len(load_test_data(folder).test) == 12
+
+
+def chosen(*stored, **options):
+    return choose_splits(stored, options.pop("test_split", None), "d", **options)
+
+
+def test_of_several_splits_for_the_same_one_is_taken():
+    assert chosen("training", "test", "evaluation", "dev", "val") == {
+        "train": "training", "validation": "val", "test": "test"
+    }  # fmt: skip
+    assert chosen("train", "training", "dev", "validation", "TEST")["validation"] == "validation"
+    both = chosen("train", "val", "dev", test_split="dev")
+    assert both == {"train": "train", "validation": "val", "dev": "dev"} and list(both)[-1] == "dev"
+    assert chosen("train", "validation", test_split="validation") == {"train": "train", "validation": "validation"}
+    assert chosen("train", "training", test_split="training") == {"train": "train", "training": "training"}
+    assert chosen("train") == {"train": "train"} and chosen("fold", test_only=True) == {"fold": "fold"}
+    for wrong in ({"test_split": "train"}, {"test_split": "dev"}):
+        with pytest.raises(ValueError, match="has test.$"):
+            chosen("train", "test", **wrong)
+
+
+def test_numbered_folders_are_tested_under_the_models_numbers(tmp_path):
+    labels = [f"LABEL_{number}" for number in range(12)]
+    folder = image_folder(tmp_path / "part", test=["3", "10", "011"])
+    data = load_test_data(folder, class_names=labels)
+    assert data.class_names == labels and "3 of the model's 12 classes, found by their numbers" in data.description
+    assert data.test.labels.tolist() == [11] * 10 + [10] * 10 + [3] * 10
+    data = load_test_data(
+        image_folder(tmp_path / "all", test=[str(number) for number in range(12)]), class_names=labels
+    )
+    with pytest.raises(ValueError, match="has them in another order: 0, 1, 10, 11"):
+        compare_class_names(labels, data.class_names)
+
+
 def test_some_of_the_models_classes_are_tested_under_its_numbers(tmp_path):
     folder = image_folder(tmp_path, train=["bee", "wasp"], test=["bee", "wasp"])
     alone = load_test_data(folder, class_names=["bee", "wasp"])
@@ -146,7 +250,7 @@ def test_grey_mixed_with_colour_is_not_called_grey(colour, tmp_path):
     assert "grey" not in description and "in 2 classes (cat, dog)" in description
     grey = write_parquet(tmp_path / "g", images=images[:1] * 20, features=typed())
     streamed = load_image_data(grey, image_size=8, in_memory=False).description
-    assert "grey images in three equal channels (16 were looked at)" in streamed
+    assert "grey images in three equal channels (up to 16 of each part were looked at)" in streamed
 
 
 @pytest.mark.parametrize("mode", ["P", "RGBA", "CMYK", "I;16", "LA"])

@@ -64,6 +64,84 @@ def test_layouts_that_leave_split_or_class_open_are_refused(folders, message, tm
         load(make(tmp_path, *folders, n=1))
 
 
+def test_a_class_without_an_image_is_named(tmp_path):
+    folder = make(tmp_path / "a", "images/train/cat", "images/train/dog", "images/test/cat")
+    train = tmp_path / "a" / "images" / "train"
+    for name in ("eel/1.heic", "eel/2.npy", "eel/list.txt", "ibis/list.txt"):
+        (train / name).parent.mkdir(exist_ok=True)
+        (train / name).touch()
+    (train / "fox").mkdir()
+    said = (
+        r"images/train/eel \(3 files, 2 of kinds that are not read, .heic, .npy\), images/train/fox \(empty\), "
+        r"images/train/ibis \(1 file, none of an image\). Read are .jpg, .*Convert the files, or remove the folders"
+    )
+    for load_any in (load, load_test_data):
+        with pytest.raises(ValueError, match=said):
+            load_any(folder)
+    flat = make(tmp_path / "b", "cat", "dog")
+    (tmp_path / "b" / "eel").mkdir()
+    with pytest.raises(ValueError, match=r"b has .* read: eel \(empty\). Read are"):
+        load(flat)
+
+
+@pytest.mark.parametrize("file", ["cat/1.heic", None])
+def test_a_split_without_an_image_is_named(file, tmp_path):
+    folder = make(tmp_path, "train/cat", "train/dog")
+    (tmp_path / "Test" / "cat").mkdir(parents=True)
+    if file:
+        (tmp_path / "Test" / file).touch()
+    with pytest.raises(ValueError, match=r"read: Test \((empty|1 file, 1 of kinds that are not read, .heic)\). Read"):
+        load(folder)
+
+
+def test_what_lies_beside_images(tmp_path):
+    folder = make(tmp_path / "a", "train/cat", "train/dog", "test/cat", "test/dog", "test/hidden")
+    root = tmp_path / "a"
+    for name in (".git", "__MACOSX", "train/.ipynb_checkpoints", "test/eel", "notes"):
+        (root / name).mkdir()
+        (root / name / ".DS_Store").touch()
+    for name in (
+        "train.sh",
+        "model.pth",
+        "train/cat/Thumbs.db",
+        "train/dog/0.JSON",
+        "test/cat/LICENSE",
+        "notes/a.xml",
+    ):
+        (root / name).touch()
+    (root / "test" / "hidden").rename(root / "test" / ".hidden")
+    with pytest.raises(ValueError, match=r"read: test/eel \(empty\). Read"):
+        load(folder)
+    (root / "test" / "eel").rename(root / "train" / ".eel")
+    assert "left out" not in load(folder).description
+    (root / "test" / "cat" / "0.HEIC").touch()
+    (root / "train" / "cat" / "0001").touch()
+    for data in (load(folder), load_test_data(folder)):
+        assert "; 2 files of kinds that are not read left out (.heic, no suffix)" in data.description
+        assert data.class_names == ["cat", "dog"]
+    flat = make(tmp_path / "b", "cat", "dog", n=5)
+    (tmp_path / "b" / "labels").mkdir()
+    (tmp_path / "b" / "labels" / "0.txt").touch()
+    assert "; folder 'labels', without images, left out" in load(flat).description
+
+
+def test_a_class_may_have_no_test_image(tmp_path):
+    folder = make(tmp_path, "train/cat", "train/dog", "test/cat")
+    (tmp_path / "test" / "dog").mkdir()
+    assert sizes(load(folder)) == (8, 4)
+
+
+def test_a_readme_in_another_encoding(tmp_path):
+    folder = make(tmp_path / "a", "cat", "dog", n=5)
+    (tmp_path / "a" / "README.md").write_bytes("café".encode("latin-1"))
+    assert sizes(load(folder)) == (8, 2)
+    parquet = write_parquet(tmp_path / "b", features=typed())
+    (tmp_path / "b" / "README.md").write_bytes("café".encode("latin-1"))
+    with pytest.raises(ValueError, match="such as README.md, is not UTF-8 .*Store it as UTF-8") as caught:
+        load(parquet)
+    assert type(caught.value) is ValueError
+
+
 def test_parquet_files_in_two_splits_or_of_a_split_that_is_not_seen_are_refused(tmp_path):
     twice = tmp_path / "a" / "test" / "train"
     twice.mkdir(parents=True)

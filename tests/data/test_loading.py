@@ -184,8 +184,11 @@ def test_auto_channels(tmp_path):
     folder = write_parquet(tmp_path / "b", features=typed())
     assert load_image_data(folder, channels="auto").channels == 3
     mixed = write_parquet(tmp_path / "c", images=images[:19] + [encoded(picture(19))], features=typed())
-    with pytest.raises(ValueError, match=r'image 19 of split .train. is in colour.*channels="rgb"'):
-        load_image_data(mixed, channels="auto")
+    for options in ({}, {"image_size": 8, "in_memory": False}):
+        assert load_image_data(mixed, channels="auto", **options).channels == 3
+    seldom = write_parquet(tmp_path / "d", images=images * 4 + [encoded(picture(19))] + images * 4, features=typed())
+    with pytest.raises(ValueError, match=r'image 80 of split .train. is in colour.*looked at.*channels="rgb"'):
+        load_image_data(seldom, channels="auto")
 
 
 def test_upright_by_exif(tmp_path):

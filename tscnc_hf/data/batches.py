@@ -1,7 +1,7 @@
 """What a batch is, and the one function that makes it: pixels in [0, 1] and integer labels, never normalised."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -68,6 +68,26 @@ def collate_unlabelled(items: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -
     labels = torch.zeros(len(items["pixel_values"]), dtype=torch.int64) if ready else 0
     batch = collate({**items, "labels": labels} if ready else [{**item, "labels": labels} for item in items])
     return {"pixel_values": batch["pixel_values"]}
+
+
+class CollatedItems:
+    """
+    The items of a data set as a collator makes them, each alone: what a batch of it holds.
+
+    Attributes:
+        dataset: whose items they are; with a length, and items that are found by number.
+        data_split (`str`, *optional*): the split that they are from.
+    """
+
+    def __init__(self, dataset: Any, collator: Callable, data_split: str | None = None):
+        self.dataset, self.collator, self.data_split = dataset, collator, data_split
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        batch = self.collator([self.dataset[index]])
+        return {"pixel_values": batch["pixel_values"][0], "labels": batch["labels"][0]}
 
 
 def check_items(dataset: Any) -> None:

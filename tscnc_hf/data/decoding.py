@@ -37,7 +37,7 @@ class ImageDecoder:
 
     Attributes:
         channels: "rgb" (c = 3) or "grey" (c = 1). Palette, CMYK, 16-bit grey ... are converted, alpha is dropped.
-        only_grey: refuse images in colour, for data sets whose first image was found to be grey.
+        only_grey: refuse images in colour, for data sets that were found to be grey where they were looked at.
     """
 
     channels: str = "rgb"
@@ -67,8 +67,8 @@ class ImageDecoder:
             ) from error
         if self.only_grey and not is_grey:
             raise ColourError(
-                f'{where} is in colour although the first training image is grey; give channels="rgb" (or "grey" to '
-                "drop all colour)."
+                f"{where} is in colour, but one channel is read, as all images are grey that were looked at before; "
+                'give channels="rgb" (or "grey" to drop all colour).'
             )
         return image
 
@@ -91,17 +91,17 @@ class ImageDecoder:
 
 def decoder_for(images: Iterator[tuple[Any, str]], channels: str) -> tuple[ImageDecoder, tuple[int, int], bool]:
     """
-    The decoder for `channels` ("rgb", "grey" or "auto"), the first image's (h, w), and whether all are grey. "auto" is
-    grey where the first image is stored so, or where the three channels of all of them are equal.
+    The decoder for `channels` ("rgb", "grey" or "auto"), the first image's (h, w), and whether all are grey, stored so
+    or in three channels that are equal. "auto" is grey where they are.
 
     Args:
         images: some of a data set, each as stored and as messages call it; more than one is read where the first is
-            grey, unless that is enough for the answer.
+            grey, unless channels="grey".
     """
     stored, where = next(images)
-    image, mode = ImageDecoder().open(stored, where), _mode(stored)
-    grey = mode in GREY_MODES or _channels_are_equal(image)
-    if grey and (channels == "rgb" or (channels == "auto" and mode not in GREY_MODES)):
+    image = ImageDecoder().open(stored, where)
+    grey = _channels_are_equal(image)
+    if grey and channels != "grey":
         grey = all(_channels_are_equal(ImageDecoder().open(*other)) for other in images)
     chosen = channels if channels != "auto" else "grey" if grey else "rgb"
     return ImageDecoder(chosen, only_grey=channels == "auto" and grey), (image.height, image.width), grey
@@ -111,12 +111,6 @@ def common_size(images: Iterator[tuple[Any, str]]) -> tuple[int, int] | None:
     """(h, w) of some images of a data set, each as stored and as messages call it; None where they differ."""
     sizes = {ImageDecoder().open(*image).size for image in images}
     return sizes.pop()[::-1] if len(sizes) == 1 else None
-
-
-def _mode(stored: Any) -> str:
-    content, path = (stored.get("bytes"), stored.get("path")) if isinstance(stored, dict) else (stored, None)
-    with Image.open(path if content is None else io.BytesIO(content)) as image:
-        return image.mode
 
 
 def _channels_are_equal(image: Image.Image) -> bool:

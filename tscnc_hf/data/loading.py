@@ -12,13 +12,13 @@ import torch
 
 from tscnc_hf.data.augmentation import check_augmentation
 from tscnc_hf.data.batches import collate
-from tscnc_hf.data.class_names import numbers_of_a_part, some_names
+from tscnc_hf.data.class_names import has_no_names, numbers_of_a_part, some_names
 from tscnc_hf.data.columns import encode_labels, find_columns, labelled_rows, normal_name, read_labels
 from tscnc_hf.data.decoding import CHANNELS, Fit, common_size, decode_rows, decoder_for
-from tscnc_hf.data.folders import image_folder_splits, refuse_shared_files
+from tscnc_hf.data.folders import image_folder_splits, in_no_split, refuse_shared_files
 from tscnc_hf.data.identity import spread
 from tscnc_hf.data.image_datasets import ImageStreamDataset, ImageTensorDataset
-from tscnc_hf.data.splits import first_rows, stratified_split
+from tscnc_hf.data.splits import choose_splits, first_rows, stratified_split
 
 
 __all__ = ["ImageData", "ImageStreamDataset", "ImageTensorDataset", "collate", "load_image_data"]
@@ -26,7 +26,7 @@ __all__ = ["ImageData", "ImageStreamDataset", "ImageTensorDataset", "collate", "
 MEMORY_LIMIT = 4 * 10**9
 MEMORY_SIDE = 96
 TEST_FRACTION = 0.2
-LOOKED_AT = 16  # images, for whether a data set is grey
+LOOKED_AT = 16  # images of each part, for whether a data set is grey
 
 
 @dataclass
@@ -78,7 +78,8 @@ def load_image_data(
     """Load images and labels. The same rows land in train, validation and test in every run, whatever the seed.
 
     The test part is the split `test`, else `validation`, else a fifth of train. The validation part is the split
-    `validation` where that is not the test part; else it comes out of train, class by class in proportion.
+    `validation` where that is not the test part; else it comes out of train, class by class in proportion. Splits may
+    have the other usual names, in any case (`SPLIT_NAMES`); the description says which were not used.
 
     Images are held decoded in memory (`ImageTensorDataset`), or decoded as they are read (`ImageStreamDataset`): then
     no pixels are kept. For parquet files about 0.1 kB an image is, labels and row numbers and what `datasets` keeps;
@@ -91,8 +92,8 @@ def load_image_data(
         image_column, label_column: names; found by type when None.
         image_size: side, or (h, w), in pixels. The shorter side is resized, then the centre cropped. None keeps the
             stored size, which then must be the same for all images.
-        channels: "rgb", "grey", or "auto": grey when the first training image is, or when the three channels of
-            each of the first ones are the same.
+        channels: "rgb", "grey", or "auto": grey when all are of some images of each part, stored so or in three
+            channels that are the same.
         validation_fraction: share of the training rows held out, in (0, 1), where no split is for validation.
         train_limit: the first n training rows after validation was taken out (validation keeps its full size). Of
             rows sorted by class a fixed random order is taken first.
@@ -107,7 +108,8 @@ def load_image_data(
         photos: the `image_size` of images that have none in common, or one above 96 pixels, where none was given.
 
     Raises:
-        ValueError: an argument, a column, a label or an image that cannot be used; the message says which and why.
+        ValueError: an argument, a column, a label or an image that cannot be used; no split to test on by its name,
+            but another one beside train; a class of a folder that gave no image. The message says which and why.
         FileNotFoundError: the folder does not exist.
     """
     asked = dict(locals())
@@ -117,13 +119,12 @@ def load_image_data(
     if in_memory not in ("auto", True, False):
         raise ValueError(f"in_memory={in_memory!r} is unknown; allowed are 'auto', True, False.")
     size = _check_size(image_size)
-    splits, name = _digits_or_splits(dataset, asked, ("train", "validation", "test"))
+    splits, name, about = _digits_or_splits(dataset, asked)
     in_memory = True if dataset == "digits" else in_memory
     rows = _Rows(splits, image_column, label_column, drop_unlabelled)
     parts, origin = _choose_rows(rows.labels, validation_fraction, train_limit, test_limit)
 
-    split, indices = parts["train"]
-    decoder, first_size, grey = decoder_for(rows.some_images(split, indices), channels)
+    decoder, first_size, grey = decoder_for(rows.some_of(parts.values()), channels)
     if size is None and photos is not None and not rows.keep_their_size(parts.values()):
         size = _check_size(photos)
     if in_memory == "auto":
@@ -138,9 +139,9 @@ def load_image_data(
     for part, (split, indices) in parts.items():
         how = augmentation if part == "train" else "none"
         made[part] = rows.dataset(split, indices, decoder, size, in_memory, augmentation=how, seed=seed)
-    notes = [origin, *rows.notes]
+    notes = [origin, *about, *rows.notes]
     if grey and decoder.channels == "rgb" and all(map(_may_be_grey, made.values())):
-        looked = "" if in_memory else f" ({LOOKED_AT} were looked at)"
+        looked = "" if in_memory else f" (up to {LOOKED_AT} of each part were looked at)"
         notes.append(
             f'grey images in three equal channels{looked}, which an attack changes apart: channels="grey" keeps one'
         )
@@ -189,14 +190,14 @@ def load_test_data(
             images have no size in common, or one above 96 pixels. Others keep the size that they have.
         limit: the first n rows, chosen as by `test_limit` there.
         class_names: of the model. Labels of a data set without train that are strings are looked up in them, and so
-            are the classes of one that has only some of them.
+            are the classes of one that has only some of them, by name or by number ("3" is "LABEL_3").
 
     Raises:
         ValueError, FileNotFoundError: as `load_image_data`; a label that the model has no class for.
     """
     asked = dict(locals())
     size = _check_size(image_size)
-    splits, name = _digits_or_splits(dataset, asked, ("train", "test"), test_only=True)
+    splits, name, about = _digits_or_splits(dataset, asked, test_only=True)
     rows = _Rows(splits, image_column, label_column, drop_unlabelled, class_names)
     rows.find_among(class_names or ())
     split, _, indices, origin = _test_rows(rows.labels)
@@ -212,8 +213,8 @@ def load_test_data(
     made = rows.dataset(split, indices, decoder, size, in_memory, fit=fit)
     made.data_name, made.data_split = name, _role(split)
     channels, *size = made[0]["pixel_values"].shape
-    about = (tuple(size), channels, name, "; ".join([origin, *rows.notes]))
-    return TestData(made, rows.class_names, *about, fitted=fit is not None)
+    description = "; ".join([origin, *about, *rows.notes])
+    return TestData(made, rows.class_names, tuple(size), channels, name, description, fitted=fit is not None)
 
 
 class _Rows:
@@ -261,7 +262,8 @@ class _Rows:
         numbers = numbers_of_a_part(class_names, self.class_names)
         if numbers is None:
             return
-        self.notes.append(f"{len(numbers)} of the model's {len(class_names)} classes, found by their names")
+        how = "numbers" if has_no_names(class_names) else "names"
+        self.notes.append(f"{len(numbers)} of the model's {len(class_names)} classes, found by their {how}")
         self.labels = {split: np.array(numbers)[labels] for split, labels in self.labels.items()}
         self.class_names = list(class_names)
 
@@ -271,9 +273,13 @@ class _Rows:
             row = int(indices[place])
             yield self.images[split][row][self.column], f"image {row} of split {split!r}"
 
+    def some_of(self, parts: Iterable[tuple[str, np.ndarray]]) -> Iterator[tuple[Any, str]]:
+        """`some_images` of each of these (split, rows)."""
+        return chain.from_iterable(self.some_images(*part) for part in parts)
+
     def keep_their_size(self, parts: Iterable[tuple[str, np.ndarray]]) -> bool:
         """Whether the images of (split, rows) are small ones of one size, as far as some of them tell."""
-        size = common_size(chain.from_iterable(self.some_images(*part) for part in parts))
+        size = common_size(self.some_of(parts))
         return size is not None and max(size) <= MEMORY_SIDE
 
     def dataset(
@@ -301,16 +307,16 @@ def _fits_in_memory(count: int, size: tuple[int, int], decoder: Any) -> bool:
 
 
 def _digits_or_splits(
-    dataset: str, asked: dict[str, Any], wanted: Sequence[str], test_only: bool = False
-) -> tuple[dict[str, Any], str]:
-    """Split -> rows, of those that are used, and the data set's name."""
+    dataset: str, asked: dict[str, Any], test_only: bool = False
+) -> tuple[dict[str, Any], str, list[str]]:
+    """Split -> rows, of those that are used; the data set's name; and sentences on what was left out."""
     if dataset != "digits":
-        return _load_splits(dataset, asked["revision"], asked["test_split"], wanted, test_only)
+        return _load_splits(dataset, asked["revision"], asked["test_split"], test_only)
     of_others = ("image_column", "label_column", "revision", "test_split", "drop_unlabelled")
     given = [name for name in of_others if asked[name]] + ["in_memory"] * (asked.get("in_memory") is False)
     if given:
         raise ValueError(f'dataset="digits" is embedded: drop {", ".join(given)}.')
-    return {"train": _digits()}, dataset
+    return {"train": _digits()}, dataset, []
 
 
 def _check_size(image_size: int | Sequence[int] | None) -> tuple[int, int] | None:
@@ -323,8 +329,8 @@ def _check_size(image_size: int | Sequence[int] | None) -> tuple[int, int] | Non
 
 
 def _load_splits(
-    dataset: str, revision: str | None, test_split: str | None, wanted: Sequence[str], test_only: bool
-) -> tuple[dict[str, Any], str]:
+    dataset: str, revision: str | None, test_split: str | None, test_only: bool
+) -> tuple[dict[str, Any], str, list[str]]:
     import datasets
 
     folder = Path(dataset).expanduser()
@@ -335,51 +341,64 @@ def _load_splits(
         dataset, name = str(folder), folder.resolve().name
     elif folder.is_absolute() or dataset.startswith(("./", "../", "~")) or dataset.count("/") > 1:
         raise FileNotFoundError(f"there is no folder {dataset!r}. Give an existing folder, a Hub id, or 'digits'.")
-    splits = image_folder_splits(folder) if folder.is_dir() else None
+    splits, notes = (image_folder_splits(folder) if folder.is_dir() else None) or (None, [])
+    unread: list[str] = []
     saved = (folder / datasets.config.DATASET_STATE_JSON_FILENAME).exists()  # load_dataset says what to do
     try:
         if splits is None and saved:
             splits = datasets.load_dataset(dataset)
+        elif splits is None and (folder / datasets.config.DATASETDICT_JSON_FILENAME).exists():
+            splits = datasets.load_from_disk(dataset).with_format(None)  # `load_dataset` finds usual names only
         elif splits is None:
-            splits = _read(dataset, revision)
+            splits, unread = _read(dataset, revision)
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"data set {dataset!r} cannot be read: a text file there, such as README.md, is not UTF-8 ({error}). "
+            "Store it as UTF-8."
+        ) from error
     except (FileNotFoundError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
         raise ValueError(
             f"data set {dataset!r} cannot be read: {error.__cause__ or error}. Give a Hub id, or a folder of parquet "
             "files or of images with rows in every split."
         ) from error
-    others = [split for split in splits if split != "train"]
-    if "train" not in splits and not test_only:
-        raise ValueError(f"data set {name!r} has no split 'train', only {', '.join(splits)}. Rename one to train.")
-    if test_split is not None and test_split not in others:
-        raise ValueError(f"test_split={test_split!r}: data set {name!r} has {', '.join(others) or 'only train'}.")
-    test = test_split or next((split for split in ("test", "validation") if split in splits), None)
-    if test is None and "train" not in splits:
-        if len(others) > 1:
-            raise ValueError(f"data set {name!r} has {', '.join(others)}: name one with test_split.")
-        test = others[0]
-    chosen = {"train": "train", "validation": "validation", "test": test}
-    used = dict.fromkeys(chosen[part] for part in wanted)  # validation is the test part where there is no other
+    there = f"files in no split ({some_names(unread)})" if unread else ""
+    chosen = choose_splits([*splits], test_split, name, test_only, there)
+    unused = [repr(split) for split in splits if split not in chosen.values()]
+    notes += [f"not used: {', '.join([*unused, *filter(None, [there])])}"] if unused or unread else []
+    if test_only and [*chosen][-1] != "validation":
+        chosen.pop("validation", None)
     if folder.is_dir():
         _refuse_other_names(folder)
-    return {split: splits[split] for split in used if split in splits}, name
+    return {split: splits[stored] for split, stored in chosen.items()}, name, notes
 
 
-def _read(source: str, revision: str | None = None) -> dict[str, Any]:
+def _read(source: str, revision: str | None = None) -> tuple[dict[str, Any], list[str]]:
     """
-    What `datasets.load_dataset` makes of a folder or a Hub id. No file is in two splits, unless whoever published it
-    has said which is where.
+    What `datasets.load_dataset` makes of a folder or a Hub id, and which files of a folder it overlooks. No file is in
+    two splits, and all are in one, unless whoever published it has said which is where.
     """
     import datasets
 
     builder = datasets.load_dataset_builder(source, revision=revision)
+    files, unread = builder.config.data_files or {}, []
     try:
-        refuse_shared_files(source, builder.config.data_files or {})
+        refuse_shared_files(source, files)
+        unread = in_no_split(source, files)
     except ValueError:
-        module = datasets.load.dataset_module_factory(source, revision=revision)
-        if not module.builder_configs_parameters.metadata_configs:  # the head of README.md
+        if not _is_said(source, revision):
             raise
+    if unread and _is_said(source, revision):
+        unread = []
     builder.download_and_prepare()
-    return builder.as_dataset()
+    return builder.as_dataset(), unread
+
+
+def _is_said(source: str, revision: str | None) -> bool:
+    """Whether the head of a data set's README.md says which file is in which split."""
+    import datasets
+
+    module = datasets.load.dataset_module_factory(source, revision=revision)
+    return bool(module.builder_configs_parameters.metadata_configs)
 
 
 def _choose_rows(

@@ -1,6 +1,75 @@
-"""Which rows go where: carved-out splits and limits, the same in every run."""
+"""Which rows go where: what splits are for, carved-out ones and limits, the same in every run."""
+
+from collections.abc import Sequence
 
 import numpy as np
+
+
+SPLIT_NAMES = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}  # as `datasets` names them, but of any case
+
+
+def split_of(name: str) -> str | None:
+    """What a split or a folder of this name is for: "train", "validation", "test", or None where that is unknown."""
+    return next((split for split, names in SPLIT_NAMES.items() if name.casefold() in names), None)
+
+
+def choose_splits(
+    stored: Sequence[str], test_split: str | None, source: str, test_only: bool = False, unread: str = ""
+) -> dict[str, str]:
+    """
+    The splits to use, whatever their names: what they are for -> their name as stored, the one to test on last. That
+    is the one asked for, else the one for tests, else the one for validation. Of several for the same the one that is
+    called so exactly is meant, else the first as `SPLIT_NAMES` has them.
+
+    Args:
+        stored: the names of a data set's splits.
+        test_split: the one to test on, by its name or by what it is for; None chooses.
+        source: the data set's name, for messages.
+        test_only: there need be none to train on, and a single one is tested on whatever its name.
+        unread: what else is there and in no split, for messages.
+
+    Returns:
+        "train", "validation" and "test" as far as they are there, "test" under another name if it is not for tests. No
+        test where rows of train are to be held out for it.
+
+    Raises:
+        ValueError: there is no such split; none to train on; none to test on, and something beside train that may be
+            meant for it.
+    """
+    meant = {}
+    for split, names in SPLIT_NAMES.items():
+        if found := [name for name in stored if split_of(name) == split]:
+            meant[split] = min(found, key=lambda name: (name != split, names.index(name.casefold())))
+    train, there = meant.get("train"), ", ".join([*stored, *filter(None, [unread])])
+    others = [name for name in stored if name != train]
+    if train is None and not test_only:
+        raise ValueError(f"data set {source!r} has no split 'train', only {there}. Rename one to train.")
+    test = meant.get("test", meant.get("validation"))
+    if test_split is not None:
+        test = test_split if test_split in stored else meant.get(test_split)
+        if test is None or test == train:
+            allowed = ", ".join([*others, *filter(None, [unread])]) or "only train"
+            raise ValueError(f"test_split={test_split!r}: data set {source!r} has {allowed}.")
+    if test is None and train is None:
+        if len(others) > 1:
+            raise ValueError(f"data set {source!r} has {', '.join(others)}: name one with test_split.")
+        test = others[0]
+    if test is None and (others or unread):
+        known = ", ".join(SPLIT_NAMES["test"] + SPLIT_NAMES["validation"])
+        named = f"Name the one to test on with test_split, such as {others[0]!r}, or rename" if others else "Rename"
+        raise ValueError(
+            f"data set {source!r} has {there}. None is to test on by its name ({known}; of files in lower case), and "
+            f"a fifth of train would be held out instead. {named} what is for tests, or give train alone."
+        )
+    chosen = {split: meant[split] for split in ("train", "validation") if meant.get(split) not in (None, test)}
+    if test is not None:
+        purpose = split_of(test)
+        chosen[test if purpose in (None, "train", *chosen) else purpose] = test
+    return chosen
 
 
 def stratified_split(labels: np.ndarray, fraction: float, purpose: str) -> tuple[np.ndarray, np.ndarray]:

@@ -75,6 +75,7 @@ def test_other_classes_get_a_new_head_and_everything_else_stays(kind, tmp_path):
     [
         (NAMES, NAMES, "head for 3 classes kept"),
         (["0", "1", "2"], NAMES, "head for 3 classes kept"),  # the data set knows no names
+        (["1", "2", "3"], NAMES, "head for 3 classes kept"),
         (["a", "b", "c"], ["a", "b", "c"], "kept, renamed from red panda, owl, fox ... to a, b, c ..."),
     ],
 )
@@ -89,6 +90,18 @@ def test_as_many_classes_keep_the_head(new, kept, said, tmp_path):
 def test_classes_in_another_order_are_refused(tmp_path):
     with pytest.raises(ValueError, match="red panda, owl, fox; the data set has them in another order: owl, fox"):
         load_for_finetuning(saved("vit", tmp_path), ["owl", "fox", "red panda"], (16, 16))
+
+
+def test_numbers_are_compared_where_the_model_has_no_names(tmp_path):
+    labels = [f"LABEL_{number}" for number in range(12)]
+    folder = saved("vit", tmp_path / "12", labels)
+    with pytest.raises(ValueError, match=r"\(label 2 is 'LABEL_2' in the model, '10' in the data set\)"):
+        load_for_finetuning(folder, sorted(str(number) for number in range(12)), (16, 16))
+    cases = {tuple(f"{number:02}" for number in range(12)): labels}  # they say no more than the model's own
+    cases |= {names: list(names) for names in (tuple(f"{i:02}" for i in range(1, 13)), tuple("abcdefghijkl"))}
+    for new, kept in cases.items():
+        model, _, said = load_for_finetuning(folder, list(new), (16, 16))
+        assert "head for 12 classes kept" in said and list(model.config.id2label.values()) == kept
 
 
 @pytest.mark.parametrize("kind", ["timm", "convnext"])

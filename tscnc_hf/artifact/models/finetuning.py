@@ -18,7 +18,7 @@ from transformers import (
 from tscnc_hf.artifact.models.config import input_format, label_fields, read_config
 from tscnc_hf.artifact.models.loading import load_model
 from tscnc_hf.artifact.models.preprocessing import acts, agrees, image_processor, preprocessing
-from tscnc_hf.data.class_names import has_no_names, refuse_another_order
+from tscnc_hf.data.class_names import class_numbers, refuse_another_order
 from tscnc_hf.method.adversarial.pixels import Preprocessing
 
 
@@ -34,7 +34,7 @@ def load_for_finetuning(
     alone.
 
     A model with another number of classes, or without a head, gets a new one. One with as many keeps it: under its own
-    names where the data set only numbers its classes, otherwise under those of the data set.
+    names where the data set only numbers its classes ("3" is "LABEL_3"), otherwise under those of the data set.
 
     Args:
         name_or_folder (`str`): Hub id or folder, dense or packed.
@@ -47,8 +47,8 @@ def load_for_finetuning(
         The model, its image processor, and one sentence on the head and the size.
 
     Raises:
-        ValueError: the same class names in another order; images of this size do not go through the model; see
-            `load_model`. OSError: there is no such model.
+        ValueError: the same class names or numbers in another order; images of this size do not go through the model;
+            see `load_model`. OSError: there is no such model.
     """
     config, new = read_config(name_or_folder), list(class_names)
     old = [str(config.id2label[index]) for index in range(config.num_labels)]
@@ -61,7 +61,8 @@ def load_for_finetuning(
             kept, had_none = False, ", it had none"
     if not kept:
         model, processor = load_model(name_or_folder, class_names, new_head=True)
-    renamed = kept and old != new and not has_no_names(new)
+    numbers = class_numbers(new)
+    renamed = kept and old != new and (numbers is None or class_numbers(old) not in (None, numbers))
     if kept:
         names = f", renamed from {', '.join(old[:3])} ... to {', '.join(new[:3])} ..." if renamed else ""
         head = f"head for {len(old)} classes kept{names}"
