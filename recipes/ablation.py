@@ -65,6 +65,9 @@ class AblationArguments:
         check_numbers(self)
         for name in ("model_args", "arms", "pretraining"):
             setattr(self, name, json_option(name, getattr(self, name)))
+            nothing = name == "pretraining" and self.pretraining is None
+            if not (nothing or isinstance(getattr(self, name), dict)):
+                raise ValueError(f"{name}={getattr(self, name)!r}: give a map, such as '{{\"name\": value}}'")
         if self.workers < 1:
             raise ValueError(f"workers={self.workers}: at least 1 cell runs at a time")
         if self.bundles and not self.save_models:

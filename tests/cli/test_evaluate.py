@@ -142,6 +142,73 @@ def test_a_gpu_that_is_not_there(folders, tmp_path):
     assert "\n" not in str(caught.value)
 
 
+def test_the_same_weights_in_another_network_are_another_evaluation(tiny_vit, tmp_path):
+    """A finished one is not read back, and no card shows it."""
+    model, processor = tiny_vit
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    few = {"attacks": ["clean", "fgsm"], "full": False}
+    evaluate_model(options(tmp_path / "model", tmp_path / "out", **few))
+    path = tmp_path / "model" / "config.json"
+    before = path.read_text()
+    path.write_text(json.dumps(json.loads(before) | {"num_attention_heads": 1}))
+    with pytest.raises(SystemExit, match="with another network .the same weights, .*The option is --output_dir"):
+        evaluate_model(options(tmp_path / "model", tmp_path / "out", **few))
+    evaluate_model(options(tmp_path / "model", tmp_path / "other", **few))
+    path.write_text(json.dumps(json.loads(before) | {"transformers_version": "9.9"}))
+    evaluate_model(options(tmp_path / "model", tmp_path / "out", **few))
+
+
+@pytest.mark.parametrize("names", [{}, {"id2label": {i: f"kind {i}" for i in range(5)}}], ids=["unnamed", "named"])
+def test_labels_that_the_model_does_not_have(names, tmp_path):
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1], num_labels=5, **names)
+    ResNetForImageClassification(config).save_pretrained(tmp_path / "model")
+    ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(tmp_path / "model")
+    message = "labels lie between 0 and 9, the model has 5 outputs|not one name is the same"
+    with pytest.raises(SystemExit, match=message):
+        evaluate_model(options(tmp_path / "model", tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("outputs, channels", [(5, 3), (12, 3), (10, 1)])
+def test_a_dense_model_that_does_not_fit(outputs, channels, folders, tmp_path):
+    sizes = {"embedding_size": 8, "hidden_sizes": [8], "depths": [1]}
+    config = ResNetConfig(num_labels=outputs, num_channels=channels, **sizes)
+    ResNetForImageClassification(config).save_pretrained(tmp_path / "dense")
+    mean = [0.5] * channels
+    ViTImageProcessor(size={"height": 8, "width": 8}, image_mean=mean, image_std=mean).save_pretrained(
+        tmp_path / "dense"
+    )
+    with pytest.raises(SystemExit, match="^error: dense_model: "):
+        evaluate_model(options(folders["dense"], tmp_path / "out", dense_model=str(tmp_path / "dense")))
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(SystemExit, match="^error: dense_model 'no/such-model-here' cannot be loaded"):
+        evaluate_model(options(folders["dense"], tmp_path / "out", dense_model="no/such-model-here"))
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        (
+            {"dense_model": "dense", "full": False},
+            "dense_model='dense' is for the checks .* and full=False leaves them",
+        ),
+        (
+            {"dense_model": "dense", "attacks": ["clean"]},
+            "dense_model='dense' is for the checks .* nothing is attacked",
+        ),
+        ({"attacks": []}, "attacks=.*: name one or more"),
+        ({"image_size": [0]}, "image_size=0: give a side, or height and width"),
+        ({"image_size": [8, 8, 8]}, "image_size=.8, 8, 8.: give a side, or height and width"),
+        ({"dataset": None}, "dataset=None: give one text"),
+        ({"device": ["cpu"]}, "device=.'cpu'.: give one text, or leave it out"),
+    ],
+)
+def test_options_that_are_refused_before_anything_is_loaded(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        EvaluationArguments("model", **wrong)
+
+
 @pytest.mark.parametrize("wrong", [{"n": 0}, {"cpu_threads": 0}, {"batch_size": 0}])
 def test_numbers_below_one_are_refused_by_name(wrong):
     with pytest.raises(ValueError, match=f"^{next(iter(wrong))}=0: "):

@@ -134,6 +134,20 @@ def test_splits_and_rows_without_a_label(tmp_path, capsys):
         run(model, data, tmp_path / "d", test_split="dev")
 
 
+def test_images_of_a_class_that_the_model_does_not_have(tmp_path):
+    """In a folder that is sorted by class they come last."""
+    model, images = saved("convnext", tmp_path / "model"), pictures(8)
+    for number, image in enumerate(images):
+        folder = tmp_path / "data" / "test" / [*NAMES, "dragonfly"][number // 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        image.save(folder / f"{number}.png")
+    with pytest.raises(
+        SystemExit, match="labels lie between 0 and 3, the model has 3 outputs.*Label 3 is 'dragonfly'"
+    ):
+        run(model, str(tmp_path / "data"), tmp_path / "out", attacks=["pgd-2"], batch_size=2)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_processor_of_another_size_than_the_model_takes(tmp_path, build):
     model, _ = build("vit")
     model.save_pretrained(tmp_path / "model")

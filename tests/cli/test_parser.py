@@ -75,6 +75,7 @@ def refused(parsed, capsys):
         ("report_to: [tensorboard]", "report_to", ["tensorboard"]),
         ("lr_scheduler_kwargs: {num_cycles: 2}", "lr_scheduler_kwargs", {"num_cycles": 2}),
         ("pruning_exclude: []", "pruning_exclude", []),
+        ("pruning_exclude: [1, head]", "pruning_exclude", ["1", "head"]),  # YAML reads a number
         ("max_steps: 12", "max_steps", 12),
         ("eval_strategy: epoch", "eval_strategy", "epoch"),
         ('eval_strategy: "no"', "eval_strategy", "no"),
@@ -138,6 +139,17 @@ def test_a_required_option_may_come_from_the_file(tmp_path):
         ("- epsilon\n- 3", [], ["option: value", "list"]),
         ("just words", [], ["option: value", "str"]),
         ("epsilon: [1", [], ["not valid YAML"]),
+        ("seed: 1\nepsilon: 0.1\nseed: 2", [], ["options.yaml", "seed is given in line 1 and in line 3; keep one"]),
+        (
+            "lr_scheduler_kwargs: {num_cycles: 2,\n  num_cycles: 3}",
+            [],
+            ["num_cycles is given in line 1 and in line 2"],
+        ),
+        ("pruning_exclude: {head: 1}", [], ["pruning_exclude={'head': 1}", "give a list of texts"]),
+        ("pruning_exclude: [[head]]", [], ["pruning_exclude=[['head']]", "give a list of texts"]),
+        ("pruning_exclude: [head, null]", [], ["pruning_exclude=['head', None]", "give a list of texts"]),
+        ("pruning_exclude: [no]", [], ["pruning_exclude=[False]", "in quotes"]),
+        ("channels_last:", [], ["channels_last has no value; give true or false"]),
         ("objective: gairat", [], ["objective='gairat'", "natural, pgd-at, trades, mart"]),
         ("pruning_scope: 3", [], ["pruning_scope=3", "global, uniform, erk, learned"]),
         (None, ["--objective", "gairat"], ["objective", "gairat", "natural"]),
@@ -160,6 +172,17 @@ def test_a_wrong_option_ends_with_code_2_and_is_named(text, args, parts, refused
     message = refused(text, *args)
     for part in parts:
         assert part in message
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
+def test_a_file_in_another_encoding_is_named(encoding, tmp_path, capsys):
+    path = tmp_path / "options.yaml"
+    path.write_bytes("# f\u00fcr Ziffern\ndepth: 3\n".encode(encoding))
+    with pytest.raises(SystemExit) as caught:
+        ConfigParser([Extra]).parse(["--config", str(path)])
+    assert caught.value.code == 2 and f"--config {path} is not text in UTF-8" in capsys.readouterr().err
+    path.write_text("# f\u00fcr Ziffern\ndepth: 3\n", encoding="utf-8")
+    assert ConfigParser([Extra]).parse(["--config", str(path)])[0].depth == 3
 
 
 @pytest.mark.parametrize("recipe", ["vit_cifar10", "timm_cifar10"])

@@ -104,6 +104,16 @@ def test_checkpoints_of_an_earlier_run_end_a_recipe_before_its_twin_is_trained(s
         (["--patch_size", "3"], "patch_size=3 does not divide the input size 8"),
         (["--num_hidden_layers", "0"], "num_hidden_layers=0: give 1 or more"),
         (["--input_size", "20", "--interpolation", "nearest"], 'interpolation="nearest" from 8x8 to 20x20'),
+        (["--target_sparsity", "0.9", "--max_steps", "5"], "training has 5 optimizer steps, so pruning from 0.25"),
+        (
+            ["--target_sparsity", "0.9", "--max_steps", "40", "--regrow_fraction", "0.3"],
+            "regrow_fraction=0.3 exchanges weights every regrow_interval=100 steps",
+        ),
+        (
+            ["--target_sparsity", "0.9", "--teacher", "no/where", "--distill_weight", "1"],
+            "teacher='no/where': ",
+        ),
+        (["--tsc_on", "gates", "--gate_layers", "nosuch"], "gate layer 'nosuch' is not in"),
     ],
 )
 def test_wrong_options_end_a_recipe_before_its_twin_is_trained(options, message, start):

@@ -52,15 +52,15 @@ class Pixels:
 
 
 class Fuse(nn.Module):
-    """Raises at the given call, as a power cut would end a process."""
+    """Raises at the given call, as a power cut would end a process. What it counts decides nothing of its outputs."""
 
     def __init__(self, model, calls):
         super().__init__()
-        self.model, self.left = model, calls
+        self.model, self._calls, self._fuse = model, 0, calls
 
     def forward(self, x):
-        self.left -= 1
-        if self.left == 0:
+        self._calls += 1
+        if self._calls == self._fuse:
             raise KeyboardInterrupt
         return self.model(x)
 
@@ -74,23 +74,15 @@ def state_of(model: nn.Module) -> nn.Module:
 
 def test_an_interrupted_evaluation_goes_on(evaluate, robust_network, tmp_path):
     whole = evaluate(state_of(robust_network))
-    calls = 0
-
-    class Counting(Fuse):
-        def forward(self, x):
-            nonlocal calls
-            calls += 1
-            return super().forward(x)
-
     with pytest.raises(KeyboardInterrupt):
         evaluate(Fuse(robust_network, 300), state_folder=tmp_path / "state")
     done = list((tmp_path / "state").glob("batch-*.json"))
     assert 0 < len(done) < 7
-    again = evaluate(Counting(robust_network, -1), state_folder=tmp_path / "state")
+    first, second = Fuse(robust_network, -1), Fuse(robust_network, -1)
+    again = evaluate(first, state_folder=tmp_path / "state")
     assert json.dumps(again.to_dict()) == json.dumps(whole.to_dict())
-    first, calls = calls, 0
-    evaluate(Counting(robust_network, -1), state_folder=tmp_path / "state")
-    assert first > calls == 0  # nothing is left to compute
+    evaluate(second, state_folder=tmp_path / "state")
+    assert first._calls > second._calls == 0  # nothing is left to compute
 
 
 def test_a_state_of_another_evaluation_is_refused(evaluate, robust_network, plain_network, tmp_path):
@@ -104,6 +96,27 @@ def test_a_state_of_another_evaluation_is_refused(evaluate, robust_network, plai
     ):
         with pytest.raises(ValueError, match=f"holds an evaluation with another .*{named}.*give another folder"):
             evaluate(state_folder=tmp_path, **({"n": 20} | options))
+
+
+def test_a_state_of_the_same_weights_in_another_network_is_refused(evaluate, robust_network, tmp_path):
+    """Another activation: nothing of it is in the state dict."""
+    evaluate(state_folder=tmp_path, n=20)
+    layers = list(robust_network)
+    evaluate(model=nn.Sequential(*layers), state_folder=tmp_path, n=20)
+    with pytest.raises(ValueError, match="with another network .the same weights, and other settings"):
+        evaluate(model=nn.Sequential(layers[0], nn.Tanh(), *layers[2:]), state_folder=tmp_path, n=20)
+
+
+def test_a_state_from_before_networks_were_told_apart_is_refused(evaluate, tmp_path):
+    evaluate(state_folder=tmp_path, n=20)
+    path = tmp_path / "evaluation.json"
+    identity = json.loads(path.read_text())
+    del identity["weights"]["network"]
+    path.write_text(json.dumps(identity))
+    with pytest.raises(ValueError, match="that an older version of tscnc-hf began.*give another folder, or remove"):
+        evaluate(state_folder=tmp_path, n=20)
+    with pytest.raises(ValueError, match="with another epsilon, attacks .epsilon: 0.15 there, 0.2 now."):
+        evaluate(state_folder=tmp_path, n=20, epsilon=0.2)
 
 
 @pytest.mark.parametrize("changed", ["pixel_values", "labels"])

@@ -51,20 +51,20 @@ class Counted(nn.Module):
         means = torch.stack([x[y == label].mean(0) for label in range(10)])
         self.linear = nn.Linear(x.shape[1], 10)
         self.linear.weight.data, self.linear.bias.data = means, -(means**2).sum(1) / 2 - 0.3 * means.sum(1)
-        self.images, self.fuse = 0, None
+        self._images, self._fuse = 0, None
 
     def forward(self, x):
-        self.images += len(x)
-        if self.fuse is not None and self.images > self.fuse:
+        self._images += len(x)
+        if self._fuse is not None and self._images > self._fuse:
             raise KeyboardInterrupt
         return self.linear(x.flatten(1))
 
 
 def run_counted(data, folder=None, fuse=None, **options) -> tuple[dict, int]:
     model = Counted(data)
-    model.fuse = fuse
+    model._fuse = fuse
     given = {"processing_class": Pixels} | OPTIONS | options
-    return evaluate(model, data.test, folder=folder, **given), model.images
+    return evaluate(model, data.test, folder=folder, **given), model._images
 
 
 def figures(results: dict) -> dict:
@@ -157,6 +157,22 @@ def test_results_of_other_weights_are_not_overwritten(digits, tmp_path):
     (tmp_path / "results.json").write_bytes(b"{}")  # beside the state of mine
     with pytest.raises(OtherEvaluation, match="results.json has results that are not of these weights"):
         run_counted(digits, tmp_path, **few)
+
+
+def test_results_of_the_same_weights_in_another_network_are_not_overwritten(digits, tmp_path):
+    few = {"attacks": ("clean",), "full": False}
+    run_counted(digits, tmp_path, **few)
+    shutil.rmtree(tmp_path / "state")
+    kept = (tmp_path / "results.json").read_bytes()
+    other = Counted(digits)
+    other.temperature = 0.5
+    with pytest.raises(OtherEvaluation, match="not of what this network computes with them, and would be overwritten"):
+        evaluate(other, digits.test, folder=tmp_path, processing_class=Pixels, **(OPTIONS | few))
+    assert (tmp_path / "results.json").read_bytes() == kept
+    results = json.loads(kept)
+    del results["identity"]["weights"]["network"]  # from before it was kept: whose they are nobody can tell
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    evaluate(other, digits.test, folder=tmp_path, processing_class=Pixels, **(OPTIONS | few))
 
 
 def test_another_evaluation_is_refused_by_name_and_other_code_is_a_warning(digits, tmp_path):
@@ -254,15 +270,15 @@ def on_a_process(rank: int, folder: str, port: int) -> None:
     model, counts, write = Counted(data), {}, EvaluationState.write
 
     def counted(self, name, *args, **kwargs):
-        counts[name], model.images = model.images, 0
+        counts[name], model._images = model._images, 0
         write(self, name, *args, **kwargs)
 
     EvaluationState.write = counted
     options = OPTIONS | {"folder": f"{folder}/two", "distributed": True, "processing_class": Pixels}
     results = evaluate(model, data.test, **options)
-    total, model.images = sum(counts.values()) + model.images, 0
+    total, model._images = sum(counts.values()) + model._images, 0
     again = evaluate(model, data.test, **options)
-    found = {"results": results, "again": again, "pieces": list(counts), "images": total, "left": model.images}
+    found = {"results": results, "again": again, "pieces": list(counts), "images": total, "left": model._images}
     found["trained"] = train_with_statistics(data, f"{folder}/trained")
     Path(f"{folder}/{rank}.json").write_text(json.dumps(found))
 

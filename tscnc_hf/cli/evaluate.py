@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import get_type_hints
 
 from tscnc_hf.cli.parser import ConfigParser, side_or_pair
 from tscnc_hf.cli.threads import set_cpu_threads
@@ -74,17 +75,41 @@ class EvaluationArguments:
 
     def __post_init__(self):
         check_numbers(self)
+        self._check_texts()
         self.image_size = side_or_pair(self.image_size)
+        sides = (self.image_size,) if isinstance(self.image_size, int) else self.image_size
+        if sides is not None and (len(sides) not in (1, 2) or min(sides) < 1):
+            raise ValueError(f"image_size={self.image_size}: give a side, or height and width, in pixels, above 0")
         if self.batch_size < 1:
             raise ValueError(f"batch_size={self.batch_size}: at least 1 image is attacked at a time")
         if self.n is not None and self.n < 1:
             raise ValueError(f"n={self.n}: give 1 test image or more, or leave it out for all")
         if self.cpu_threads is not None and self.cpu_threads < 1:
             raise ValueError(f"cpu_threads={self.cpu_threads}: at least 1 is needed")
+        if not self.attacks:
+            raise ValueError("attacks=[]: name one or more, such as clean and pgd-20")
+        if self.dense_model is not None and not self.full:
+            raise ValueError(
+                f"dense_model={self.dense_model!r} is for the checks for hidden gradients alone, and full=False leaves"
+                " them out: drop one"
+            )
+        if self.dense_model is not None and all(name == "clean" for name in self.attacks):
+            raise ValueError(
+                f"dense_model={self.dense_model!r} is for the checks for hidden gradients, and there are none where "
+                "nothing is attacked: name another attack than clean, or leave it out"
+            )
         if self.output_dir is None:
             here = Path(self.model).is_dir()
             name = Path(os.path.abspath(self.model)).name if here else self.model.replace("/", "-")
             self.output_dir = f"outputs/{name}-robustness"
+
+    def _check_texts(self) -> None:
+        """ValueError where YAML, or a caller, gives something else than the text that an option is."""
+        for name, kind in get_type_hints(type(self)).items():
+            value = getattr(self, name)
+            number = name == "epsilon" and isinstance(value, int | float)
+            if kind in (str, str | None) and not (isinstance(value, kind) or number):
+                raise ValueError(f"{name}={value!r}: give one text{'' if kind is str else ', or leave it out'}")
 
 
 def parse(
@@ -137,8 +162,12 @@ def evaluate_model(arguments: EvaluationArguments) -> dict:
         for name in arguments.attacks:
             make_attack(name, epsilon, arguments.norm)
         model, processor = _load(load_model, arguments.model)
-        dense, of_dense = _load(load_model, arguments.dense_model) if arguments.dense_model else (None, None)
+        dense, of_dense = None, None
+        if arguments.dense_model is not None:
+            dense, of_dense = _load(load_model, arguments.dense_model, "dense_model")
         data = _load_data(arguments, model, processor, say)
+        if dense is not None:
+            of_dense = _of_dense(dense, of_dense, data)
     except (ValueError, OSError, ImportError) as error:  # the message says what to do; a traceback would hide it
         raise SystemExit(f"error: {error}") from None
     n = len(data.test) if arguments.n is None else min(arguments.n, len(data.test))
@@ -161,7 +190,7 @@ def evaluate_model(arguments: EvaluationArguments) -> dict:
             batch_size=arguments.batch_size,
             processing_class=_of_data(model, processor, data),
             dense_model=dense,
-            dense_processing_class=None if dense is None else _of_data(dense, of_dense, data),
+            dense_processing_class=of_dense,
             model_name=name,
             dataset_name=data.name,
             folder=folder,
@@ -201,11 +230,11 @@ def _device(name: str):
     return device
 
 
-def _load(load_model, name: str):
+def _load(load_model, name: str, option: str = "model"):
     try:
         return load_model(name)
     except (OSError, ValueError) as error:  # of transformers, which does not always say which model it was
-        raise ValueError(f"model {name!r} cannot be loaded: {error}") from error
+        raise ValueError(f"{option} {name!r} cannot be loaded: {error}") from error
 
 
 def _load_data(arguments: EvaluationArguments, model, processor, say: Callable[[str], None]):
@@ -240,6 +269,13 @@ def _of_data(model, processor, data):
 
     how = preprocessing(model, processor)
     return how._replace(geometry=None) if data.fitted else how
+
+
+def _of_dense(model, processor, data):
+    try:
+        return _of_data(model, processor, data)
+    except ValueError as error:  # which does not say of which of both
+        raise ValueError(f"dense_model: {error}") from error
 
 
 def _check_images(model, processor, data) -> str:

@@ -8,13 +8,30 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from itertools import chain
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import yaml
 from transformers import HfArgumentParser
 
 from tscnc_hf.cli.options import option_groups
 from tscnc_hf.cli.refusing import first_to_say
+
+
+class _GivenTwice(yaml.YAMLError):
+    """A map of a YAML file has a key twice."""
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML whose maps have each key once: of two values the last would be taken, and nobody told."""
+
+    def construct_mapping(self, node, deep=False):
+        lines: dict[str, int] = {}
+        for key in [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]:
+            line = key.start_mark.line + 1
+            if key.value in lines:
+                raise _GivenTwice(f"{key.value} is given in line {lines[key.value]} and in line {line}; keep one")
+            lines[key.value] = line
+        return super().construct_mapping(node, deep)
 
 
 class ConfigParser(HfArgumentParser):
@@ -73,7 +90,11 @@ class ConfigParser(HfArgumentParser):
         if not path.is_file():
             self.error(f"--config {path}: no such file")
         try:
-            values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+            values = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys) or {}
+        except UnicodeDecodeError as error:
+            self.error(f"--config {path} is not text in UTF-8 ({error}): save it in that encoding")
+        except _GivenTwice as error:
+            self.error(f"--config {path}: {error}")
         except yaml.YAMLError as error:
             self.error(f"--config {path} is not valid YAML: {error}")
         if not isinstance(values, dict):
@@ -90,12 +111,18 @@ class ConfigParser(HfArgumentParser):
                 self.error(f"--config {path}: {name}={value!r}; give a list, [{value}]")  # else one of its letters
             if action.nargs == "+" and isinstance(value, int | float) and not isinstance(value, bool):
                 value = [value]
+            if action.nargs == "+" and action.type is str and value is not None and not _is_list_of_texts(value):
+                self.error(f"--config {path}: {name}={value!r}; give a list of texts, in quotes where need be")
+            if value is None and isinstance(action.default, bool):
+                self.error(f"--config {path}: {name} has no value; give true or false")
             if isinstance(value, list | dict) and action.nargs is None and action.type is not str:
                 self.error(f"--config {path}: {name}={value!r}; give one value")
             if action.type in (int, float) and any(
                 isinstance(item, bool) for item in (value if isinstance(value, list) else [value])
             ):
                 self.error(f"--config {path}: {name}={value!r}; give a number")
+            if isinstance(value, list) and action.type is str and action.nargs == "+":
+                value = [str(item) for item in value]
             if isinstance(value, list) and action.type in (int, float):
                 try:
                     value = [action.type(str(item)) for item in value]
@@ -108,6 +135,13 @@ class ConfigParser(HfArgumentParser):
                 value = str(value)  # a string default goes through the option's own type
             action.required = False
             self.set_defaults(**{name: value})
+
+
+def _is_list_of_texts(value: Any) -> bool:
+    """Whether it is one, or a list that texts may be made of: YAML reads 3 as a number."""
+    return isinstance(value, list) and all(
+        isinstance(item, str | int | float) and not isinstance(item, bool) for item in value
+    )
 
 
 def side_or_pair(image_size: int | Sequence[int] | None) -> int | tuple[int, ...] | None:

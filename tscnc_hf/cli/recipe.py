@@ -234,6 +234,21 @@ def train(config: TSCNCConfig, model, processor, data, resume: str | bool = Fals
     return trainer
 
 
+def rehearse(config: TSCNCConfig, model, processor, data) -> None:
+    """
+    Refuse before a twin is trained what the run itself would refuse after that: all that is known before its first
+    step. The model is of no use then.
+    """
+    from tscnc_hf.training.trainer import TSCNCTrainer
+
+    if config.teacher == DENSE_TWIN:  # which is not there yet
+        config = config.changed(distill_weight=0.0)
+    with one_line_errors():
+        TSCNCTrainer(
+            model, config, train_dataset=data.train, eval_dataset=data.validation, processing_class=processor
+        ).check_schedule()
+
+
 def dense_twin(config: TSCNCConfig) -> TSCNCConfig:
     """The same run without pruning and constraints, in a folder beside: inside, a push would upload it too."""
     from tscnc_hf.training.ablation.grid import DENSE_OPTIONS
@@ -262,7 +277,7 @@ def run(config: TSCNCConfig, arguments: DataArguments, build: Callable[[], tuple
     """Train what `build()` gives (model, image processor), after a dense twin if asked for, and `finish` it."""
     from transformers import set_seed
 
-    from tscnc_hf.training.compressor import ScheduleError, build_pruner, with_dense_ends
+    from tscnc_hf.training.compressor import ScheduleError
     from tscnc_hf.training.resume.checkpoints import ResumeError, others_text
     from tscnc_hf.training.resume.storage import StorageError
 
@@ -283,9 +298,7 @@ def run(config: TSCNCConfig, arguments: DataArguments, build: Callable[[], tuple
         if arguments.compare_dense:
             if not resume and (text := others_text(config.output_dir)):
                 raise ResumeError(text)  # before the twin is trained, not after
-            with one_line_errors():
-                model, _ = build_one(config)
-                build_pruner(model, with_dense_ends(model, config))
+            rehearse(config, *build_one(config), data)
             twin = train_one(dense_twin(config), bool(resume))
             dense = twin.test(data.test, **of_test(arguments))
             twin.save_model()  # a model like any other, with its card

@@ -14,7 +14,8 @@ from transformers.utils import logging
 
 from tscnc_hf.artifact.card.formatting import collapse_text
 from tscnc_hf.artifact.files.atomic import write_json
-from tscnc_hf.artifact.files.identity import RunIdentity, weights_digest
+from tscnc_hf.artifact.files.identity import RunIdentity
+from tscnc_hf.artifact.files.network import other_part
 from tscnc_hf.artifact.repository.opening import RESULTS_FILE, STATE_FOLDER
 from tscnc_hf.data.identity import dataset_split
 from tscnc_hf.evaluation.measures.curve import default_epsilons, security_curve
@@ -48,21 +49,20 @@ def as_published(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def other_weights(path: Path, model: nn.Module) -> str | None:
-    """What the weights are called that a file of results is of, None where these are the model's."""
+    """What the model is called that a file of results is of, None where it is this one: in weights and network."""
     try:
-        found = RunIdentity.from_dict(json.loads(path.read_text(encoding="utf-8")).get("identity")).weights.get(
-            "model"
-        )
+        found = RunIdentity.from_dict(json.loads(path.read_text(encoding="utf-8")).get("identity"))
     except (ValueError, AttributeError):  # damaged, or of somebody else
         return "unknown-weights"
-    return None if found == weights_digest(model) else str(found)[:8]
+    other = other_part(found, model)
+    return other and str(found.weights.get("model" if other == "weights" else "network"))[:8]
 
 
 def _refuse_others(path: Path | None, model: nn.Module) -> None:
     if path is not None and path.is_file() and other_weights(path, model):
         raise OtherEvaluation(
-            f"{path} has results that are not of these weights, and would be overwritten; give another folder, or "
-            "remove that file"
+            f"{path} has results that are not of these weights, or not of what this network computes with them, and "
+            "would be overwritten; give another folder, or remove that file"
         )
 
 
@@ -129,6 +129,10 @@ def evaluate(
         OtherEvaluation: a `ValueError`; the folder holds an evaluation of other weights or data, or of other options.
         Otherwise, as `evaluate_robustness`.
     """
+    if dense_model is not None and not full:
+        raise ValueError(
+            "dense_model is for the checks for hidden gradients alone, and full=False leaves them out: drop one"
+        )
     folder = None if folder is None else Path(folder)
     kept = None if folder is None or mixed else folder / RESULTS_FILE
     begun = kept is not None and (folder / STATE_FOLDER / IDENTITY_FILE).is_file()
@@ -138,7 +142,8 @@ def evaluate(
     work = Robustness(
         model, dataset, attacks, epsilon=epsilon, norm=norm, n=n, batch_size=batch_size, progress=progress,
         state_folder=None if folder is None else folder / STATE_FOLDER, mixed=mixed,
-        distributed=distributed, writing=writing, attack_precision=attack_precision, **same,
+        distributed=distributed, writing=writing, attack_precision=attack_precision, dense_model=dense_model,
+        dense_processing_class=dense_processing_class, **same,
     )  # fmt: skip
     if begun:
         _refuse_others(kept, model)
@@ -172,7 +177,7 @@ def evaluate(
     write()
     if not full:
         return results
-    results["robustness"]["masking"] = work.checks(dense_model, dense_processing_class)
+    results["robustness"]["masking"] = work.checks()
     few = same | {"n": min(work.n, FEW_IMAGES), "batch_size": batch_size, "state": state}
     if work.attacked:
         radii = default_epsilons(epsilon, norm)

@@ -37,6 +37,11 @@ def data_identity(dataset, places: Sequence[int]) -> dict[str, Any]:
     return {"n": len(places), "set": dataset_identity(dataset), "pixels": pixels}
 
 
+def begun(folder: Path | None) -> bool:
+    """Whether a folder of the state of an evaluation has some of it."""
+    return folder is not None and any(folder.glob("batch-*.json"))
+
+
 class EvaluationState:
     """
     What was found, piece by piece, each written atomically; any number of processes may share a folder. A piece says
@@ -75,8 +80,7 @@ class EvaluationState:
             return
         if other := found.differences(identity, ("options", "data", "weights")):
             raise OtherEvaluation(
-                f"{self.folder} holds an evaluation with another {_named(other)}; give another folder, or remove that "
-                "one"
+                f"{self.folder} holds an evaluation {_described(other)}; give another folder, or remove that one"
             )
         if (other := found.differences(identity, ("code",))) and rank == 0:
             logger.warning(f"{self.folder} was begun with other code, and is kept: {', '.join(map(str, other))}")
@@ -84,7 +88,7 @@ class EvaluationState:
     @property
     def begun(self) -> bool:
         """Whether some of it is kept."""
-        return self.folder is not None and any(self.folder.glob("batch-*.json"))
+        return begun(self.folder)
 
     def read(self, name: str, of: Any = None) -> Any:
         """What `write` was given under this name, or None; also where a crash of the machine left a damaged file."""
@@ -170,6 +174,17 @@ class EvaluationState:
             self._said = doing
 
 
+def _described(differences: Sequence[Difference]) -> str:
+    """Of what else a folder holds an evaluation, in words."""
+    known = [one for one in differences if (one.name, one.before) != ("network", None)]
+    if not known:
+        return (
+            "that an older version of tscnc-hf began, which did not keep what the network computes beside its "
+            "weights: whether it was this one, nobody can tell"
+        )
+    return f"with another {_named(known)}"
+
+
 def _named(differences: Sequence[Difference]) -> str:
     """What differs, by names that say something: no digests, and not that another n or seed draws other images."""
     data = [difference for difference in differences if difference.part == "data"]
@@ -178,7 +193,10 @@ def _named(differences: Sequence[Difference]) -> str:
     drawn_anew = counts or any(difference.name == "seed" for difference in options)
     names = list(dict.fromkeys(difference.name.split(".")[0] for difference in options))
     names += ["data"] if data and not drawn_anew else []
-    names += ["model"] if any(difference.part == "weights" for difference in differences) else []
+    weights = {difference.name for difference in differences if difference.part == "weights"}
+    names += ["model"] if "model" in weights else []
+    if weights == {"network"}:
+        names.append("network (the same weights, and other settings in its config or its modules)")
     if not options:
         return ", ".join(names)
     first = options[0]

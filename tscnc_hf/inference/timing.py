@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from tscnc_hf.evaluation.numbers import finite_number, whole_number
+
 
 @dataclass
 class Timing:
@@ -48,7 +50,11 @@ def interleaved(
         after: called with the number of each turn that is done.
         burst: seconds for which each is called again and again in its turn, twice at least; the median counts, without
             the first call: some runtimes' threads go on spinning for a while, in the way of the next one's.
+
+    Raises:
+        ValueError: a number of turns below 1, or seconds below 0.
     """
+    _check(seconds, least, most, burst)
     for call in calls.values():
         call()
     taken: dict[str, list[float]] = {name: [] for name in calls}
@@ -83,7 +89,11 @@ def race(
         kinds: of each; compared are those of a kind, and kinds only where one is twice as fast as another.
         least, most: numbers of turns of those that stay.
         burst: as of `interleaved`.
+
+    Raises:
+        ValueError: as `interleaved`.
     """
+    _check(seconds, least, most, burst)
     for call in calls.values():
         call()
     behind: dict[str, list[float]] = {name: [] for name in calls}
@@ -105,6 +115,13 @@ def race(
         racing = [name for name in racing if best[name] <= min(BEHIND, slack * of_kind[kinds[name]])]
     # of two turns the better: whatever came in its way in the other
     return {name: shortest * statistics.median_low(times) for name, times in behind.items()}
+
+
+def _check(seconds: float, least: int, most: int, burst: float) -> None:
+    for name, turns in (("least", least), ("most", most)):
+        whole_number(name, turns, 1)
+    for name, value in (("seconds", seconds), ("burst", burst)):
+        finite_number(name, value)
 
 
 def _milliseconds(call: Callable[[], object], burst: float) -> float:

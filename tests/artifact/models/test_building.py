@@ -248,3 +248,24 @@ def test_the_kind_of_attention_is_used_and_is_no_part_of_what_is_saved(tmp_path)
     assert "attn" not in (tmp_path / "config.json").read_text().replace("attention_probs", "")
     with pytest.raises(ValueError, match="flash_nonsense"):
         vit_from_config(NAMES, (8, 8), attention="flash_nonsense", **sizes)
+
+
+@pytest.mark.parametrize("wrong", [[1], 5, "x", {1: 2}])
+def test_arguments_of_timm_without_names_are_refused(wrong):
+    with pytest.raises(ValueError, match="^model_args=.*: give arguments by name, a map such as"):
+        timm_model("resnet18", ["a", "b"], (8, 8), model_args=wrong)
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"mlp_ratio": 0}, "mlp_ratio=0: "),
+        ({"mlp_ratio": -1}, "mlp_ratio=-1: "),
+        ({"mlp_ratio": float("nan")}, "mlp_ratio=nan: "),
+        ({"channels": 0}, "channels=0: give 1 or more"),
+        ({"patch_size": (4,)}, r"patch_size=\(4,\): give a side, or height and width"),
+    ],
+)
+def test_sizes_of_which_no_vit_is_made(wrong, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        vit_from_config(["a", "b"], (8, 8), **wrong)

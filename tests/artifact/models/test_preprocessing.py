@@ -241,3 +241,10 @@ def test_the_processor_of_an_image_classifier_is_used_at_its_own_size():
     fitted = preprocessing(model, processor)._replace(geometry=None)
     ours = logits_fn(model, fitted)(torch.from_numpy(made)[None] / 255)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("wrap", [lambda wrong: wrong, lambda wrong: SimpleNamespace(image_processor=wrong)])
+def test_a_class_of_image_processors_is_none(wrap, build):
+    """It has means and deviations, those of no model, and nothing that could be saved."""
+    with pytest.raises(ValueError, match="processing_class=ViTImageProcessor is a class.*from_pretrained"):
+        preprocessing(build("vit")[0], wrap(transformers.ViTImageProcessor))

@@ -94,6 +94,16 @@ def test_what_has_no_curve(grey, as_they_are):
         adversarial_examples(Brightness(), grey, epsilon=0.1, attack="clean", processing_class=as_they_are)
     with pytest.raises(ValueError, match="epsilon=8 is outside"):
         security_curve(Brightness(), grey, [8], processing_class=as_they_are)
+    for wrong, message in (
+        ({"n": -1}, "n=-1: give 1 or more"),
+        ({"n": 2.5}, "n=2.5: give a whole number, 1 or more"),
+        ({"batch_size": 0}, "batch_size=0: give 1 or more"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            security_curve(Brightness(), grey, [0.1], processing_class=as_they_are, **wrong)
+    for wrong, message in (({"count": 0}, "count=0: give 1 or more"), ({"n": -1}, "n=-1: give 1 or more")):
+        with pytest.raises(ValueError, match=message):
+            adversarial_examples(Brightness(), grey, epsilon=0.1, processing_class=as_they_are, **wrong)
     with pytest.raises(ValueError, match="the data set has no images"):
         security_curve(Brightness(), [], [0.1], processing_class=as_they_are)
 

@@ -64,7 +64,16 @@ def test_twice_the_same_and_nothing_is_left_behind(linear):
 
 
 @pytest.mark.parametrize(
-    "options, message", [({"epsilon": 8}, "8/255"), ({"epsilon": 0}, "above 0"), ({"n": 0}, "at least one image")]
+    "options, message",
+    [
+        ({"epsilon": 8}, "8/255"),
+        ({"epsilon": 0}, "above 0"),
+        ({"n": 0}, "at least one image"),
+        ({"n": 1.5}, "n=1.5: give a whole number"),
+        ({"steps": 0}, "steps=0: give 1 or more"),
+        ({"batch_size": 0}, "batch_size=0: give 1 or more"),
+        ({"batch_size": -1}, "batch_size=-1: give 1 or more"),
+    ],
 )
 def test_wrong_arguments(linear, options, message):
     with pytest.raises(ValueError, match=message):

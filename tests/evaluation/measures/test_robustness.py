@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from scipy.stats import binomtest
@@ -235,7 +236,8 @@ def test_the_seed_draws_other_starts():
 
     class Recording(Batched):
         def forward(self, x):
-            starts.append(x.detach().clone())
+            if len(x) > 1:  # one image is sent through before
+                starts.append(x.detach().clone())
             return super().forward(x)
 
     model, data = Recording(), digits_like(8)
@@ -268,6 +270,13 @@ def test_n_draws_images_with_the_seed():
         ({"n": 0}, "n=0 of a data set of 12 images: give n between 1 and 12"),
         ({"n": 13}, "n=13 of a data set of 12"),
         ({"n": -1}, "n=-1"),
+        ({"n": 1.5}, "n=1.5: give a whole number"),
+        ({"n": True}, "n=True: give a whole number"),
+        ({"batch_size": 0}, "batch_size=0: give 1 or more"),
+        ({"batch_size": -1}, "batch_size=-1: give 1 or more"),
+        ({"batch_size": 2.5}, "batch_size=2.5: give a whole number, 1 or more"),
+        ({"seed": 0.5}, "seed=0.5: give a whole number"),
+        ({"seed": None}, "seed=None: give a whole number"),
         ({"attacks": ("clean", "cw")}, "'cw' does not exist; known are clean, fgsm, pgd-K and cw-K"),
         ({"attacks": ("pgd-0",)}, "'pgd-0' does not exist"),
         ({"attacks": ("pgd",)}, "'pgd' does not exist"),
@@ -280,6 +289,15 @@ def test_n_draws_images_with_the_seed():
 def test_wrong_requests(options, message):
     with pytest.raises(ValueError, match=message):
         evaluate(batched(), digits_like(12), **options)
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path):
+    """Plain ones, which can be written down, whatever they were given as."""
+    given = {"n": np.int64(8), "seed": np.int64(1), "batch_size": np.int32(4), "epsilon": np.float32(0.25)}
+    report = evaluate(batched(), digits_like(12), state_folder=tmp_path, **given)
+    plain = {"n": 8, "seed": 1, "batch_size": 4, "epsilon": 0.25}
+    assert evaluate(batched(), digits_like(12), state_folder=tmp_path, **plain) == report
+    assert type(report.threat_model["seed"]) is int
 
 
 def test_an_empty_data_set():

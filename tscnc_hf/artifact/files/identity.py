@@ -64,7 +64,7 @@ class RunIdentity:
         """
         found, usual = [], {**self.usual, **now.usual}
         for part in parts:
-            before, after = _flat(getattr(self, part)), _flat(getattr(now, part))
+            before, after = flat(getattr(self, part)), flat(getattr(now, part))
             missing = usual if part == "options" else {}
             pairs = {n: (before.get(n, missing.get(n)), after.get(n, missing.get(n))) for n in {**before, **after}}
             names = [name for name, (was, is_now) in pairs.items() if was != is_now]
@@ -75,12 +75,14 @@ class RunIdentity:
 
     def digest(self, parts: Sequence[str] = ("options", "data", "weights")) -> str:
         """SHA-256 (16 hexadecimal digits) of some parts, by default of all but the code."""
-        flat = {part: _flat(getattr(self, part)) for part in parts}
-        if "options" in flat:
-            flat["options"] = {k: v for k, v in flat["options"].items() if k not in self.usual or self.usual[k] != v}
-        if "data" in flat:
-            flat["data"] = {k: v for k, v in flat["data"].items() if not k.startswith(ASKED)}
-        return hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()[:16]
+        parted = {part: flat(getattr(self, part)) for part in parts}
+        if "options" in parted:
+            parted["options"] = {
+                k: v for k, v in parted["options"].items() if k not in self.usual or self.usual[k] != v
+            }
+        if "data" in parted:
+            parted["data"] = {k: v for k, v in parted["data"].items() if not k.startswith(ASKED)}
+        return hashlib.sha256(json.dumps(parted, sort_keys=True).encode()).hexdigest()[:16]
 
     def to_dict(self) -> dict[str, Any]:
         """The four parts, plain JSON types."""
@@ -144,9 +146,9 @@ def _plain(value: Any) -> Any:
     return json.loads(json.dumps(value))
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested maps as one, names joined by dots; an empty map counts as a value."""
-    flat = {}
+    found = {}
     for name, value in _plain(values).items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {f"{prefix}{name}": value}
-    return flat
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {f"{prefix}{name}": value}
+    return found

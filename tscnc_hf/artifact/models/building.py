@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import timm
 from transformers import (
@@ -82,10 +82,14 @@ def vit_from_config(
             interpolation that no attack can go through (`check_input_size`).
     """
     patch = (patch_size, patch_size) if isinstance(patch_size, int) else tuple(patch_size)
+    if len(patch) != 2:
+        raise ValueError(f"patch_size={patch_size}: give a side, or height and width, in pixels")
     sizes = {"patch_size": min(patch), "hidden_size": hidden_size, "num_hidden_layers": num_hidden_layers}
-    for name, value in (sizes | {"num_attention_heads": num_attention_heads}).items():
+    for name, value in (sizes | {"num_attention_heads": num_attention_heads, "channels": channels}).items():
         if value < 1:
             raise ValueError(f"{name}={value}: give 1 or more")
+    if not (mlp_ratio < float("inf") and round(hidden_size * mlp_ratio) >= 1):
+        raise ValueError(f"mlp_ratio={mlp_ratio}: hidden_size={hidden_size} times it is to be 1 or more")
     height, width = check_input_size(image_size, input_size, interpolation)
     if height % patch[0] or width % patch[1]:
         size = height if height == width else f"{height}x{width}"
@@ -140,10 +144,13 @@ def timm_model(
             timm's weights, or "bilinear".
 
     Raises:
-        ValueError: timm does not know the name (similar names are listed), or refuses the arguments; an interpolation
-            that no attack can go through (`check_input_size`).
+        ValueError: timm does not know the name (similar names are listed), or refuses the arguments, or they have no
+            names; an interpolation that no attack can go through (`check_input_size`).
     """
-    model_args = dict(model_args or {})
+    model_args = {} if model_args is None else model_args
+    if not isinstance(model_args, Mapping) or not all(isinstance(key, str) for key in model_args):
+        raise ValueError(f'model_args={model_args!r}: give arguments by name, a map such as {{"drop_path_rate": 0.1}}')
+    model_args = dict(model_args)
     if channels != 3:
         model_args.setdefault("in_chans", channels)
     if not timm.is_model(name):

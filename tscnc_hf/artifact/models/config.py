@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from torch import nn
 from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING as CLASSIFIERS
 from transformers import AutoConfig, AutoImageProcessor, PreTrainedConfig, PreTrainedModel, TimmWrapperConfig
 
@@ -17,6 +18,7 @@ from transformers import AutoConfig, AutoImageProcessor, PreTrainedConfig, PreTr
 CONFIG_FILE = "config.json"
 # of config.json, what says nothing of the model that the weights make
 NOT_THE_MODEL = {"_name_or_path", "dtype", "torch_dtype", "transformers_version", "quantization_config", "tscnc"}
+NOT_COMPUTED = {"architectures", "label2id", "model_type", "pretrained_cfg", "problem_type"}  # or said by other fields
 COLOURS = {1: "grey", 3: "rgb"}  # as `channels` of load_image_data
 NOT_OURS = {
     "num_classes", "checkpoint_path", "cache_dir", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay",
@@ -95,6 +97,18 @@ def config_digest(folder: str | os.PathLike) -> str:
     except (ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path}: not a JSON object ({error}). Download it or save it again.") from error
     return hashlib.sha256(json.dumps(kept, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def what_is_computed(model: nn.Module) -> dict[str, Any]:
+    """
+    The fields of a model's config that decide what it computes with its weights, or what its outputs are called, plain
+    JSON types; empty where it has no config of transformers. The preprocessing is none of them.
+    """
+    config = getattr(model, "config", None)
+    if not isinstance(config, PreTrainedConfig):
+        return {}
+    fields = json.loads(config.to_json_string(use_diff=False))
+    return {name: value for name, value in fields.items() if name not in NOT_THE_MODEL | NOT_COMPUTED}
 
 
 def class_of(config: PreTrainedConfig, classifier: bool = True) -> type[PreTrainedModel]:

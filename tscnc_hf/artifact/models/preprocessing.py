@@ -47,11 +47,16 @@ def preprocessing(model: nn.Module, processing_class: object | None = None) -> P
 
     Raises:
         ValueError: the processor does something else to values, such as making patches or mixing channels, or no image
-            goes through it; or nothing says how inputs are normalised.
+            goes through it; nothing says how inputs are normalised; or it is the class of image processors, not one.
     """
     if isinstance(processing_class, Preprocessing):
         return processing_class
     processor = image_processor(processing_class)
+    if isinstance(processor, type) and hasattr(processor, "from_pretrained"):
+        raise ValueError(
+            f"processing_class={processor.__name__} is a class, and says nothing of this model: give an image "
+            f"processor, {processor.__name__}.from_pretrained(...) or {processor.__name__}(...) with its settings"
+        )
     of_config = _of_config(model)
     if not acts(processor):
         said = normalisation(model, processing_class)

@@ -5,19 +5,17 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitInfo, HfApi
-from transformers import PreTrainedModel
 
 from tscnc_hf.artifact.card.card import CARD_MARK, OWN_TAGS, write_card
 from tscnc_hf.artifact.card.formatting import without_paths
 from tscnc_hf.artifact.files.atomic import atomic_file, write_json
-from tscnc_hf.artifact.files.identity import RunIdentity, weights_digest
 from tscnc_hf.artifact.models.recorded_widths import KEY, recorded_widths
 from tscnc_hf.artifact.packed.limit import storage_limit
+from tscnc_hf.artifact.repository.matching import check_results
 from tscnc_hf.artifact.repository.opening import (
     CARD_FILE,
     RESULTS_FILE,
@@ -66,7 +64,8 @@ def rebuild_card(
 
     Raises:
         FileExistsError: there is a README.md that this library did not write.
-        ValueError: the results are of other weights; damaged files; weights that do not fit config.json.
+        ValueError: the results are of other weights, of another config or of another image processor
+            (`check_results`); damaged files; weights that do not fit config.json.
     """
     folder, target = repository.folder, output_folder(repository, output, "the card goes")
     if not overwrite and of_another_author(target / CARD_FILE):
@@ -88,7 +87,7 @@ def rebuild_card(
         "spectrum": spectral_report(model).to_dict(),
     }
     if results:
-        _check_results(results, model, source)
+        check_results(results, model, folder, source)
     known = {key: method[key] for key in RUN_FACTS if method.get(key)}
     recorded = without_paths(known["dataset_name"]) if known.get("dataset_name") else None
     trained, said = _facts_of_card(folder / CARD_FILE, recorded, results.get("dataset"))
@@ -140,17 +139,6 @@ def publish(folder: str | os.PathLike, repo_id: str, **options: Any) -> CommitIn
     else:
         rebuild_card(repository, model_name=repo_id)
     return push_folder(folder, repo_id, **options)
-
-
-def _check_results(results: Mapping[str, Any], model: PreTrainedModel, source: str | os.PathLike) -> None:
-    """A card must not show the accuracies of another model than the one beside it."""
-    advice = "Evaluate this model (tscnc evaluate) and give its results.json with --results"
-    try:
-        of = RunIdentity.from_dict(results.get("identity"))
-    except ValueError:
-        raise ValueError(f"{source} does not say which weights it is of. {advice}") from None
-    if of.differences(RunIdentity(weights={"model": weights_digest(model)}), ["weights"]):
-        raise ValueError(f"{source} is of other weights than those in the folder. {advice}")
 
 
 def _facts_of_card(path: Path, trained: str | None, measured: str | None) -> tuple[str | None, dict[str, Any]]:

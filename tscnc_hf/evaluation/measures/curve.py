@@ -12,6 +12,7 @@ from torch.utils.data import Subset
 
 from tscnc_hf.evaluation.measures.robustness import evaluate_robustness
 from tscnc_hf.evaluation.measures.robustness_report import AttackResult
+from tscnc_hf.evaluation.numbers import whole_number
 from tscnc_hf.evaluation.state import EvaluationState
 from tscnc_hf.evaluation.subset import drawn
 from tscnc_hf.method.adversarial.pixels import pixel_quantity
@@ -90,6 +91,7 @@ def security_curve(
     """
     if attack == "clean":
         raise ValueError("attack='clean' has no radius; use an attack such as 'pgd-20'")
+    n, batch_size = whole_number("n", n, 1), whole_number("batch_size", batch_size, 1)
     radii = sorted({pixel_quantity("epsilon", epsilon, norm) for epsilon in epsilons} - {0.0})
     left = sorted(drawn(len(dataset), n, seed))
     count, points = len(left), []

@@ -14,6 +14,7 @@ from tscnc_hf.artifact.models.preprocessing import preprocessing
 from tscnc_hf.data.batches import check_items, collate
 from tscnc_hf.evaluation.attacks import make_attack
 from tscnc_hf.evaluation.memory import InParts
+from tscnc_hf.evaluation.numbers import whole_number
 from tscnc_hf.evaluation.state import EvaluationState
 from tscnc_hf.evaluation.subset import drawn
 from tscnc_hf.method.adversarial.pixels import attack_mode, pixel_logits, pixel_quantity
@@ -80,6 +81,7 @@ def adversarial_examples(
     run = make_attack(attack, epsilon, norm).run
     if run is None:
         raise ValueError("attack='clean' makes no adversarial examples; use an attack such as 'pgd-20'")
+    count, n, seed = whole_number("count", count, 1), whole_number("n", n, 1), whole_number("seed", seed)
     device = next(model.parameters()).device
     check_items(dataset)
     forward = pixel_logits(model, *preprocessing(model, processing_class))

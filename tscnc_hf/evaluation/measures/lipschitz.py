@@ -15,6 +15,7 @@ from tscnc_hf.artifact.models.preprocessing import preprocessing
 from tscnc_hf.data.batches import check_items, collate
 from tscnc_hf.data.identity import random_states_kept
 from tscnc_hf.evaluation.memory import halving
+from tscnc_hf.evaluation.numbers import whole_number
 from tscnc_hf.evaluation.state import EvaluationState
 from tscnc_hf.evaluation.subset import drawn
 from tscnc_hf.method.adversarial.pgd import seeded_generator
@@ -87,9 +88,11 @@ def evaluate_lipschitz(
         state (*optional*): where what was found is kept, and which processes share the images.
 
     Raises:
-        ValueError: epsilon outside (0, 1], no images, n or steps below 1.
+        ValueError: epsilon outside (0, 1], no images; n, steps or batch_size below 1, or no whole number.
     """
     epsilon = pixel_quantity("epsilon", epsilon)
+    n, steps, seed = whole_number("n", n), whole_number("steps", steps, 1), whole_number("seed", seed)
+    batch_size = whole_number("batch_size", batch_size, 1)
     check_items(dataset)
     size = len(dataset)
     if size == 0 or n < 1:

@@ -20,7 +20,8 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from tscnc_hf import __version__
-from tscnc_hf.artifact.files.identity import RunIdentity, code_identity, weights_digest
+from tscnc_hf.artifact.files.identity import RunIdentity, code_identity
+from tscnc_hf.artifact.files.network import model_identity
 from tscnc_hf.artifact.models.loading import load_model
 from tscnc_hf.artifact.models.preprocessing import preprocessing
 from tscnc_hf.data.batches import check_items, collate
@@ -28,12 +29,14 @@ from tscnc_hf.data.class_names import class_names_of, class_names_of_model, comp
 from tscnc_hf.data.identity import random_states_kept
 from tscnc_hf.evaluation.attacks import KNOWN_ATTACKS, Attack, check_fit, make_attack
 from tscnc_hf.evaluation.duration import estimate, estimate_text, timed
+from tscnc_hf.evaluation.fitting import check_outputs, check_stored_labels, dense_preprocessing, one_image
 from tscnc_hf.evaluation.measures.classes import collapse, confusion
 from tscnc_hf.evaluation.measures.masking import masking_report
 from tscnc_hf.evaluation.measures.robustness_report import AttackResult, RobustnessReport
 from tscnc_hf.evaluation.memory import InParts, announce, halving
+from tscnc_hf.evaluation.numbers import whole_number
 from tscnc_hf.evaluation.precision import check_precision, lowered, multiplying
-from tscnc_hf.evaluation.state import FORMAT, EvaluationState, OtherEvaluation, data_identity
+from tscnc_hf.evaluation.state import FORMAT, EvaluationState, OtherEvaluation, begun, data_identity
 from tscnc_hf.evaluation.subset import drawn
 from tscnc_hf.method.adversarial.ball import check_norm
 from tscnc_hf.method.adversarial.pixels import Preprocessing, attack_mode, pixel_logits, pixel_quantity
@@ -89,7 +92,8 @@ def evaluate_robustness(
         state_folder (*optional*): what each attack (each part of "autoattack") found on a batch is kept there, and so
             are the masking checks; an evaluation that was cut off goes on.
         masking (`bool`): run the gradient-masking checks (`tscnc_hf.evaluation.measures.masking`) on up to 64 images.
-        dense_model (*optional*): the model before pruning, likewise, whose adversarial images must not be stronger.
+        dense_model (*optional*): the model before pruning, likewise, whose adversarial images must not be stronger:
+            one of the checks, and of no use without them.
         dense_processing_class (*optional*): its image processor; defaults to `processing_class`.
         distributed (`bool`): share the batches among the processes of `accelerate launch`; all of them must call this
             and all get the whole report.
@@ -98,11 +102,15 @@ def evaluate_robustness(
 
     Raises:
         ValueError: unknown attack or norm, a precision that the device has not, an attack that needs more classes,
-            epsilon outside its range, no images, n too large, labels that the model has no output for, class names as
-            `compare_class_names` (others are a warning), a model that returns probabilities, a state folder of another
+            epsilon outside its range, no images, n too large, a number that is none, labels that the model has no
+            output for (of all images before the first attack, where a data set stores them apart from its images),
+            class names as `compare_class_names` (others are a warning), a model that returns probabilities, a dense
+            model that is of no use, does not take the images or has other outputs, a state folder of another
             evaluation.
         ImportError: an attack needs a package that is not installed.
     """
+    if dense_model is not None and not masking:
+        raise ValueError("dense_model is for the masking checks alone, and masking=False leaves them out: drop one")
     model, processing_class = _by_name(model, processing_class)
     names, theirs = class_names_of_model(model), class_names_of(dataset)
     warning = compare_class_names(names, theirs) if names and theirs else None
@@ -122,12 +130,14 @@ def evaluate_robustness(
         state_folder=state_folder,
         distributed=distributed,
         attack_precision=attack_precision,
+        dense_model=dense_model,
+        dense_processing_class=dense_processing_class,
     )
     if warning and work.state.rank == 0:
         logger.warning(warning)
     report = work.accuracies()
     if masking:
-        report = replace(report, masking=work.checks(dense_model, dense_processing_class))
+        report = replace(report, masking=work.checks())
     return report
 
 
@@ -150,7 +160,8 @@ class Robustness:
 
     Attributes:
         state: where what is found is kept, and how it is shared.
-        epsilon, n: as numbers.
+        epsilon, n, seed, batch_size: as numbers.
+        outputs: of the model; not known of an evaluation that goes on, but with a dense model.
     """
 
     def __init__(
@@ -159,9 +170,12 @@ class Robustness:
         device: torch.device | str | None = None, progress: bool = True,
         state_folder: str | os.PathLike | None = None, mixed: bool = False, distributed: bool = False,
         writing: Callable[[], AbstractContextManager] = nullcontext, attack_precision: str = "float32",
+        dense_model: nn.Module | None = None, dense_processing_class: object | None = None,
     ):  # fmt: skip
         check_norm(norm)
         self.epsilon = pixel_quantity("epsilon", epsilon, norm)
+        self.seed, self.batch_size = whole_number("seed", seed), whole_number("batch_size", batch_size, 1)
+        n = None if n is None else whole_number("n", n)
         if not attacks:
             raise ValueError(f"no attack was named; known are {KNOWN_ATTACKS}")
         attacks = [attacks] if isinstance(attacks, str) else attacks
@@ -173,8 +187,9 @@ class Robustness:
         if n is not None and not 0 < n <= size:
             raise ValueError(f"n={n} of a data set of {size} images: give n between 1 and {size} (or leave it out)")
         self.n, self.model, self.dataset = size if n is None else n, model, dataset
-        self.places = sorted(drawn(size, self.n, seed))
-        self.norm, self.seed, self.batch_size, self.progress = norm, seed, batch_size, progress
+        self.places = sorted(drawn(size, self.n, self.seed))
+        self.norm, self.progress, self.dense_model = norm, progress, dense_model
+        self._refuse_unused(dense_processing_class)
         device = next(model.parameters()).device if device is None else torch.device(device)
         rank, world = _processes(device) if distributed else (0, 1)
         self.device = PartialState().device if world > 1 else device
@@ -185,6 +200,9 @@ class Robustness:
         self.forward = pixel_logits(model, *self.preprocessing)
         if state_folder is not None and mixed:
             state_folder = Path(state_folder) / self.identity.digest()
+        folder = None if state_folder is None else Path(state_folder)
+        if dense_model is not None or not begun(folder):  # before anything is written
+            self._send_one(processing_class if dense_processing_class is None else dense_processing_class)
         identity = None if state_folder is None else self.identity
         self.state = EvaluationState(state_folder, identity, rank, world, progress, writing)
 
@@ -207,8 +225,31 @@ class Robustness:
             parameters[attack.name] = dict(attack.parameters)
             if number := parameters[attack.name].pop("version", None):
                 code[attack.parameters["implementation"].replace("_", "-")] = number
-        weights, data = {"model": weights_digest(self.model)}, data_identity(self.dataset, self.places)
-        return RunIdentity(options | {"attacks": parameters}, data, code, weights)
+        data = data_identity(self.dataset, self.places)
+        return RunIdentity(options | {"attacks": parameters}, data, code, model_identity(self.model))
+
+    def _refuse_unused(self, dense_processing_class: object | None) -> None:
+        if self.dense_model is not None and not self.attacked:
+            raise ValueError(
+                "dense_model is for the checks for hidden gradients, and there are none where nothing is attacked "
+                f"(attacks: {', '.join(attack.name for attack in self.attacks)}; epsilon={self.epsilon:g}): name an "
+                "attack and a radius above 0, or leave dense_model out"
+            )
+        if self.dense_model is None and dense_processing_class is not None:
+            raise ValueError("dense_processing_class is of a dense_model, and none is given: give both, or none")
+
+    def _send_one(self, dense_processing_class: object | None) -> None:
+        """Whether images, labels, attacks and the dense model fit the model, as far as one image tells."""
+        with random_states_kept():
+            batch = collate([self.dataset[self.places[0]]])
+        x, label = batch["pixel_values"].to(self.device), int(batch["labels"][0])
+        self.outputs = _outputs(one_image(self.model, self.forward, x))
+        check_stored_labels(self.dataset, self.places, self.outputs)
+        check_outputs(label, label, self.outputs)
+        for attack in self.attacks:
+            check_fit(attack, self.outputs, tuple(x.shape[-2:]))
+        if self.dense_model is not None:
+            self._dense = dense_preprocessing(self.dense_model, dense_processing_class, x, self.outputs)
 
     def accuracies(self) -> RobustnessReport:
         """The report but for its masking checks."""
@@ -256,6 +297,7 @@ class Robustness:
         """How long it will take at most, in words: of all processes together, as far as they are alike."""
         batch = collate([self.dataset[place] for place in self.places[: self.batch_size]])
         x, y = batch["pixel_values"].to(self.device), batch["labels"].to(self.device)
+        check_outputs(int(y.min()), int(y.max()), self.outputs)
         with attack_mode(self.model):
             low = lowered(self.forward, self.attack_precision)
             with multiplying(self.attack_precision):
@@ -288,17 +330,15 @@ class Robustness:
         """Up to 64 of the images, as drawn."""
         return collate([self.dataset[place] for place in drawn(len(self.dataset), min(self.n, CHECKED), self.seed)])
 
-    def checks(self, dense_model: nn.Module | None, dense_processing_class: object | None) -> dict | None:
+    def checks(self) -> dict | None:
         """The masking checks on up to 64 of the images, fewer if memory runs out; None where nothing is attacked."""
         if not self.attacked:
             return None
         options, of = {"epsilon": self.epsilon, "norm": self.norm, "seed": self.seed}, None
-        if dense_model is not None:
-            processor = self.processing_class if dense_processing_class is None else dense_processing_class
-            how = preprocessing(dense_model, processor)
-            options["dense_fn"] = pixel_logits(dense_model.to(self.device), *how)
+        if self.dense_model is not None:
+            options["dense_fn"] = pixel_logits(self.dense_model.to(self.device), *self._dense)
             if self.state.folder is not None:
-                of = {"model": weights_digest(dense_model), "preprocessing": self._how(how)}
+                of = model_identity(self.dense_model) | {"preprocessing": self._how(self._dense)}
         batch = self._some()
         x, y = batch["pixel_values"].to(self.device), batch["labels"].to(self.device)
 
@@ -308,7 +348,7 @@ class Robustness:
             return masking_report(self.forward, x[:count], y[:count], **given).to_dict()
 
         with ExitStack() as stack:
-            for model in (self.model, dense_model):
+            for model in (self.model, self.dense_model):
                 if model is not None:
                     stack.enter_context(attack_mode(model))
             return halving(check, len(x))
@@ -375,23 +415,24 @@ def _attack_batch(
 
 def check_logits(logits: Tensor, y: Tensor) -> None:
     """ValueError when `logits` (b, k) cannot be logits for these labels: wrong shape, not finite, probabilities."""
+    check_outputs(int(y.min()), int(y.max()), _outputs(logits))
+    if not torch.isfinite(logits).all():
+        raise ValueError("the model returns logits that are not finite for clean images")
+    refuse_probabilities(logits)
+
+
+def _outputs(logits: Tensor) -> int:
     if logits.ndim != 2:
         raise ValueError(
             f"the model returns a tensor of shape {tuple(logits.shape)}; logits (batch, classes) are needed"
         )
-    low, high, classes = int(y.min()), int(y.max()), logits.shape[1]
-    if low < 0 or high >= classes:
-        raise ValueError(
-            f"the labels lie between {low} and {high}, the model has {classes} outputs (0 to {classes - 1}): is this "
-            "the data set that it was trained for, with its classes in the same order?"
-        )
-    if not torch.isfinite(logits).all():
-        raise ValueError("the model returns logits that are not finite for clean images")
-    if (
-        classes > 1
-        and (logits >= 0).all()
-        and torch.allclose(logits.sum(-1), torch.ones_like(logits[:, 0]), atol=1e-3)
-    ):
+    return logits.shape[1]
+
+
+def refuse_probabilities(logits: Tensor) -> None:
+    """ValueError where `logits` (b, k) are probabilities already, which neither attacks nor a cross-entropy suit."""
+    sums = logits.sum(-1)
+    if logits.shape[1] > 1 and (logits >= 0).all() and torch.allclose(sums, torch.ones_like(sums), atol=1e-3):
         raise ValueError(
             "the model returns probabilities (each row is >= 0 and sums to 1); attacks need logits: leave out its "
             "softmax, or wrap it to return log(p)"

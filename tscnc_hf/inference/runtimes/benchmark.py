@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from tscnc_hf.evaluation.numbers import finite_number, whole_number
 from tscnc_hf.inference.compiling import TOLERANCE
 from tscnc_hf.inference.runtimes.installed import OURS, RUNTIMES, installed, prepared
 from tscnc_hf.inference.timing import interleaved, ratios
@@ -97,12 +98,19 @@ def measure_latency(
 
     Raises:
         ValueError: a runtime's logits differ from those of torch eager by more than 1e-4 of their range; an unknown
-            name; a batch below 1. Also see `sparse_compile`.
+            name, or none; a batch, a side of the images or threads below 1, seconds below 0. Also as `sparse_compile`.
     """
+    for name, values in (("names", names), ("batches", batches)):
+        if len(values) == 0:
+            raise ValueError(f"{name}={values!r}: there is nothing to measure; give one or more")
+    if len(size) != 3:
+        raise ValueError(f"size={size!r}: give channels, height and width")
     if unknown := [name for name in names if name not in RUNTIMES]:
         raise ValueError(f"{', '.join(unknown)}: no such runtime; there are {', '.join(RUNTIMES)}")
-    if wrong := [batch for batch in batches if batch < 1]:
-        raise ValueError(f"batch {wrong[0]}: at least 1 image is needed")
+    batches = [whole_number("batches", batch, 1) for batch in batches]
+    size = tuple(whole_number("size", side, 1) for side in size)
+    threads = None if threads is None else whole_number("threads", threads, 1)
+    finite_number("seconds", seconds)
     here = tuple(name for name in names if installed(name))
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
