@@ -196,6 +196,29 @@ def test_activations_are_part_of_the_layer_before(always_sparse, monkeypatch):
     assert isinstance(fast.unseen, SparseConv) and fast.unseen.activation == "none"
 
 
+@pytest.mark.parametrize("activation", [nn.Hardtanh(0, 10), nn.Hardtanh(-10, 10), nn.ReLU()])
+def test_an_activation_with_a_cap_stays_where_it_is(activation, always_sparse):
+    model = thinned(nn.Sequential(nn.Linear(64, 128), activation, nn.Linear(128, 10)))
+    x = torch.randn(16, 64)
+    fast = sparse_compile(model, x)
+    assert fast.report.sparse_layers
+    for scale in (1, 100, 1e4):
+        assert_same(fast, model, scale * x)
+
+
+def test_layers_that_share_a_weight(always_sparse):
+    model = nn.Sequential(
+        nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(128, 10),
+    )  # fmt: skip
+    model[3].weight = model[0].weight
+    model = thinned(model, 0.7)
+    x = torch.randn(4, 8, 4, 4)
+    fast = sparse_compile(model, x)
+    assert fast.report.sparse_layers and not any(isinstance(module, nn.BatchNorm2d) for module in fast.modules())
+    assert_same(fast, model, x)
+
+
 def test_a_dense_model_comes_back_as_it_was():
     model = nn.Sequential(nn.Flatten(), nn.Linear(192, 64), nn.ReLU(), nn.Linear(64, 10)).eval()
     fast = sparse_compile(model, torch.randn(4, 3, 8, 8))

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from tscnc_hf.method import matrices
-from tscnc_hf.method.matrices import register_matrix_view, weight_matrices
+from tscnc_hf.method.matrices import register_matrix_view, unknown_weights, weight_matrices
 
 
 def by_name(model, **options):
@@ -99,6 +99,34 @@ def test_an_unknown_layer_is_named_once_and_can_be_registered(caplog, monkeypatc
     assert by_name(model)["1.weight"].matrices.shape == (2, 3, 4)
     with pytest.raises(TypeError, match="torch.nn.Module"):
         register_matrix_view("Bilinear", lambda module, weight: weight)
+
+
+def test_weights_of_unknown_layers_are_named_whatever_they_are_called(caplog, monkeypatch):
+    monkeypatch.setattr(matrices, "_REPORTED", set())
+    model = nn.Sequential(nn.GRU(4, 8), nn.Linear(8, 2))
+    with caplog.at_level(logging.WARNING):
+        assert list(by_name(model)) == ["1.weight"]
+    assert "0 (GRU, weight_ih_l0 (24, 4)) is neither constrained nor pruned" in caplog.text
+    assert "parameter='weight_ih_l0')" in caplog.text
+    assert unknown_weights(model) == dict.fromkeys(
+        ["0.weight_ih_l0", "0.weight_hh_l0"], "no matrix view is known for GRU"
+    )
+
+
+def test_a_view_that_fits_no_parameter_or_makes_no_matrices_is_refused(monkeypatch):
+    monkeypatch.setattr(matrices, "_VIEWS", dict(matrices._VIEWS))
+
+    class LowRank(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 3))
+
+    register_matrix_view(LowRank, lambda module, weight: weight[None], parameter="wieght")
+    with pytest.raises(ValueError, match=r"0 \(LowRank\) has no parameter wieght, for which .* it has weight"):
+        by_name(nn.Sequential(LowRank()))
+    monkeypatch.setitem(matrices._VIEWS, LowRank, {"weight": lambda module, weight: weight})
+    with pytest.raises(ValueError, match=r"0.weight: the matrix view of LowRank makes \(4, 3\) of a weight of \(4, 3"):
+        _ = by_name(nn.Sequential(LowRank()))["0.weight"].matrices
 
 
 def test_attention_with_sizes_of_its_own_for_key_and_value():

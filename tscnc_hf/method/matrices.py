@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from tscnc_hf.method.weight_use import why_computed
 from tscnc_hf.method.wrappers import unwrapped
@@ -29,8 +30,19 @@ _REPORTED: set[type[nn.Module]] = set()
 # A fused projection does not say so in its class; these are the attribute names timm, torch and CLIP use for one.
 FUSED_QKV_NAMES = ("qkv", "to_qkv", "in_proj", "Wqkv", "c_attn")
 
+# Parts of the names of parameters that no layer multiplies features with.
+NO_MATRIX = ("bias", "token", "pos", "embed", "scale")
+
 # Never constrained nor pruned: these do not map features to features.
-_LEFT_OUT = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._BatchNorm)
+_LEFT_OUT = (
+    ParametrizationList,
+    nn.Embedding,
+    nn.EmbeddingBag,
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.RMSNorm,
+    nn.modules.batchnorm._BatchNorm,
+)
 
 
 @dataclass(frozen=True)
@@ -163,6 +175,11 @@ def _find(model: nn.Module, excluded: Callable[[str], bool]) -> Iterator[WeightM
         elif why := _why_computed(module):
             _report(module, f"{full_name(module_name, 'weight')} is neither constrained nor pruned: {why}")
             continue
+        if views and not any(hasattr(module, parameter) for parameter in views):
+            raise ValueError(
+                f"{module_name or 'the model'} ({type(module).__name__}) has no parameter {' or '.join(views)}, for "
+                f"which register_matrix_view was called; it has {', '.join(module._parameters) or 'none'}"
+            )
         for parameter, view in views.items():
             name = full_name(module_name, parameter)
             if parameter not in module._parameters:
@@ -177,7 +194,18 @@ def _find(model: nn.Module, excluded: Callable[[str], bool]) -> Iterator[WeightM
                 continue
             if isinstance(module, nn.Linear) and _is_fused(module_name, weight):
                 view = _blocks_of_three
-            yield WeightMatrix(name, module, weight, partial(view, module))
+            yield WeightMatrix(name, module, weight, partial(_seen, name, module, view))
+
+
+def _seen(name: str, module: nn.Module, view: MatrixView, weight: Tensor) -> Tensor:
+    matrices = view(module, weight)
+    if not isinstance(matrices, Tensor) or matrices.ndim != 3:
+        found = tuple(matrices.shape) if isinstance(matrices, Tensor) else type(matrices).__name__
+        raise ValueError(
+            f"{name}: the matrix view of {type(module).__name__} makes {found} of a weight of {tuple(weight.shape)}; "
+            "(b, r, c) is needed, one matrix as weight.flatten(1)[None]"
+        )
+    return matrices
 
 
 def _views(module: nn.Module) -> dict[str, MatrixView]:
@@ -194,7 +222,7 @@ def _why_not(name: str, module: nn.Module, weight: Tensor, excluded: Callable[[s
     parameter = name.rsplit(".", 1)[-1]
     if parameter != "weight" and isinstance(module, LAYERS) and _why_computed(module):
         return "what the weight is computed from"
-    if weight.ndim < 2 or any(word in parameter for word in ("bias", "token", "pos", "embed", "scale")):
+    if weight.ndim < 2 or any(part in parameter for part in NO_MATRIX):
         return "bias, scale, position or token"
     return "tied to another weight" if _views(module) else f"no matrix view for {type(module).__name__}"
 
@@ -212,16 +240,40 @@ def _conv_transpose_view(module: nn.Module, weight: Tensor) -> Tensor:
     return weight.reshape(groups, inputs // groups, outputs, -1).transpose(1, 2).reshape(groups, outputs, -1)
 
 
+def unknown_weights(model: nn.Module) -> dict[str, str]:
+    """
+    The weights with two dimensions or more of layers that no matrix view is known for, which are neither constrained
+    nor pruned nor reported on: name -> why. Norms, embeddings, biases, scales, positions and tokens are none of them.
+    """
+    return {
+        full_name(module_name, parameter): f"no matrix view is known for {type(module).__name__}"
+        for module_name, module in model.named_modules()
+        if not _views(module)
+        for parameter in _unknown(module)
+    }
+
+
+def _unknown(module: nn.Module) -> list[str]:
+    if isinstance(module, _LEFT_OUT):
+        return []
+    return [
+        name
+        for name, weight in module._parameters.items()
+        if weight is not None and weight.squeeze().ndim >= 2 and not any(part in name for part in NO_MATRIX)
+    ]
+
+
 def _report_unknown(module_name: str, module: nn.Module) -> None:
-    weight = module._parameters.get("weight")
-    if weight is None or weight.squeeze().ndim < 2 or isinstance(module, _LEFT_OUT):
+    kind, names = type(module).__name__, _unknown(module)
+    if not names:
         return
-    kind = type(module).__name__
+    more = "" if names[0] == "weight" else f", parameter={names[0]!r}"
     _report(
         module,
-        f"{module_name or 'the model'} ({kind}, weight {tuple(weight.shape)}) is neither constrained nor pruned: no "
-        "matrix view is known for it. To add one:\n"
-        f"    tscnc_hf.method.matrices.register_matrix_view({kind}, lambda module, weight: weight.flatten(1)[None])",
+        f"{module_name or 'the model'} ({kind}, {names[0]} {tuple(module._parameters[names[0]].shape)}) is neither "
+        "constrained nor pruned: no matrix view is known for it. To add one:\n"
+        f"    tscnc_hf.method.matrices.register_matrix_view({kind}, lambda module, weight: weight.flatten(1)[None]"
+        f"{more})",
     )
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from tscnc_hf.inference.runtimes import benchmark
 from tscnc_hf.inference.runtimes.benchmark import measure_latency
 from tscnc_hf.inference.runtimes.installed import OURS, RUNTIMES, installed
-from tscnc_hf.inference.timing import Timing, interleaved
+from tscnc_hf.inference.timing import Timing, interleaved, race
 
 
 def network():
@@ -45,12 +45,21 @@ def test_without_ours_there_is_nothing_to_compare_with():
     "options, message",
     [
         ({"names": ("eager", "TVM")}, "TVM: no such runtime; there are eager, channels_last"),
-        ({"batches": (1, 0)}, "batch 0: at least 1"),
+        ({"batches": (1, 0)}, "batches=0: give 1 or more"),
+        ({"batches": (1.5,)}, "batches=1.5: give a whole number, 1 or more"),
+        ({"batches": ()}, r"batches=\(\): there is nothing to measure"),
+        ({"names": ()}, r"names=\(\): there is nothing to measure"),
+        ({"threads": 0}, "threads=0: give 1 or more"),
+        ({"threads": -1}, "threads=-1: give 1 or more"),
+        ({"seconds": -1.0}, "seconds=-1.0: give a number, 0 or more"),
+        ({"seconds": float("nan")}, "seconds=nan: give a number, 0 or more"),
+        ({"size": (3, 8)}, r"size=\(3, 8\): give channels, height and width"),
+        ({"size": (3, 8, 0)}, "size=0: give 1 or more"),
     ],
 )
 def test_wrong_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        measure_latency(network(), (3, 8, 8), **options)
+        measure_latency(network(), **({"size": (3, 8, 8)} | options))
 
 
 def test_a_runtime_that_computes_something_else_is_refused(monkeypatch):
@@ -63,6 +72,13 @@ def test_a_runtime_that_computes_something_else_is_refused(monkeypatch):
     monkeypatch.setattr(benchmark, "prepared", wrong)
     with pytest.raises(ValueError, match="channels_last: logits differ"):
         measure_latency(network(), (3, 8, 8), (2,), names=("eager", "channels_last"))
+
+
+@pytest.mark.parametrize("wrong", [{"most": 0}, {"least": 0}, {"seconds": -1}, {"burst": float("inf")}])
+@pytest.mark.parametrize("measure", [interleaved, lambda calls, **how: race(calls, dict.fromkeys(calls), **how)])
+def test_turns_and_seconds_that_are_none_are_refused(wrong, measure):
+    with pytest.raises(ValueError, match=f"^{next(iter(wrong))}="):
+        measure({"a": lambda: pytest.fail("it was called")}, **({"seconds": 0.1} | wrong))
 
 
 def test_calls_are_made_in_turns():

@@ -140,3 +140,22 @@ def test_what_is_recomputed_in_the_backward_has_the_perturbed_weights(reentrant,
         loss.backward()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[name])
+
+
+@pytest.mark.parametrize("size", [1e-12, 1e-15, 1e-19, 1e-21, 1e-25, 1e-30, 1e-37, 1e-40])
+def test_it_is_as_long_as_it_says_however_small_the_gradient_is(size):
+    """A classifier that is sure of its batch: squares of its gradients are zero in float32."""
+    torch.manual_seed(0)
+    weight, pattern = torch.randn(64, 64), torch.randn(64, 64)
+    weight[0] = 0
+    gradient = (pattern.double() * size).float()
+    move = perturbation({"w": weight}, {"w": gradient}, GAMMA)["w"].double()
+    assert move.norm().item() == pytest.approx(GAMMA * weight.double().norm().item(), rel=1e-5)
+    direction = gradient.double() * (weight != 0)
+    torch.testing.assert_close(move / move.norm(), direction / direction.norm(), rtol=1e-4, atol=1e-7)
+
+
+def test_no_gradient_is_no_move_however_long_the_weight_is():
+    """Nor a NaN: gamma |w| over the smallest number there is would be infinite here."""
+    weight = torch.ones(1000, 1000)
+    assert (perturbation({"w": weight}, {"w": torch.zeros_like(weight)}, GAMMA)["w"] == 0).all()

@@ -135,3 +135,41 @@ def test_a_convolution_that_computes_its_weight_is_not_folded(attach):
     attach(model[4])
     folded = folded_copy(model, torch.randn(2, 3, 8, 8))
     assert folded is None or folded.pairs == (("0", "1"),)
+
+
+class Tied(nn.Module):
+    """Two convolutions with one weight and one bias, a batch norm behind each, and a third without a norm."""
+
+    def __init__(self, bias: bool):
+        super().__init__()
+        self.conv1, self.norm1 = nn.Conv2d(3, 3, 3, padding=1, bias=bias), nn.BatchNorm2d(3)
+        self.conv2, self.norm2 = nn.Conv2d(3, 3, 3, padding=1, bias=bias), nn.BatchNorm2d(3)
+        self.conv3, self.again = nn.Conv2d(3, 3, 3, padding=1, bias=bias), self.norm2
+        self.head = nn.Linear(3, 10)
+        for conv in (self.conv2, self.conv3):
+            conv.weight, conv.bias = self.conv1.weight, self.conv1.bias
+
+    def forward(self, x):
+        x = self.norm1(self.conv1(x)).relu()
+        x = x + self.norm2(self.conv2(x)).relu()
+        return self.head((x + self.conv3(x).tanh()).mean((-1, -2)))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_convolutions_that_share_a_weight_get_one_each(bias):
+    model = warmed(Tied(bias), 8).double()
+    x, y = torch.rand(4, 3, 8, 8).double(), torch.arange(4)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    folded = folded_copy(model, x)
+    assert folded.pairs == (("conv1", "norm1"), ("conv2", "norm2"))
+    for step in range(2):
+        model.eval()
+        torch.testing.assert_close(folded.model(x), model(x), rtol=1e-9, atol=1e-10)
+        torch.testing.assert_close(pixel_gradient(folded.model, x, y), pixel_gradient(model, x, y))
+        if step == 0:
+            assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+        with torch.no_grad():
+            model.conv1.weight.mul_(1.5)
+            model.norm2.running_mean.add_(0.5)
+        folded.refresh()
+    assert model.conv1.weight is model.conv2.weight is model.conv3.weight

@@ -191,6 +191,80 @@ def test_zeros_of_a_sparse_model_are_kept():
     )
 
 
+def with_zeros(count: int) -> tuple[nn.Linear, torch.Tensor]:
+    """A layer, and where it came with zeros."""
+    model = nn.Linear(8, 8, bias=False)
+    with torch.no_grad():
+        model.weight.copy_(torch.rand(8, 8) + 1)
+        model.weight.view(-1)[:count] = 0
+    return model, model.weight == 0
+
+
+def one_step(pruner, gradient) -> None:
+    pruner.begin()
+    for weight in pruner.weights.values():
+        weight.grad = gradient.clone()
+    pruner.before_step()
+    pruner.after_step()
+
+
+@pytest.mark.parametrize("criterion", ["magnitude", "taylor", "movement"])
+def test_zeros_stay_where_weights_without_a_gradient_score_zero_as_well(criterion):
+    """Half the outputs are dead: what comes to them has gradient 0, by index behind the zeros that the model had."""
+    model, zeros_before = with_zeros(16)
+    pruner = Pruner(weight_matrices(model), criterion)
+    pruner.keep_zeros()
+    gradient = -torch.ones(8, 8)
+    gradient[4:] = 0
+    one_step(pruner, gradient)
+    for sparsity in (0.25, 0.5, 0.8):
+        pruner.update(sparsity)
+        assert pruner.pruned_count == round(sparsity * 64) and not (pruner.masks["weight"] & zeros_before).any()
+    pruner.update(0.5)
+    if criterion == "taylor":  # then the dead ones
+        assert pruner.masks["weight"][2:4].all() and int(pruner.masks["weight"][4:].sum()) == 16
+
+
+def test_zeros_stay_and_others_are_ranked_however_far_apart_their_scores_are():
+    model, zeros_before = with_zeros(16)
+    pruner = Pruner(weight_matrices(model), "movement")
+    pruner.keep_zeros()
+    moved = torch.cat([torch.zeros(16), -torch.logspace(9, 1, 8), torch.arange(40) * 1e-12])
+    one_step(pruner, -moved.view(8, 8) / torch.where(model.weight == 0, 1, model.weight))
+    pruner.update(44 / 64)
+    assert not pruner.masks["weight"].view(-1)[:44].any() and pruner.masks["weight"].view(-1)[44:].all()
+
+
+def test_a_matrix_that_came_empty_stays_so_and_no_other_is_emptied():
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6))
+    with torch.no_grad():
+        model[0].weight.zero_()
+    pruner = Pruner(weight_matrices(model), "movement")
+    pruner.keep_zeros()
+    pruner.begin()
+    for name, weight in pruner.weights.items():
+        weight.grad = weight.detach().sign() * (100 if name == "1.weight" else 1)  # all go to zero, one in great steps
+    pruner.before_step()
+    pruner.after_step()
+    pruner.update(104 / 108)
+    kept = [int(mask.sum()) for mask in pruner.masks.values()]
+    assert kept == [0, 1, 3]
+
+
+def test_a_pattern_goes_before_zeros_that_would_have_to_come_back():
+    """One zero in a group of four at the first choice: refused, and not mended by breaking the pattern."""
+    model = nn.Linear(8, 8, bias=False)
+    with torch.no_grad():
+        model.weight.copy_(torch.rand(8, 8) + 1)
+        model.weight[:4] = 0
+    pruner = Pruner(weight_matrices(model), "magnitude", Allocation(pattern=(2, 4)))
+    pruner.keep_zeros()
+    with pytest.raises(ValueError, match="has to get 16 of them back: prune single weights with the scope 'global'"):
+        pruner.check(0.5)
+    pruner.update(0.75)
+    assert (pruner.masks["weight"].view(-1, 4).sum(1) <= 2).all() and not pruner.masks["weight"][:4].any()
+
+
 @pytest.mark.parametrize(
     "make",
     [

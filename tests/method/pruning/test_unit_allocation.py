@@ -131,3 +131,88 @@ def test_what_cannot_be_is_said():
         ValueError, match="no units of kind channels that could be pruned and then cut out; found: heads, hidden"
     ):
         unit_allocation(model, records, ("channels",))
+
+
+def three_layers() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 5), nn.ReLU(), nn.Linear(5, 3))
+
+
+def order_of_going(scores, score_of) -> list[tuple[str, int]]:
+    """(layer that makes it, unit), the first to go first, but for the best of each layer; unit by unit."""
+    units = []
+    for maker, reader in (("0.weight", "2.weight"), ("2.weight", "4.weight")):
+        rows = [torch.cat([row, scores[reader][:, unit]]).tolist() for unit, row in enumerate(scores[maker])]
+        units += sorted((score_of(row), maker, unit) for unit, row in enumerate(rows))[:-1]
+    return [unit[1:] for unit in sorted(units)]
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_units_go_in_the_order_of_their_scores(signed):
+    """Of scores that may be negative the mean, of others the root mean square."""
+    model = three_layers()
+    records = list(weight_matrices(model))
+    scores = {r.name: torch.randn(r.weight.shape) for r in records}
+    scores = scores if signed else {name: score.abs() for name, score in scores.items()}
+
+    def score_of(row):
+        return sum(row) / len(row) if signed else (sum(value**2 for value in row) / len(row)) ** 0.5
+
+    order, allocation = order_of_going(scores, score_of), unit_allocation(model, records)
+    if not signed:
+        assert order != order_of_going(scores, lambda row: sum(row) / len(row))
+    gone = set()
+    for percent in range(60):
+        masks = allocation.masks(records, scores, percent / 100)
+        now = {
+            (name, u) for name in ("0.weight", "2.weight") for u in (~masks[name].any(1)).nonzero().flatten().tolist()
+        }
+        assert now == set(order[: len(now)])
+        gone |= now
+    assert len(gone) > 5
+
+
+def test_a_unit_that_training_drives_to_zero_goes_first():
+    """Movement: four hidden units of equal weights, whose gradients push them by -10, 1, 0.5 and 2."""
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.ReLU(), nn.Linear(4, 2, bias=False))
+    pushes = torch.tensor([-10.0, 1.0, 0.5, 2.0])
+    with torch.no_grad():
+        model[0].weight.fill_(1.0), model[2].weight.fill_(1.0)
+    records = list(weight_matrices(model))
+    pruner = Pruner(records, "movement", unit_allocation(model, records))
+    pruner.begin()
+    model[0].weight.grad, model[2].weight.grad = -pushes[:, None].repeat(1, 4), -pushes.repeat(2, 1)
+    pruner.before_step()
+    pruner.after_step()
+    for sparsity, left in ((0.25, [1, 2, 3]), (0.5, [1, 3]), (0.75, [3])):
+        pruner.update(sparsity)
+        assert pruner.masks["0.weight"].any(1).nonzero().flatten().tolist() == left
+
+
+@pytest.mark.parametrize("criterion", ["magnitude", "taylor", "movement"])
+def test_units_that_came_as_zeros_go_before_those_without_a_gradient(criterion):
+    model = nn.Sequential(nn.Linear(6, 8, bias=False), nn.ReLU(), nn.Linear(8, 3, bias=False))
+    with torch.no_grad():
+        model[0].weight[5:], model[2].weight[:, 5:] = 0.0, 0.0
+    records = list(weight_matrices(model))
+    pruner = Pruner(records, criterion, unit_allocation(model, records))
+    pruner.keep_zeros()
+    pruner.begin()
+    for weight, dim in ((model[0].weight, 0), (model[2].weight, 1)):
+        pushes = torch.tensor([0.0, 3, -3, 2, 1, 5, 5, 5])  # the loss does not feel the first unit, that is there
+        weight.grad = (pushes[:, None] if dim == 0 else pushes).expand(weight.shape).clone()
+    pruner.before_step()
+    pruner.after_step()
+    pruner.update(3 / 8)
+    assert pruner.masks["0.weight"].any(1).tolist() == [True] * 5 + [False] * 3
+    pruner.update(4 / 8)
+    assert int(pruner.masks["0.weight"].any(1).sum()) == 4 and not pruner.masks["0.weight"][5:].any()
+
+
+def test_a_score_that_is_not_a_number_is_refused():
+    model = three_layers()
+    records = list(weight_matrices(model))
+    scores = {record.name: record.weight.detach().abs() for record in records}
+    scores["2.weight"][0, 0] = torch.nan
+    with pytest.raises(ValueError, match="a score is NaN"):
+        unit_allocation(model, records).masks(records, scores, 0.2)

@@ -36,6 +36,52 @@ def test_a_cnn_by_hand():
     assert (report.macs, report.flops) == (sum(by_hand), 2 * sum(by_hand))
 
 
+def half_zero() -> nn.Linear:
+    layer = nn.Linear(4, 4)
+    with torch.no_grad():
+        layer.weight.fill_(1.0)
+        layer.weight[:2] = 0
+    return layer
+
+
+def test_a_weight_counts_in_each_layer_that_has_it():
+    model = nn.Sequential(half_zero(), nn.ReLU(), nn.Linear(4, 4), nn.Linear(4, 4))
+    model[2].weight = model[0].weight
+    report = flops_report(model, (3, 4))
+    assert [(r.name, r.macs, r.nonzero, r.sparse_macs) for r in report.rows] == [
+        ("0", 48, 0.5, 24), ("2", 48, 0.5, 24), ("3", 48, 1.0, 48),
+    ]  # fmt: skip
+
+
+class Twice(nn.Module):
+    """One layer in two places, of which the second one or both are called."""
+
+    def __init__(self, both: bool):
+        super().__init__()
+        self.one, self.two, self.both = nn.Sequential(half_zero()), nn.Sequential(), both
+        self.two.append(self.one[0])
+
+    def forward(self, x):
+        return self.two(self.one(x) if self.both else x)
+
+
+@pytest.mark.parametrize("both, rows", [(True, ["one.0", "two.0"]), (False, ["two.0"])])
+def test_a_layer_in_two_places_counts_where_it_is_called(both, rows):
+    model = Twice(both)
+    report = flops_report(model, (3, 4))
+    assert [(r.name, r.macs, r.sparse_macs) for r in report.rows] == [(name, 48, 24) for name in rows]
+    assert model.one[0] is model.two[0]
+    with FlopCounterMode(display=False) as counter:
+        model(torch.zeros(3, 4))
+    assert report.flops == counter.get_total_flops()
+
+
+def test_a_layer_that_is_called_twice_in_one_place():
+    layer = half_zero()
+    report = flops_report(nn.Sequential(layer, nn.ReLU(), layer), (3, 4))
+    assert (report.macs, report.sparse_macs) == (96, 48)
+
+
 def test_a_vit_by_hand_with_its_attention():
     report = flops_report(hf_vit(), (1, 3, 8, 8))
     tokens, dim, hidden = 5, 12, 20

@@ -82,6 +82,67 @@ def test_scaling_one_layer_scales_the_product():
     assert report.log10 == -math.inf and report.to_dict()["log10"] == "-inf"
 
 
+def stretched(model: nn.Module, x: torch.Tensor) -> float:
+    """What the model stretches a small change of x by, at most: a singular value of its Jacobian, in float64."""
+    jacobian = torch.autograd.functional.jacobian(model.double(), x.double())
+    return torch.linalg.matrix_norm(jacobian.reshape(-1, x.numel()), 2).item()
+
+
+@pytest.mark.parametrize("size", [10.0, 0.1])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_weight_counts_in_each_layer_that_has_it(size, tied):
+    """Two layers with one weight, or one layer in two places."""
+    first, second = nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)
+    nn.init.eye_(first.weight).data.mul_(size)
+    second.weight = first.weight
+    model = nn.Sequential(first, nn.ReLU(), second if tied else first)
+    truth, bound = stretched(model, torch.ones(1, 2)), 10 ** lipschitz_product(model).log10
+    assert truth == pytest.approx(size**2)
+    assert bound >= truth * (1 - 1e-9)
+    if tied or size > 1:
+        assert bound == pytest.approx(truth)
+    assert list(lipschitz_product(model).bounds) == ["0.weight", "2.weight"]
+
+
+class Alias(nn.Module):
+    """Layers under a second name, by which nothing is called."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(2, 2, bias=False), nn.BatchNorm1d(2))
+        self.backbone = self.layers
+        nn.init.eye_(self.layers[0].weight).data.mul_(0.1)
+        self.layers[1].running_var.fill_(100.0)
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+def test_a_second_name_is_not_taken_for_a_second_call_where_the_bound_would_not_be_one():
+    model = Alias().eval()
+    truth = stretched(model, torch.ones(1, 2))
+    assert truth * (1 - 1e-9) <= 10 ** lipschitz_product(model).log10 <= 1.01 * truth
+
+
+def test_tied_convolutions_have_bounds_of_their_own_geometry():
+    first, second = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 3, stride=3)
+    alone = [lipschitz_product(conv).log10 for conv in (first, second)]
+    second.weight = first.weight
+    expected = alone[0] + lipschitz_product(second).log10
+    assert lipschitz_product(nn.Sequential(first, nn.ReLU(), second)).log10 == pytest.approx(expected)
+    embedding = nn.Embedding(5, 4)
+    head = nn.Linear(4, 5)
+    head.weight = embedding.weight
+    assert list(lipschitz_product(nn.Sequential(embedding, head)).bounds) == ["1.weight"]
+
+
+def test_a_norm_that_is_called_twice_counts_twice():
+    norm = nn.BatchNorm1d(2)
+    norm.running_var.fill_(1e-4)
+    model = nn.Sequential(norm, nn.ReLU(), norm).eval()
+    assert 10 ** lipschitz_product(model).log10 >= stretched(model, torch.ones(1, 2)) * (1 - 1e-9) > 5000
+
+
 def test_layers_without_a_bound_are_named():
     report = lipschitz_product(nn.Sequential(nn.Conv2d(3, 3, 3, padding=1, padding_mode="replicate"), nn.Linear(3, 2)))
     assert report.unknown == ("0.weight",) and list(report.bounds) == ["1.weight"]

@@ -222,6 +222,46 @@ def test_wrong_use_is_refused():
         attach_gates(model)
 
 
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc1, self.act, self.fc2 = nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 4)
+
+    def forward(self, x):
+        return x + self.fc2(self.act(self.fc1(x)))
+
+
+def test_no_gate_where_two_layers_have_the_weight_it_would_be_folded_into():
+    model = nn.Sequential(Residual(), Residual(), Residual())
+    model[1].fc2.weight = model[0].fc2.weight
+    with pytest.raises(ValueError, match="0.fc2 can have no gates: 1.fc2 has the same weight"):
+        attach_gates(model, layers=["0.fc2"])
+    assert not gated_layers(model)
+    assert [site.name for site in attach_gates(model)] == ["2.fc2"]
+    for parameter in gate_parameters(model):
+        nn.init.normal_(parameter, std=3)
+    model.eval()
+    x = torch.randn(3, 4)
+    before = model(x)
+    with folded_gates(model):
+        torch.testing.assert_close(model(x), before)
+
+
+def test_makers_may_be_tied_and_a_layer_may_stand_twice():
+    """A gate is folded into the reader alone; a reader that is called twice is gated twice, and folded once."""
+    model = nn.Sequential(Residual(), Residual())
+    model[1].fc1.weight = model[0].fc1.weight
+    assert [site.name for site in gate_sites(model)] == ["0.fc2", "1.fc2"]
+    model = nn.Sequential(block := Residual(), nn.Tanh(), block)
+    assert [site.name for site in attach_gates(model)] == ["0.fc2"]
+    nn.init.normal_(block.fc2.gate.log_alpha, std=3)
+    model.eval()
+    x = torch.randn(3, 4)
+    before = model(x)
+    fold_gates_(model)
+    torch.testing.assert_close(model(x), before)
+
+
 @pytest.mark.parametrize("kind", MODELS)
 def test_constraint_follows_its_formula(kind):
     """method.md, section 4, in float64 loops over gates."""

@@ -9,6 +9,9 @@ import torch
 from torch import Tensor, nn
 
 
+SMALL = 1e-15  # a gradient all of whose entries are smaller is scaled before its norm is taken
+
+
 def perturbation(weights: Mapping[str, Tensor], gradients: Mapping[str, Tensor], gamma: float) -> dict[str, Tensor]:
     """
     gamma * |w| * g / |g| for each weight tensor w with gradient g, Frobenius norms (equation 10 of the paper, one
@@ -17,8 +20,11 @@ def perturbation(weights: Mapping[str, Tensor], gradients: Mapping[str, Tensor],
     moved = {}
     for name, weight in weights.items():
         direction = gradients[name] * (weight != 0)
+        largest = torch.linalg.vector_norm(direction, torch.inf)
+        # the squares of a gradient of 1e-20 are zero in float32
+        direction = direction / torch.where((largest > 0) & (largest < SMALL), largest, 1.0)
         length = torch.linalg.vector_norm(direction)
-        scale = gamma * torch.linalg.vector_norm(weight) / length.clamp(min=torch.finfo(weight.dtype).tiny)
+        scale = gamma * torch.linalg.vector_norm(weight) / torch.where(length > 0, length, 1.0)
         moved[name] = (direction * scale).detach()
     return moved
 

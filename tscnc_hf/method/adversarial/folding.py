@@ -33,21 +33,23 @@ class FoldedCopy:
         self.model = copy.deepcopy(source).eval().requires_grad_(False)
         for conv_name, norm_name in pairs:
             conv = self.model.get_submodule(conv_name)
-            if conv.bias is None:
-                conv.bias = nn.Parameter(conv.weight.new_zeros(conv.out_channels), requires_grad=False)
+            bias = conv.weight.new_zeros(conv.out_channels) if conv.bias is None else conv.bias
+            # of its own: another layer may have the same weight, and another norm behind it
+            for name, tensor in (("weight", conv.weight), ("bias", bias)):
+                setattr(conv, name, nn.Parameter(tensor.detach().clone(), requires_grad=False))
             parent, _, child = norm_name.rpartition(".")
             # what a layer does beside normalising stays: the parts of timm's BatchNormAct2d, or nothing
             rest = nn.Sequential(*self.model.get_submodule(norm_name).children())
             setattr(self.model.get_submodule(parent), child, rest)
-        self._folded = {name for pair in pairs for name in pair}
         self.refresh()
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Take over the weights and statistics that the source has now."""
-        own, now = (dict([*net.named_parameters(), *net.named_buffers()]) for net in (self.model, self.source))
+        own, now = _tensors(self.model), _tensors(self.source)
+        folded = {id(own[f"{conv_name}.{key}"]) for conv_name, _ in self.pairs for key in ("weight", "bias")}
         for name, tensor in own.items():
-            if name.rpartition(".")[0] not in self._folded:
+            if id(tensor) not in folded:
                 tensor.copy_(now[name])
         for conv_name, norm_name in self.pairs:
             conv, norm = self.source.get_submodule(conv_name), self.source.get_submodule(norm_name)
@@ -56,6 +58,15 @@ class FoldedCopy:
             )
             own[f"{conv_name}.weight"].copy_(weight)
             own[f"{conv_name}.bias"].copy_(bias)
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers under all their names."""
+    return {
+        name: tensor
+        for named in (model.named_parameters, model.named_buffers)
+        for name, tensor in named(remove_duplicate=False)
+    }
 
 
 @torch.no_grad()

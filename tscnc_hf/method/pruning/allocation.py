@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tscnc_hf.method.matrices import WeightMatrix
+from tscnc_hf.method.pruning.layer_rates import near_threshold
 from tscnc_hf.method.pruning.patterns import index_view, kernel_sides, outside_pattern
 from tscnc_hf.method.pruning.topk import keep_largest
 
@@ -70,7 +71,8 @@ class Allocation:
 
         Args:
             records: the prunable weights (their views say what a row and an input channel is).
-            scores: weight name -> scores of its shape, larger = more important.
+            scores: weight name -> scores of its shape, larger = more important; minus infinity is a zero that should
+                stay one.
             sparsity: fraction of zeros, in [0, 1).
             standing: masks of other prunable weights, which are frozen and stay as they are. Where the own sparsities
                 of layers, or the floors, leave no more to prune then, there are fewer zeros.
@@ -115,7 +117,7 @@ class Allocation:
                 score = scores[name]
                 if name in barred:  # what the pattern bars goes before anything else, the least important of it first
                     outside = barred[name]
-                    score = score.masked_fill(outside, -math.inf) if first else score.masked_fill(~outside, math.inf)
+                    score = _last(score, outside) if first else score.masked_fill(~outside, math.inf)
                 ranked.append(score.masked_fill(needed[name], math.inf) if name in needed else score)
             masks |= dict(zip(names, keep_largest(ranked, cut), strict=True))
         return {name: masks[name] for name in sizes}
@@ -145,7 +147,7 @@ class Allocation:
 
     def groups(self, names: Sequence[str]) -> list[list[str]]:
         """Layers that are ranked together: all in one ranking, or each alone as those with their own sparsity are."""
-        own = [name for name in names if any(part in name for part in self.layer_sparsity)]
+        own = [name for name in names if self._is_own(name)]
         rest = [name for name in names if name not in own]
         together = self.scope in ("global", "learned")
         return [[name] for name in own] + ([rest] if rest and together else [[name] for name in rest])
@@ -163,6 +165,22 @@ class Allocation:
             found[record.name] = mask & sum(parts, torch.zeros_like(mask))
         return found
 
+    def near(
+        self, records: Sequence[WeightMatrix], scores: Mapping[str, Tensor], masks: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """
+        Name -> bool: the weights near the threshold of the one ranking of scope "learned" (`near_threshold`). Layers
+        with their own sparsity have no part in it, nor what a pattern bars; nor, while only a part of the groups
+        follows it, what it does not.
+        """
+        ranked = {name: torch.full_like(mask, not self._is_own(name)) for name, mask in masks.items()}
+        if self.pattern is not None:
+            barred = outside_pattern(records, scores, *self.pattern)
+            rest = [name for name in masks if not self._is_own(name)]
+            follows = sum(int((~masks[n]).sum()) for n in rest) >= sum(int(barred[n].sum()) for n in rest)
+            ranked |= {name: ~barred[name] if follows else barred[name] for name in rest}
+        return near_threshold(scores, masks, ranked)
+
     # ---- what must be kept, what may not be ----
 
     def _needed(self, records, scores, barred) -> dict[str, Tensor]:
@@ -171,7 +189,7 @@ class Allocation:
         for record in records if self.layer_floor > 0 or self.row_floor > 0 else ():
             name, score = record.name, scores[record.name]
             if name in barred:
-                score = score.masked_fill(barred[name], -math.inf)
+                score = _last(score, barred[name])
             (mask,) = keep_largest([score], score.numel() - math.ceil(self.layer_floor * score.numel()))
             if self.row_floor > 0:
                 index = index_view(record, score.device)
@@ -182,6 +200,9 @@ class Allocation:
                 mask = flat.view(mask.shape)
             needed[name] = mask & ~barred[name] if name in barred else mask
         return needed
+
+    def _is_own(self, name: str) -> bool:
+        return any(part in name for part in self.layer_sparsity)
 
     def _own(self, sizes: Mapping[str, int]) -> dict[str, int]:
         """How many weights the layers keep that have sparsities of their own."""
@@ -262,6 +283,11 @@ def share_out(
     return counts
 
 
+def _last(score: Tensor, barred: Tensor) -> Tensor:
+    """Scores with what is barred below all else, also below what has minus infinity."""
+    return score.clamp(min=torch.finfo(score.dtype).min).masked_fill(barred, -math.inf)
+
+
 def _matrices(record: WeightMatrix) -> int:
     """How many a weight holds that are not to be emptied; rows and columns of a grouped layer are none."""
     b, rows, columns = record.view(torch.empty(record.weight.shape, device="meta")).shape
@@ -271,7 +297,7 @@ def _matrices(record: WeightMatrix) -> int:
 def _best_of_emptied(record: WeightMatrix, mask: Tensor, scores, barred) -> Tensor | None:
     """
     A mask of the best weight of each matrix of which nothing is kept, None where there is no such matrix. One whose
-    scores are all 0 is empty already, and stays so.
+    scores are all 0, or all minus infinity, is empty already, and stays so.
     """
     score, whole = scores[record.name], _matrices(record) == 1
 
@@ -279,11 +305,11 @@ def _best_of_emptied(record: WeightMatrix, mask: Tensor, scores, barred) -> Tens
         return values.reshape(1, -1) if whole else record.view(values).flatten(1)
 
     empty = ~matrices(mask).any(dim=-1)
-    if not empty.any() or not (empty := empty & matrices(score).any(dim=-1)).any():
+    if not empty.any() or not (empty := empty & matrices(score).any(-1) & (matrices(score) > -math.inf).any(-1)).any():
         return None
     index = matrices(torch.arange(score.numel(), device=score.device).view(score.shape))
     if record.name in barred:
-        score = score.masked_fill(barred[record.name], -math.inf)
+        score = _last(score, barred[record.name])
     best = index.gather(-1, matrices(score).argmax(dim=-1, keepdim=True))[empty]
     found = torch.zeros(score.numel(), dtype=torch.bool, device=score.device)
     found[best.flatten()] = True

@@ -35,11 +35,13 @@ class LayerRates:
         """Scores as they are ranked over the network. ValueError when one is negative: factors would not order it."""
         if any(bool((scores[name] < 0).any()) for name in self.names):
             raise ValueError("scope 'learned' needs scores >= 0; the criterion 'movement' has negative ones")
-        factors = dict(zip(self.names, self.theta.exp(), strict=True))
-        return {
-            name: scores[name] * (factors[name].to(scores[name]) / scores[name].square().mean().sqrt().clamp(min=TINY))
-            for name in self.names
-        }
+        factors, weighed = dict(zip(self.names, self.theta.exp(), strict=True)), {}
+        for name in self.names:
+            score = scores[name]
+            if score.square().mean().sqrt() < TINY:  # squares of what is small are zero, long before it is
+                score = score / torch.where(score.max() > 0, score.max(), 1.0)
+            weighed[name] = score * (factors[name].to(score) / score.square().mean().sqrt().clamp(min=TINY))
+        return weighed
 
     def learn(self, products: Mapping[str, Tensor]) -> None:
         """
@@ -66,8 +68,28 @@ class LayerRates:
         self.theta, self.first, self.second, self.steps = (state[key] for key in keys)
 
 
-def near_threshold(weighed: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Bool, of the scores' shapes: which weights are near the threshold that these masks were cut at."""
-    lowest_kept = [weighed[name][mask].min() for name, mask in masks.items() if bool(mask.any())]
-    threshold = torch.stack(lowest_kept).min() if lowest_kept else torch.tensor(0.0)
-    return {name: (score >= threshold / NEAR) & (score <= threshold * NEAR) for name, score in weighed.items()}
+def near_threshold(
+    weighed: Mapping[str, Tensor], masks: Mapping[str, Tensor], ranked: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """
+    Which weights are near the threshold that masks were cut at, the smallest score that is kept for its rank.
+
+    Args:
+        weighed: name -> scores, as they were ranked.
+        masks: name -> bool, True = kept.
+        ranked: name -> bool, of the scores that were ranked together, by default all of those with masks.
+
+    Returns:
+        Bool, of the scores' shapes. What is kept though a larger score was pruned (the best weight of a matrix, what
+        a floor keeps) stays whatever its rank, and is not among them.
+    """
+    if ranked is None:
+        ranked = {name: torch.ones_like(mask) for name, mask in masks.items()}
+    pruned = {name: ranked[name] & ~mask for name, mask in masks.items()}
+    highest = [weighed[name][part].max() for name, part in pruned.items() if bool(part.any())]
+    highest = torch.stack(highest).max() if highest else torch.tensor(0.0)
+    kept = {name: ranked[name] & mask & (weighed[name] >= highest) for name, mask in masks.items()}
+    lowest = [weighed[name][part].min() for name, part in kept.items() if bool(part.any())]
+    threshold = torch.stack(lowest).min() if lowest else highest.clamp(min=0)
+    near = {name: (score >= threshold / NEAR) & (score <= threshold * NEAR) for name, score in weighed.items()}
+    return {name: part & (kept[name] | pruned[name]) if name in masks else part for name, part in near.items()}

@@ -36,7 +36,8 @@ class Pruner:
         weights (`Iterable[WeightMatrix]`): the prunable weights.
         criterion (`str`): a registered name, see `tscnc_hf.method.criteria`.
         allocation (`Allocation` or `str`): what is pruned how; a scope's name for the rest as it is by default. Any
-            object with the methods `masks` and `check` and the attribute `scope` of `Allocation` will do.
+            object with the methods `masks` and `check` and the attribute `scope` of `Allocation` will do. (`near` is
+            asked of it, too, where it has one, if its scope is "learned".)
         latent (`bool`): keep dense weights while the schedule runs. Learned scores always do; the criteria "movement"
             and "taylor" and the scope "learned" need them to judge pruned weights, and have them too.
         rate_learning_rate (`float`): of the factors of the scope "learned".
@@ -236,7 +237,7 @@ class Pruner:
         if records:
             masks = self._masks(records, scores, sparsity, standing)
         if self._rates is not None:
-            self._near = self._all_laid_out(near_threshold(scores, masks))
+            self._near = self._all_laid_out(self._near_threshold(records, self._zeros_last(scores), masks))
         self.masks_from(standing | masks)
         if self.criterion.gathers == "mean":
             for name, steps in self._gathered_steps.items():
@@ -272,22 +273,30 @@ class Pruner:
         Raises:
             ValueError: it keeps one of those, as an allocation may that is not global.
         """
-        zeros = {r.name: full_tensor(self._zeros[r.name]) for r in records if r.name in self._zeros}
-        if zeros:
-            if (lowest := min(float(scores[record.name].min()) for record in records)) < 0:
-                scores = {name: score.double() - lowest + 1 for name, score in scores.items()}
-            # 0 is least now, and what an allocation takes for empty
-            scores = dict(scores) | {name: scores[name].masked_fill(zero, 0.0) for name, zero in zeros.items()}
         # what others write as an allocation need not know of masks that stand
+        scores = self._zeros_last(scores)
         masks = self.allocation.masks(records, scores, sparsity, *([standing] if standing else []))
-        for name, zero in zeros.items():
-            if back := int((masks[name] & zero).sum()):
+        for name, mask in masks.items():
+            if name in self._zeros and (back := int((mask & full_tensor(self._zeros[name])).sum())):
                 raise ValueError(
                     f"keep_masks=True keeps the zeros that the model came with, and at a sparsity of {sparsity:.6g} "
-                    f"with scope={self.allocation.scope!r} {name} has to get {back} of them back: use the scope "
-                    "'global', or keep_masks=False"
+                    f"with scope={self.allocation.scope!r} {name} has to get {back} of them back: prune single "
+                    "weights with the scope 'global', without floors and layers' own sparsities, or use "
+                    "keep_masks=False"
                 )
         return masks
+
+    def _zeros_last(self, scores: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Scores with those of the zeros that stay below all others: a weight that matters may have a 0, too."""
+        zeros = {name: full_tensor(zero) for name, zero in self._zeros.items()}
+        return {n: score.masked_fill(zeros[n], -math.inf) if n in zeros else score for n, score in scores.items()}
+
+    def _near_threshold(
+        self, records: Sequence[WeightMatrix], scores: Mapping[str, Tensor], masks: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        if hasattr(self.allocation, "near"):
+            return self.allocation.near(records, scores, masks)
+        return near_threshold(scores, masks)
 
     @property
     def frozen(self) -> list[str]:

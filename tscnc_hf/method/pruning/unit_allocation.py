@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tscnc_hf.method.matrices import WeightMatrix
+from tscnc_hf.method.pruning.layer_rates import near_threshold
 from tscnc_hf.method.units.groups import KINDS, StructureGroup, structure_groups
 from tscnc_hf.method.units.slimming import why_not_cut
 
@@ -24,7 +26,9 @@ UNIT_SCOPES = ("global", "uniform", "learned")
 class UnitAllocation:
     """
     The counterpart of `Allocation` for whole units. A unit's score is the root mean square of the scores of all its
-    weights, those that make it and those that read it; the best unit of every group always stays.
+    weights, those that make it and those that read it; their mean where some scores are negative, as those of the
+    criterion "movement" are, of which it is then that of a factor of all these weights. The best unit of every group
+    always stays.
 
     Attributes:
         groups: of the model that is pruned, see `unit_allocation`.
@@ -50,7 +54,8 @@ class UnitAllocation:
         they are.
 
         Raises:
-            ValueError: so many zeros cannot be reached by whole units (the message has the largest sparsity that can).
+            ValueError: so many zeros cannot be reached by whole units (the message has the largest sparsity that can);
+                a score is NaN.
         """
         shapes = {record.name: scores[record.name] for record in records}
         total = sum(score.numel() for score in shapes.values())
@@ -71,6 +76,25 @@ class UnitAllocation:
         """Raise what `masks` would raise at the target, before any training."""
         self.masks(records, {record.name: record.weight.detach().abs() for record in records}, target)
 
+    def near(
+        self, records: Sequence[WeightMatrix], scores: Mapping[str, Tensor], masks: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """
+        Name -> bool: the weights that come or go with the units near the threshold that scope "learned" was cut at
+        (`near_threshold`).
+        """
+        shapes = {record.name: scores[record.name] for record in records}
+        standing = {part.name: scores[part.name] for g in self.groups for part in g.weights if part.name not in masks}
+        ranked = {index: torch.zeros(group.count, dtype=torch.bool) for index, group in enumerate(self.groups)}
+        for index, unit in self._order(scores, standing):
+            ranked[index][unit] = True
+        keep = {index: self._standing_units(group, masks) for index, group in enumerate(self.groups)}
+        values = {index: torch.zeros(group.count) for index, group in enumerate(self.groups)}
+        near = near_threshold(values | self._unit_scores(scores, standing), keep, ranked)
+        most = self._of_units(shapes, [keep[index] | near[index] for index in keep])
+        least = self._of_units(shapes, [keep[index] & ~near[index] for index in keep])
+        return {name: most[name] & ~least[name] & (score > -math.inf) for name, score in shapes.items()}
+
     def _standing_units(self, group: StructureGroup, standing: Mapping[str, Tensor]) -> Tensor:
         """Bool, (units,): which units of a group the masks that stand leave; all of a group that has none."""
         found = {part.name: standing[part.name] for part in group.weights if part.name in standing}
@@ -79,16 +103,33 @@ class UnitAllocation:
     def _order(self, scores: Mapping[str, Tensor], standing: Mapping[str, Tensor]) -> list[tuple[int, int]]:
         """(group, unit), the least important first, without the best unit of each group."""
         ranked = []
-        for index, group in enumerate(self.groups):
-            names = [part.name for part in group.weights]
-            if any(name in standing for name in names):
-                continue
-            squares = group.unit_sums({name: scores[name].double().square() for name in names})
-            sizes = group.unit_sums({name: torch.ones_like(scores[name], dtype=torch.double) for name in names})
-            values = (squares / sizes).sqrt().tolist()
-            for place, (value, unit) in enumerate(sorted(zip(values, range(group.count), strict=True))[:-1]):
-                ranked.append((place / group.count if self.scope == "uniform" else value, index, unit))
+        for index, values in self._unit_scores(scores, standing).items():
+            count = len(values)
+            for place, (value, unit) in enumerate(sorted(zip(values.tolist(), range(count), strict=True))[:-1]):
+                ranked.append((place / count if self.scope == "uniform" else value, index, unit))
         return [(group, unit) for _, group, unit in sorted(ranked)]
+
+    def _unit_scores(self, scores: Mapping[str, Tensor], standing: Mapping[str, Tensor]) -> dict[int, Tensor]:
+        """Index of a group -> float64 (units,), on the CPU; none of groups that have standing weights."""
+        groups = {
+            index: [part.name for part in group.weights]
+            for index, group in enumerate(self.groups)
+            if not any(part.name in standing for part in group.weights)
+        }
+        found, known = {}, {name: scores[name] != -math.inf for names in groups.values() for name in names}
+        signed = any(bool((known[name] & (scores[name] < 0)).any()) for name in known)
+        for index, names in groups.items():
+            group, finite = self.groups[index], {n: scores[n].double().masked_fill(~known[n], 0.0) for n in names}
+            sizes = group.unit_sums({name: torch.ones_like(score) for name, score in finite.items()})
+            if signed:
+                values = group.unit_sums(finite) / sizes
+            else:
+                values = (group.unit_sums({name: score.square() for name, score in finite.items()}) / sizes).sqrt()
+            zero = group.unit_sums({name: known[name] for name in names}) == 0
+            found[index] = values.masked_fill(zero, -math.inf).cpu()
+            if bool(found[index].isnan().any()):
+                raise ValueError("a score is NaN: weights or gradients are not finite")
+        return found
 
     def _cut(
         self, shapes: Mapping[str, Tensor], units: list[Tensor], order: list[tuple[int, int]], count: int
@@ -96,6 +137,10 @@ class UnitAllocation:
         keep = [kept.clone() for kept in units]
         for group, unit in order[:count]:
             keep[group][unit] = False
+        return self._of_units(shapes, keep)
+
+    def _of_units(self, shapes: Mapping[str, Tensor], keep: list[Tensor]) -> dict[str, Tensor]:
+        """Masks of the weights that leave these units of each group."""
         masks = {name: torch.ones_like(score, dtype=torch.bool) for name, score in shapes.items()}
         for group, units in zip(self.groups, keep, strict=True):
             for name, mask in group.unit_masks(units).items():

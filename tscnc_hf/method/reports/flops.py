@@ -11,7 +11,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from tscnc_hf.method.matrices import LAYERS, full_tensor, weight_matrices
+from tscnc_hf.method.matrices import LAYERS, full_tensor
+from tscnc_hf.method.reports.places import weight_places
 from tscnc_hf.method.reports.report import Report, markdown_table
 
 
@@ -110,12 +111,15 @@ def flops_report(model: nn.Module, input_shape: Sequence[int]) -> FlopsReport:
         if name:
             own[_around(name, inclusive)].subtract(counts)
     nonzero, total = Counter(), Counter()  # of the prunable weights that a module multiplies with
-    for record in weight_matrices(model):
-        name, weight = _around(record.name, inclusive), full_tensor(record.weight)
-        nonzero[name] += int(torch.count_nonzero(weight))
-        total[name] += weight.numel()
-    rows = []
-    for name in [name for name, _ in model.named_modules() if sum(own.get(name, {}).values())]:
+    for record, layers in weight_places(model):
+        left, size = int(torch.count_nonzero(full_tensor(record.weight))), record.weight.numel()
+        for names in layers.values():
+            called = [name for name in names if name.rpartition(".")[0] in inclusive]
+            for name in called or names:
+                nonzero[_around(name, inclusive)] += left
+                total[_around(name, inclusive)] += size
+    rows, places = [], [name for name, _ in model.named_modules(remove_duplicate=False)]
+    for name in [name for name in places if sum(own.get(name, {}).values())]:
         macs = {op: flops // 2 for op, flops in own[name].items()}
         share = nonzero[name] / total[name] if total[name] else 1.0
         layer = isinstance(model.get_submodule(name), LAYERS)
@@ -134,7 +138,18 @@ def _without_data(model: nn.Module) -> nn.Module:
         empty = torch.empty_like(tensor, device="meta")
         # trained ones that go into a module as they are (CaiT's token) would be asked for their gradient function
         memo[id(tensor)] = nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
-    return copy.deepcopy(model, memo)
+    return _in_one_place(copy.deepcopy(model, memo), set())
+
+
+def _in_one_place(model: nn.Module, seen: set[nn.Module]) -> nn.Module:
+    """With a module of its own wherever the same one stands again: torch counts what it does under one name only."""
+    for name, child in model._modules.items():
+        if child in seen:
+            model._modules[name] = child = copy.deepcopy(child)
+        if child is not None:
+            seen.add(child)
+            _in_one_place(child, seen)
+    return model
 
 
 def _around(name: str, counted: dict) -> str:

@@ -16,7 +16,8 @@ from torch.nn.modules.conv import _ConvNd
 
 from tscnc_hf.method.adversarial.attack_losses import pixel_gradient
 from tscnc_hf.method.adversarial.pixels import LogitsFn
-from tscnc_hf.method.matrices import computed_weights, full_tensor, weight_matrices
+from tscnc_hf.method.matrices import computed_weights, full_tensor
+from tscnc_hf.method.reports.places import weight_places
 from tscnc_hf.method.reports.report import Report
 from tscnc_hf.method.reports.spectrum import singular_values
 
@@ -26,8 +27,8 @@ class LipschitzProduct(Report):
     """
     Attributes:
         log10: decimal logarithm of the product of `bounds`; minus infinity when a layer is all zero.
-        bounds: layer -> upper bound of its operator norm (l2 to l2); "resize": of what the preprocessing does to the
-            size of images, where it does something.
+        bounds: layer -> upper bound of its operator norm (l2 to l2), of one that stands in several places once for
+            each; "resize": of what the preprocessing does to the size of images, where it does something.
         unknown: layers without a bound, which count as 1.
     """
 
@@ -44,6 +45,8 @@ def lipschitz_product(model: nn.Module, resize_gain: float | None = None) -> Lip
     For a chain of such layers with 1-Lipschitz functions between them (ReLU, average pooling) this bounds the l2
     Lipschitz constant of the whole, as a function of normalised images at their own size. Residual sums, attention and
     layer norm are not in it: for such networks it compares a model with itself, before and after, and bounds nothing.
+    How often a forward calls a layer is not known: it counts as often as it stands in the model, but once where its
+    norm is below 1, as the forward may not call it at every place.
 
     A convolution's norm is at most sigma_1 of its (outputs, inputs * kernel) matrix times the square root of how often
     an input position is read, prod ceil(k / s) for kernel k and stride s (ours; the usual patch-counting argument).
@@ -53,16 +56,28 @@ def lipschitz_product(model: nn.Module, resize_gain: float | None = None) -> Lip
             in both directions repeats each pixel k * k times and so stretches by k.
     """
     bounds = {} if resize_gain is None else {"resize": resize_gain}
-    found = {r.name: _operator_norm_bound(r.module, full_tensor(r.weight)) for r in weight_matrices(model)}
+    found: dict[str, float | None] = {}
+    for record, layers in weight_places(model):
+        for module, names in layers.items():
+            found |= _at_each(names, _operator_norm_bound(module, full_tensor(record.weight)))
     unknown = (*(name for name, bound in found.items() if bound is None), *computed_weights(model))
     bounds |= {name: bound for name, bound in found.items() if bound is not None}
-    for name, module in model.named_modules():
+    norms: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, _BatchNorm) and module.running_var is not None:
-            factor = (module.running_var.double() + module.eps).rsqrt()
-            factor = factor if module.weight is None else factor * module.weight.double().abs()
-            bounds[name] = factor.max().item()
+            norms.setdefault(module, []).append(name)
+    for module, names in norms.items():
+        factor = (module.running_var.double() + module.eps).rsqrt()
+        factor = factor if module.weight is None else factor * module.weight.double().abs()
+        bounds |= _at_each(names, factor.max().item())
     log10 = sum(math.log10(bound) if bound > 0 else -math.inf for bound in bounds.values())
     return LipschitzProduct(log10, bounds, unknown)
+
+
+def _at_each(names: list[str], bound: float | None) -> dict[str, float | None]:
+    """The bound of a layer at the places where it stands, of which a forward may call but one."""
+    further = None if bound is None else max(bound, 1.0)
+    return {name: further if place else bound for place, name in enumerate(names)}
 
 
 def _operator_norm_bound(module: nn.Module, weight: Tensor) -> float | None:

@@ -21,7 +21,7 @@ from tscnc_hf.method.constraints import transformed_l1
 from tscnc_hf.method.matrices import LAYERS, computed_weights, full_tensor
 from tscnc_hf.method.reports.report import Report, markdown_table, over_rows
 from tscnc_hf.method.sharding import replicated
-from tscnc_hf.method.units.sites import GateSite, gate_sites
+from tscnc_hf.method.units.sites import GateSite, gate_sites, owners
 
 
 LOW, HIGH = -0.1, 1.1  # the interval that a concrete variable is stretched to before it is clipped to [0, 1]
@@ -85,8 +85,8 @@ def attach_gates(
     Args:
         model (`nn.Module`): changed in place, before its optimizer is made.
         layers (`Sequence[str]`, *optional*): gate the input channels of the layers whose name ends with one of these,
-            Linear or ungrouped convolution, not frozen; by default all `gate_sites` that are not, as a gate is folded
-            into the weight of the layer.
+            Linear or ungrouped convolution, neither frozen nor tied to another layer; by default all `gate_sites`
+            that are not frozen, as a gate is folded into the weight of the layer.
         drop_rate (`float`): see `HardConcreteGate`.
         generator (`torch.Generator`, *optional*): on the CPU.
 
@@ -130,6 +130,13 @@ def _named_site(model: nn.Module, name: str) -> GateSite:
         raise ValueError(f"{name} is a {type(layer).__name__}: gates stand before Linear and ungrouped convolutions")
     if not layer.weight.requires_grad:
         raise ValueError(f"{name} is frozen (requires_grad=False), and a gate would be folded into its weight")
+    if owners(model)[id(layer.weight)] > 1:
+        tied = {n: m for n, m in model.named_modules() if m._parameters.get("weight") is layer.weight}
+        others = [other for other, module in tied.items() if module is not layer]
+        raise ValueError(
+            f"{name} can have no gates: {', '.join(others) or 'another layer'} has the same weight, into which they "
+            "would be folded. Leave it out of the layers to gate, or give it a weight of its own"
+        )
     return GateSite(name, layer)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from tscnc_hf.method.matrices import CONVOLUTIONS, LAYERS, computed_weights, full_name, full_tensor
-from tscnc_hf.method.units.sites import HEAD_MAKERS, MIXING, PAIRS, head_site, input_channels
+from tscnc_hf.method.units.sites import HEAD_MAKERS, MIXING, PAIRS, head_site, input_channels, owners
 
 
 KINDS = ("channels", "hidden", "heads")
@@ -184,15 +184,14 @@ def _heads(name: str, module: nn.Module, children: Mapping[str, nn.Module]) -> I
 def _shared(model: nn.Module) -> dict[str, str]:
     """Tensors that belong to two layers, or to a layer that stands in two places: name -> why they stay."""
     places = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
-    owners = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
-    found = {}
+    layers, found = owners(model), {}
     for layer, module in model.named_modules():
         for key in {**module._parameters, **module._buffers}:
             tensor = getattr(module, key)
             name = full_name(layer, key)
             if places[id(module)] > 1:
                 found[name] = f"{layer} stands in {places[id(module)]} places"
-            elif owners[id(tensor)] > 1:
+            elif layers[id(tensor)] > 1:
                 found[name] = f"{name} is tied to another weight"
         for key in getattr(module, "parametrizations", {}):
             found[full_name(layer, key)] = f"{layer}.{key} is computed from other parameters"

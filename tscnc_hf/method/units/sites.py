@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 from torch import nn
@@ -44,7 +45,8 @@ def gate_sites(model: nn.Module) -> list[GateSite]:
     """
     Where gates can stand so that a closed one makes a channel removable: hidden units of an MLP, heads of an
     attention, channels inside a residual block, between two layers of an `nn.Sequential`. Only where nothing between
-    the two layers mixes channels (batch norm and activations do not; layer norm, squeeze-excitation and GRN do).
+    the two layers mixes channels (batch norm and activations do not; layer norm, squeeze-excitation and GRN do), and
+    only where no other layer has the weight of the reader, into which its gates are folded.
     """
     sites = {}
     for name, module in model.named_modules():
@@ -60,8 +62,17 @@ def gate_sites(model: nn.Module) -> list[GateSite]:
         ]
         heads = head_site(name, module, children)
         sites |= {site.name: site for site in (*found, heads) if site is not None}
-    computed = computed_weights(model)  # gates are folded into what a layer multiplies with
-    return [site for site in sites.values() if full_name(site.name, "weight") not in computed]
+    computed, layers = computed_weights(model), owners(model)  # gates are folded into what a layer multiplies with
+    return [
+        site
+        for site in sites.values()
+        if full_name(site.name, "weight") not in computed and layers[id(site.reader.weight)] <= 1
+    ]
+
+
+def owners(model: nn.Module) -> Counter[int]:
+    """Of each parameter, by its id, how many layers have it: more than one where weights are tied."""
+    return Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
 
 
 def _feeds(children: dict[str, nn.Module], maker: str, reader: str) -> bool:
