@@ -43,6 +43,17 @@ def test_a_network_of_nothing_else_says_why(make_config):
     assert len(build_pruner(model, make_config()).records) == 2
 
 
+def test_pruning_beside_layers_that_are_not_known_is_refused(make_config):
+    model = nn.ModuleDict({"gru": nn.GRU(24, 32), "head": nn.Linear(32, 3)})
+    with pytest.raises(
+        ValueError, match="2 parameters of ModuleDict with 5,376 weights.*96 weights are left.*no matrix view"
+    ):
+        build_pruner(model, make_config())
+    assert list(build_pruner(model, make_config(pruning_exclude=["gru"])).records) == ["head.weight"]
+    few = nn.ModuleDict({"gru": nn.GRU(4, 4), "head": nn.Linear(32, 32)})
+    assert list(build_pruner(few, make_config()).records) == ["head.weight"]
+
+
 def test_some_layers_of_many_are_left_out(make_config, as_they_are, digits):
     model = Standardised()
     model.stem, model.body = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)

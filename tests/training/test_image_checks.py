@@ -184,6 +184,63 @@ def test_collators_that_mix_pairs(mix, make_config):
         trainer(make_config, Items([1, 2] * 16), collator=Mix(mix(num_classes=7)))
 
 
+@dataclass
+class Inverted:
+    """Reads items of its own, and inverts them: no other collator can."""
+
+    def __call__(self, items):
+        images = torch.stack([item["photo"] for item in items])
+        return {"pixel_values": 1 - images, "labels": torch.tensor([item["animal"] for item in items])}
+
+
+class ByBrightness(nn.Module):
+    """Class 1 for bright images."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(1, 2)
+        with torch.no_grad():
+            self.head.weight.copy_(torch.tensor([[-1.0], [1.0]]))
+            self.head.bias.zero_()
+
+    def forward(self, pixel_values):
+        return self.head(pixel_values.mean((1, 2, 3))[:, None])
+
+
+def test_a_test_measures_what_evaluation_does(make_config):
+    items = [{"photo": torch.full((3, 8, 8), 0.1 + 0.8 * (place % 2)), "animal": 1 - place % 2} for place in range(8)]
+    options = {"max_steps": 1, "learning_rate": 0.0, "per_device_eval_batch_size": 3}
+    run = trainer(make_config, items, items, model=ByBrightness(), collator=Inverted(), **options)
+    run.train()
+    evaluated, tested = run.evaluate(), run.test(items, ["clean", "fgsm"], full=False)
+    assert evaluated["eval_accuracy"] == tested["robustness"]["attacks"][0]["accuracy"] == 1.0
+    mixing = Mix(v2.MixUp(num_classes=10))
+    run = trainer(make_config, Items([1, 2] * 16), collator=mixing, max_steps=1)
+    run.train()
+    assert run.test(Items([1, 2] * 4), ["clean"], full=False)["robustness"]["n"] == 8
+
+
+def test_a_last_batch_that_training_drops_is_evaluated(make_config):
+    options = {"max_steps": 1, "per_device_train_batch_size": 8, "per_device_eval_batch_size": 8}
+    data = Items([1] * 8 + [2] * 7)
+    run = trainer(make_config, data, data, dataloader_drop_last=True, **options)
+    assert len(run.get_train_dataloader()) == 1 and run.args.dataloader_drop_last
+    seen = run.predict(data)
+    assert len(seen.predictions) == 15
+    right = (seen.predictions.argmax(1) == seen.label_ids).mean()
+    assert run.evaluate()["eval_accuracy"] == pytest.approx(right)
+    few = trainer(make_config, data, Items([1] * 4), dataloader_drop_last=True, **options)
+    assert "eval_accuracy" in few.evaluate()
+
+
+def test_probabilities_are_refused_before_training(make_config):
+    model = nn.Sequential(*network(), nn.Softmax(-1))
+    with pytest.raises(ValueError, match="train_dataset: the model returns probabilities.*leave out its softmax"):
+        trainer(make_config, Items([1, 2] * 16), model=model)
+    with pytest.raises(ValueError, match="eval_dataset: the model returns probabilities"):
+        trainer(make_config, None, Items([1, 2] * 16), model=model)
+
+
 def test_one_image_left_for_a_batch_norm(make_config):
     sizes = {"per_device_train_batch_size": 8, "num_train_epochs": 1, "max_steps": -1}
     with pytest.raises(ValueError, match="17 images in batches of 8 leave one alone.*batch norm 2 .*drop_last"):

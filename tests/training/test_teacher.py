@@ -128,9 +128,9 @@ def test_a_second_training_has_a_teacher_of_its_own(build, make_trainer):
     assert any(not torch.equal(tensor, taught[1][name]) for name, tensor in taught[0].items())
 
 
-@pytest.mark.parametrize("step", [3, 7])
-def test_a_resumed_run_is_the_uncut_one(step, build, make_trainer, tmp_path):
-    options = OWN | {"save_strategy": "steps", "save_steps": 1, "ema_decay": 0.9, "awp_gamma": 0.01}
+@pytest.mark.parametrize(("step", "bf16"), [(3, False), (7, False), (7, True)])
+def test_a_resumed_run_is_the_uncut_one(step, bf16, build, make_trainer, tmp_path):
+    options = OWN | {"save_strategy": "steps", "save_steps": 1, "ema_decay": 0.9, "awp_gamma": 0.01, "bf16": bf16}
     options |= {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 8}
     whole = make_trainer(build("vit", dropout=0.2), output_dir=str(tmp_path / "whole"), **options)
     whole.train()
@@ -181,6 +181,12 @@ def test_what_cannot_teach_is_refused_before_training(build, make_trainer, make_
     pupil, _ = vit_from_config([*words[1:], words[0]], (8, 8), 3, **sizes)
     with pytest.raises(ValueError, match="was trained for other classes .*thinga, .* or for these in another order"):
         Teacher(make_config(**OPTIONS, teacher=str(tmp_path / "words")), pupil, 10, None)
+    model, processor = vit_from_config(sorted(map(str, range(12))), (8, 8), 3, **sizes)  # 0, 1, 10, 11, 2, ...
+    for part in (model, processor):
+        part.save_pretrained(tmp_path / "as text")
+    pupil, _ = vit_from_config([f"LABEL_{number}" for number in range(12)], (8, 8), 3, **sizes)
+    with pytest.raises(ValueError, match=r"for other classes \(0, 1, 10, 11, ...\) than the model \(LABEL_0, LABEL_1"):
+        Teacher(make_config(**OPTIONS, teacher=str(tmp_path / "as text")), pupil, 12, None)
     refused("images of 3x8x8 do not go through teacher=", *vit_from_config(CLASS_NAMES, (8, 8), 1, **sizes))
     with pytest.raises(OSError):
         make_trainer(build("vit"), teacher=str(tmp_path / "nothing"), **OPTIONS)

@@ -22,7 +22,7 @@ from tscnc_hf.artifact.models.saving import whole_copy
 from tscnc_hf.method.adversarial.noise import seeded_generator
 from tscnc_hf.method.averaging import WeightAverage
 from tscnc_hf.method.constraints import constraint_terms, weight_scales
-from tscnc_hf.method.matrices import WeightMatrix, computed_weights, full_tensor, weight_matrices
+from tscnc_hf.method.matrices import WeightMatrix, computed_weights, full_tensor, unknown_weights, weight_matrices
 from tscnc_hf.method.pruning.allocation import Allocation
 from tscnc_hf.method.pruning.pruner import Pruner
 from tscnc_hf.method.pruning.regrowth import regrow_end, regrow_share
@@ -105,7 +105,7 @@ class Compressor:
         Raises:
             ScheduleError: it is too short for a gradual schedule, or to end one.
         """
-        self._check_regrowth(max_steps)
+        self.check_schedule(max_steps)
         before = max_steps if planned is None else planned
         self._overdue = False
         self._overdue = step > 0 and self.masks_frozen(step, max_steps) and not self.masks_frozen(step, before)
@@ -423,7 +423,8 @@ class Compressor:
             )
         return start, end
 
-    def _check_regrowth(self, max_steps: int) -> None:
+    def check_schedule(self, max_steps: int) -> None:
+        """ScheduleError where a run of so many steps is too short for its schedule, or for the exchanges after it."""
         args, (_, start) = self.args, self._schedule(max_steps)
         until = regrow_end(start, max_steps)
         if args.regrow_fraction > 0 and args.target_sparsity > 0 and start + args.regrow_interval >= until:
@@ -465,7 +466,7 @@ def build_pruner(model: nn.Module, args: TSCNCConfig) -> Pruner:
             )
     records = list(weight_matrices(model, args.pruning_exclude))
     if args.target_sparsity > 0 or args.keep_masks or not records:
-        _check_computed(model, records, args.pruning_exclude)
+        _check_left(model, records, args.pruning_exclude)
     if args.pruning_structure in UNITS:
         allocation = unit_allocation(model, records, UNITS[args.pruning_structure], args.pruning_scope)
     else:
@@ -497,19 +498,35 @@ def build_pruner(model: nn.Module, args: TSCNCConfig) -> Pruner:
     return pruner
 
 
-def _check_computed(model: nn.Module, records: list[WeightMatrix], exclude: Sequence[str]) -> None:
+def _check_left(model: nn.Module, records: list[WeightMatrix], exclude: Sequence[str]) -> None:
     """A share of zeros among what little is left would be called that of the network."""
-    computed = {n: why for n, why in computed_weights(model).items() if not any(part in n for part in exclude)}
-    sizes = {name: model.get_submodule(name.removesuffix("weight").rstrip(".")).weight.numel() for name in computed}
+    computed, unknown = (
+        {name: why for name, why in found(model).items() if not any(part in name for part in exclude)}
+        for found in (computed_weights, unknown_weights)
+    )
+    sizes = {name: _stored(model, name).numel() for name in (*computed, *unknown)}
     prunable = sum(record.weight.numel() for record in records)
-    if computed and sum(sizes.values()) > prunable:
-        name = max(sizes, key=sizes.get)
+    if sum(sizes.values()) <= prunable:
+        return
+    if computed:
+        size, name = sum(map(sizes.get, computed)), max(computed, key=sizes.get)
         raise ValueError(
-            f"{len(computed)} layers of {type(model).__name__} with {sum(sizes.values()):,} weights multiply with "
-            f"other numbers than they store, so that zeros would not stay zeros, and {prunable:,} weights are left to "
-            f"prune. {name}: {computed[name]}. Fold such weights, take another architecture, or name them in "
-            "pruning_exclude to prune the rest alone"
+            f"{len(computed)} layers of {type(model).__name__} with {size:,} weights multiply with other numbers than "
+            f"they store, so that zeros would not stay zeros, and {prunable:,} weights are left to prune. {name}: "
+            f"{computed[name]}. Fold such weights, take another architecture, or name them in pruning_exclude to "
+            "prune the rest alone"
         )
+    size, name = sum(map(sizes.get, unknown)), max(unknown, key=sizes.get)
+    raise ValueError(
+        f"{len(unknown)} parameters of {type(model).__name__} with {size:,} weights belong to layers of types that "
+        f"are not known, and {prunable:,} weights are left to prune. {name}: {unknown[name]}. Register one "
+        "(register_matrix_view), or name such weights in pruning_exclude to prune the rest alone"
+    )
+
+
+def _stored(model: nn.Module, name: str) -> Tensor:
+    owner, _, parameter = name.rpartition(".")
+    return getattr(model.get_submodule(owner), parameter)
 
 
 def _inner(optimizer: torch.optim.Optimizer | None) -> torch.optim.Optimizer | None:

@@ -41,6 +41,14 @@ INSIDE = {
     "[0, 1]": lambda x: 0 <= x <= 1,
     "[0, 1)": lambda x: 0 <= x < 1,
 }
+# upstream's numbers, with which nothing would be trained, or something breaks in the middle of a step
+UPSTREAM = {
+    "[1, infinity)": ("gradient_accumulation_steps", "per_device_train_batch_size", "per_device_eval_batch_size"),
+    "[0, infinity)": (
+        "learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "dataloader_num_workers", "adam_epsilon",
+    ),
+    "[0, 1)": ("label_smoothing_factor", "adam_beta1", "adam_beta2"),
+}  # fmt: skip
 # options that change nothing unless others choose what they belong to: the condition, in words and as a function
 USED_WITH = {
     'tsc_on="gates"': (
@@ -279,6 +287,16 @@ class TSCNCConfig(TrainingArguments):
         for name, kind in get_annotations(TSCNCConfig, eval_str=True).items():
             if get_origin(kind) is Annotated:
                 _check_range(name, getattr(self, name), *kind.__metadata__)
+        for interval, names in UPSTREAM.items():
+            for name in names:
+                value = getattr(self, name)
+                if value is not None and not (name == "max_grad_norm" and value == math.inf):
+                    _check_range(name, float(value) if isinstance(value, str) else value, interval)
+        if self.num_train_epochs <= 0 and self.max_steps <= 0:
+            raise ValueError(
+                f"num_train_epochs={self.num_train_epochs:g} and max_steps={self.max_steps}: nothing would be "
+                "trained. Give one of them above 0; evaluate_robustness and tscnc evaluate test a model as it is"
+            )
         metric = (self.metric_for_best_model or "").removeprefix("eval_")
         if self.greater_is_better is None and metric.endswith(LESS_IS_BETTER):
             self.greater_is_better = False  # else it is taken for an accuracy

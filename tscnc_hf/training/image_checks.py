@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from tscnc_hf.artifact.models.finetuning import described
-from tscnc_hf.data.batches import NotFinite, check_range
-from tscnc_hf.data.identity import random_states_kept
+from tscnc_hf.data.batches import CollatedItems, NotFinite, check_range, collate
+from tscnc_hf.data.identity import dataset_split, random_states_kept
+from tscnc_hf.evaluation.measures.robustness import refuse_probabilities
 from tscnc_hf.method.adversarial.pixels import Preprocessing, attack_mode, pixel_logits
 from tscnc_hf.training.checks import check_labels
 from tscnc_hf.training.config import TSCNCConfig
@@ -150,6 +151,16 @@ def first_batch(dataset, collator: Callable) -> Mapping[str, Tensor] | None:
     return collator(items)
 
 
+def as_collated(dataset, collator: Callable):
+    """
+    A data set with a length, as batches of the collator hold its items; as it is where the collator is ours, which
+    measuring uses anyway, or makes soft labels: one that mixes images is for training.
+    """
+    if collator is collate or first_batch(dataset, collator)["labels"].is_floating_point():
+        return dataset
+    return CollatedItems(dataset, collator, dataset_split(dataset))
+
+
 def _send_one(model: nn.Module, preprocessing: Preprocessing, images: Tensor) -> tuple[int | None, str | None]:
     """The number of outputs, and the name of a batch norm that sees one value a channel of an image; or None."""
     shape, channels = "x".join(map(str, images.shape[1:])), max(len(preprocessing.mean), len(preprocessing.std))
@@ -181,6 +192,7 @@ def _send_one(model: nn.Module, preprocessing: Preprocessing, images: Tensor) ->
             hook.remove()
     if logits.ndim != 2:
         raise ValueError(f"the model returns {tuple(logits.shape)} of one image; logits (batch, classes) are needed")
+    refuse_probabilities(logits)
     return logits.shape[1], alone[0] if alone else None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tscnc_hf.artifact.files.identity import weights_digest
 from tscnc_hf.artifact.files.state import STATE_FILE, load_state
 from tscnc_hf.artifact.models.loading import load_model, logits_fn
-from tscnc_hf.data.class_names import SameClasses
+from tscnc_hf.data.class_names import class_names_of_model, has_no_names, refuse_another_order, some_names
 from tscnc_hf.method.adversarial.distillation import distillation_term
 from tscnc_hf.method.adversarial.pixels import LogitsFn
 from tscnc_hf.method.sharding import is_sharded
@@ -47,20 +47,25 @@ class Teacher:
         self.args, self.digest = args, None
         self._model: nn.Module | None = None
         self._forward: LogitsFn | None = None
+        self._kept: dict[str, Tensor] | None = None  # the run's own as a checkpoint had it, until the next step
         if args.distill_weight > 0 and args.teacher != OWN_DENSE:
-            model, processor = load_model(args.teacher)
+            try:
+                model, processor = load_model(args.teacher)
+            except (OSError, ValueError) as error:  # which says nothing of what it was wanted for
+                kind = OSError if isinstance(error, OSError) else ValueError
+                raise kind(f"teacher={args.teacher!r}: {' '.join(str(error).split())}") from error
             self.digest = weights_digest(model)
             self._is(model, logits_fn(model, processor))
             self._check(student, outputs, images)
 
     def _check(self, student: nn.Module, outputs: int | None, images: Tensor | None) -> None:
         name, model = f"teacher={self.args.teacher!r}", self._model
-        ours, theirs = SameClasses(student), SameClasses(model)
-        if ours.names and theirs.names and ours.names != theirs.names:
+        ours, theirs = class_names_of_model(student) or [], class_names_of_model(model)
+        if _others(ours, theirs):
             raise ValueError(
-                f"{name} was trained for other classes ({', '.join(theirs.names[:4])}, ...) than the model "
-                f"({', '.join(ours.names[:4])}, ...), or for these in another order: its predictions are compared "
-                "number by number. Give one of the same classes"
+                f"{name} was trained for other classes ({some_names(theirs)}) than the model ({some_names(ours)}), or "
+                "for these in another order: its predictions are compared number by number. Give one of the same "
+                "classes"
             )
         if outputs is not None and model.config.num_labels != outputs:
             raise ValueError(
@@ -93,14 +98,14 @@ class Teacher:
         if self.args.distill_weight == 0 or self.args.teacher != OWN_DENSE:
             return
         if step == 0:
-            self._model = None  # of a training before
+            self._model = self._kept = None  # of a training before
         if self._model is None and step >= self.start(max_steps):
-            self._copy(compressor, logits)
-
-    def _copy(self, compressor: Compressor, logits: Callable[[nn.Module], LogitsFn]) -> None:
-        with compressor.published() as model:
-            copied = model if is_sharded(compressor.model) else copy.deepcopy(model)
-        self._is(copied, logits(copied))
+            with compressor.published() as model:
+                copied = model if is_sharded(compressor.model) else copy.deepcopy(model)
+            self._is(copied, logits(copied))
+            if self._kept is not None:
+                copied.load_state_dict(self._kept)
+                self._kept = None
 
     @torch.no_grad()
     def logits(self, x: Tensor) -> Tensor:
@@ -123,17 +128,27 @@ class Teacher:
             return {}
         return {f"{PREFIX}{name}": tensor for name, tensor in self._model.state_dict().items()}
 
-    def load_state(
-        self, folder: str | os.PathLike, compressor: Compressor, logits: Callable[[nn.Module], LogitsFn]
-    ) -> None:
-        """Take back the run's own from a checkpoint's folder, where it has one."""
+    def load_state(self, folder: str | os.PathLike) -> None:
+        """
+        Take back the run's own from a checkpoint's folder, where it has one. It is made at the next step: only then
+        does the network compute in the precision of training, as the one that it was copied from did.
+        """
         if self.args.distill_weight == 0 or self.args.teacher != OWN_DENSE:
             return
         state, _ = load_state(Path(folder) / STATE_FILE)
         own = {name.removeprefix(PREFIX): value for name, value in state.items() if name.startswith(PREFIX)}
-        if own:
-            self._copy(compressor, logits)
-            self._model.load_state_dict(own)
+        self._model, self._kept = None, own or None
+
+
+def _others(ours: Sequence[str], theirs: Sequence[str]) -> bool:
+    """Whether names differ, where both have names, or the order of numbers that stand for them."""
+    if not ours:
+        return False
+    try:
+        refuse_another_order(ours, theirs)
+    except ValueError:
+        return True
+    return ours != theirs and not (has_no_names(ours) or has_no_names(theirs))
 
 
 @lru_cache(maxsize=8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, nullcontext
@@ -17,8 +18,9 @@ from transformers.trainer_utils import HubStrategy, PredictionOutput
 from transformers.utils import logging
 
 from tscnc_hf.artifact.card.formatting import collapse_text, without_paths
-from tscnc_hf.artifact.files.identity import RunIdentity, weights_digest
+from tscnc_hf.artifact.files.identity import RunIdentity, flat, weights_digest
 from tscnc_hf.artifact.files.state import STATE_FILE, save_state
+from tscnc_hf.artifact.models.config import what_is_computed
 from tscnc_hf.artifact.models.loading import holds_weights
 from tscnc_hf.artifact.models.preprocessing import preprocessing
 from tscnc_hf.artifact.models.saving import check_publishable, disk_state, refuse_parts
@@ -38,7 +40,7 @@ from tscnc_hf.training.checks import check_datasets, check_finite_weights, check
 from tscnc_hf.training.class_weights import balanced_weights, image_weights
 from tscnc_hf.training.compressor import Compressor, with_dense_ends
 from tscnc_hf.training.config import TSCNCConfig
-from tscnc_hf.training.image_checks import CheckedBatches, check_images, first_batch, warn_of_size
+from tscnc_hf.training.image_checks import CheckedBatches, as_collated, check_images, first_batch, warn_of_size
 from tscnc_hf.training.metrics import Metrics, given, observed, spectral_metrics
 from tscnc_hf.training.publisher import Publisher, failed_pushes
 from tscnc_hf.training.resume.fsdp import check_sharding
@@ -156,6 +158,16 @@ class TSCNCTrainer(ResumableTrainer):
         self.clear_terms()
         if isinstance(model, PreTrainedModel):
             model.add_model_tags(list(self._tag_names))
+
+    def check_schedule(self) -> None:
+        """
+        What `train` does first, without training.
+
+        Raises:
+            ScheduleError: a ValueError; training is too short for a gradual schedule, or to exchange weights after it.
+        """
+        *_, max_steps = self.set_initial_training_values(self.args, self.get_train_dataloader())
+        self.compressor.check_schedule(max_steps)
 
     # ---- one step ----
 
@@ -343,12 +355,15 @@ class TSCNCTrainer(ResumableTrainer):
         self._classes.check(dataset, role)
         if description == "Evaluation" and not has_length(dataset):  # which may have no end
             dataset = FirstItems(dataset, self.args.eval_stream_images)
-        given = self.data_collator
+        given, args = self.data_collator, self.args
         try:
             self.data_collator = CheckedBatches(given, self._outputs, role, dataset)
+            if not is_training:  # a last batch may be too small to learn from; it is no less a part of an accuracy
+                self.args = copy.copy(args)
+                self.args.dataloader_drop_last = False
             return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
         finally:
-            self.data_collator = given
+            self.data_collator, self.args = given, args
 
     def evaluation_loop(self, *args, **kwargs):
         self._eval_batches = 0
@@ -423,6 +438,7 @@ class TSCNCTrainer(ResumableTrainer):
         which was not written by this trainer.
 
         Args:
+            dataset: its items go through the data collator, as in `evaluate`, unless that mixes images (soft labels).
             attacks: see `make_attack`.
             n (*optional*): as many of the images, drawn with the seed; all by default.
             full (`bool`): False leaves checks, curve, Lipschitz bounds and examples out, which may take longer than
@@ -443,6 +459,7 @@ class TSCNCTrainer(ResumableTrainer):
             dataset, n = TakenItems(dataset, n), None
         if len(dataset):
             with random_states_kept():
+                dataset = as_collated(dataset, self.data_collator)
                 warn_of_size(self._shape, collate([dataset[0]])["pixel_values"], "test_dataset")
         if not self._is_published():
             self.save_model(_internal_call=True)  # pushes nothing
@@ -503,16 +520,20 @@ class TSCNCTrainer(ResumableTrainer):
 
     def identity(self) -> RunIdentity:
         """
-        As of `ResumableTrainer`, with two things that are no options and change the training: what the preprocessing
-        does to the size of images (not of a stream, of which nothing is known yet), and the teacher's weights,
-        wherever they lie.
+        As of `ResumableTrainer`, with what is no option and changes the training: what the model computes with its
+        weights, as its config says, what the preprocessing does to pixels and to the size of images (not of a stream,
+        of which nothing is known yet), and the teacher's weights, wherever they lie.
         """
         found, more = super().identity(), {}
+        inputs = self.adversary.preprocessing
+        own = {"model": {"type": type(self.model).__name__, **what_is_computed(self.model)}}
+        own |= {"image_mean": list(inputs.mean), "image_std": list(inputs.std)}
         if self._resize is not None:
             more["resized"] = self._resize.to_dict()
         if self.teacher.digest is not None:
             more["teacher"] = self.teacher.digest
-        return replace(found, options={**found.options, **more})
+        usual = {**found.usual, **flat(own)}  # checkpoints of before these were kept say nothing of them, and go on
+        return replace(found, options={**found.options, **own, **more}, usual=usual)
 
     def about_to_train(self) -> None:
         self.publisher.forget_results()  # of other weights, from now on
@@ -575,7 +596,7 @@ class TSCNCTrainer(ResumableTrainer):
         with detached_gates(self.model):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         self.compressor.load_state(resume_from_checkpoint)
-        self.teacher.load_state(resume_from_checkpoint, self.compressor, self.adversary.logits)
+        self.teacher.load_state(resume_from_checkpoint)
 
     def create_model_card(self, model_name: str | None = None, dataset_name: str | None = None, tags=(), **kwargs):
         """

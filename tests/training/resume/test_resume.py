@@ -1,5 +1,6 @@
 """A run that was cut off and goes on ends exactly where an uncut one does."""
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -85,6 +86,35 @@ def test_a_resumed_run_equals_an_uncut_one(kind, step, saving, build, make_train
     assert differing(whole, resumed) == []
     assert curves(resumed, step) == curves(whole, step)
     assert len(curves(resumed, step)) == 16 - step
+
+
+def test_another_network_or_preprocessing_with_weights_of_the_same_shapes_is_refused(build, make_trainer, tmp_path):
+    run(make_trainer, build("vit"), tmp_path / "whole", save_strategy="steps", save_steps=8)
+    checkpoint = tmp_path / "whole" / "checkpoint-8"
+
+    def refused(message, model, processor):
+        with pytest.raises(ValueError, match=message):
+            run(make_trainer, (model, processor), tmp_path / "cut", checkpoint, save_strategy="no")
+
+    for name, value, was in (("num_attention_heads", 4, "2"), ("hidden_act", "relu", "'gelu'")):
+        torch.manual_seed(0)
+        model, processor = build("vit")
+        config = copy.deepcopy(model.config)
+        setattr(config, name, value)
+        refused(rf"model.{name}={was} \(now {value!r}\)", type(model)(config), processor)
+    model, processor = build("vit")
+    model.config.id2label = {**model.config.id2label, 0: "nought"}
+    refused(r"model.id2label.0='0' \(now 'nought'\)", model, processor)
+    model, processor = build("vit")
+    processor.image_mean = [0.1] * 3
+    refused(r"image_mean=.*\(now \[0.1, 0.1, 0.1\]\)", model, processor)
+    # one that says nothing of it, of a version before, goes on
+    path = checkpoint / "run_identity.json"
+    identity = json.loads(path.read_text())
+    for name in ("model", "image_mean", "image_std"):
+        del identity["options"][name]
+    path.write_text(json.dumps(identity).ljust(path.stat().st_size))  # whole files are known by their size
+    assert run(make_trainer, build("vit"), tmp_path / "cut", checkpoint).state.global_step == 16
 
 
 def test_a_cut_with_accumulation_and_one_with_the_masks_frozen(build, make_trainer, tmp_path):
@@ -196,8 +226,9 @@ def test_what_a_run_is_made_of_is_one_of_the_files_of_its_checkpoints(finished, 
     assert kept["code"]["torch"] == torch.__version__.split("+")[0] and kept["weights"] == {}
 
     def now(**changed) -> RunIdentity:
-        options, usual = decisive_options(make_config(**OPTIONS | SHORT | changed))
-        return RunIdentity(options, kept["data"], kept["code"], usual=usual)
+        asked, usual = decisive_options(make_config(**OPTIONS | SHORT | changed))
+        inputs = {name: options[name] for name in ("model", "image_mean", "image_std")}
+        return RunIdentity(asked | inputs, kept["data"], kept["code"], usual=usual)
 
     folder = shutil.copytree(finished, tmp_path / "checkpoint-8")
     assert check_identity(folder, now()) is None
@@ -380,7 +411,7 @@ def test_the_checkpoint_of_another_architecture_is_refused(build, make_trainer, 
     run(make_trainer, build("resnet"), tmp_path / "run", num_train_epochs=1, save_strategy="epoch", pruning_interval=1)
     trainer = make_trainer(build("vit"), **OPTIONS | {"pruning_interval": 1})
     before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
-    with pytest.raises(ValueError, match="does not fit the ViTForImageClassification"):
+    with pytest.raises(ValueError, match="model.type='TimmWrapper.* .now 'ViTForImage.* more: go on"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
     assert all(torch.equal(before[name], tensor) for name, tensor in trainer.model.state_dict().items())
 

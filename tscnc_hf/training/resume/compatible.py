@@ -15,6 +15,7 @@ from tscnc_hf.training.resume.checkpoints import ResumeError
 
 
 IDENTITY_FILE = "run_identity.json"
+NAMED = 6  # differences in a message: another network has dozens
 # Upstream's options that decide what is trained. What decides for how long is looked at when the steps are known
 # (`check_length`, `check_batch`); the others say where things go, what is logged and how fast it is.
 DECISIVE = (
@@ -44,7 +45,7 @@ def check_identity(checkpoint: str | Path, now: RunIdentity) -> str | None:
         What is to be said of other code, if it is other.
 
     Raises:
-        ResumeError: options or data differ; each is named with both values. Or the file that says is damaged.
+        ResumeError: options or data differ; up to six are named with both values. Or the file that says is damaged.
     """
     path = Path(checkpoint) / IDENTITY_FILE
     try:
@@ -53,9 +54,11 @@ def check_identity(checkpoint: str | Path, now: RunIdentity) -> str | None:
         raise ResumeError(f"{path} is missing or damaged ({error}). Resume from another checkpoint") from error
     if different := before.differences(now, ("options", "data")):
         asked = [one for one in different if not one.name.endswith(".digest")]  # which say nothing to people
+        named = [str(one) for one in sorted(asked or different, key=lambda one: one.name.startswith("model."))]
+        more = f" and {len(named) - NAMED} more" if len(named) > NAMED else ""
         raise ResumeError(
-            f"{checkpoint} was trained with {', '.join(map(str, asked or different))}: go on with the same options "
-            "and data, or start anew in another output_dir"
+            f"{checkpoint} was trained with {', '.join(named[:NAMED])}{more}: go on with the same options and data, "
+            "or start anew in another output_dir"
         )
     if other := before.differences(now, ("code",)):
         return f"{checkpoint} was written with {', '.join(map(str, other))}: what follows may be rounded otherwise"
