@@ -212,6 +212,14 @@ def test_two_rows_of_a_cell_are_not_averaged():
         comparison_markdown([a_row(), a_row(split="validation")], "pgd-20")
 
 
+@pytest.mark.parametrize(("name", "value"), [("model_args", "[1]"), ("arms", '"plain"'), ("pretraining", "3")])
+def test_options_that_are_no_maps_are_refused(name, value, ablation, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        ablation(tmp_path, **{name: value})
+    said = capsys.readouterr().err
+    assert f"error: {name}=" in said and "give a map" in said
+
+
 def test_figures_say_what_they_cannot_show():
     rows = [a_row(sparsity=s, seed=i, median_kappa=k) for s in (0.9, 0.99) for i, k in ((0, 3.0), (1, "inf"))]
     (axes,) = arms_figure(rows, kappa, "condition number", log=True).axes
