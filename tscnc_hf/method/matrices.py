@@ -259,7 +259,9 @@ def _unknown(module: nn.Module) -> list[str]:
     return [
         name
         for name, weight in module._parameters.items()
-        if weight is not None and weight.squeeze().ndim >= 2 and not any(part in name for part in NO_MATRIX)
+        if weight is not None
+        and sum(side > 1 for side in weight.shape) >= 2  # by its shape: a sharded one is not squeezed
+        and not any(part in name for part in NO_MATRIX)
     ]
 
 
