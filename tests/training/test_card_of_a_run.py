@@ -116,6 +116,16 @@ def test_the_command_is_the_one_that_was_run(environment, command, monkeypatch):
     assert command_line() == command
 
 
+@pytest.mark.parametrize(
+    "token", [["--hub_token", "hf_abcdefgh"], ["--hub_token=hf_abcdefgh"], ["--api_token", "two words"]]
+)
+def test_a_token_that_was_typed_is_not_in_the_command(token, monkeypatch):
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--push_to_hub", *token, "--seed", "1"])
+    assert command_line() == "python train.py --push_to_hub --seed 1"
+
+
 # ---- licences that somebody named, and no others ----
 
 

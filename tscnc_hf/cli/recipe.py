@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from tscnc_hf.artifact.card.formatting import without_tokens
 from tscnc_hf.cli.parser import ConfigParser, side_or_pair
 from tscnc_hf.cli.refusing import refusal
 from tscnc_hf.training.config import DENSE_TWIN, TSCNCConfig
@@ -310,7 +311,10 @@ def run(config: TSCNCConfig, arguments: DataArguments, build: Callable[[], tuple
 
 
 def command_line() -> str:
-    """What was typed to start this process, as far as it can be told: the launcher, the script and its options."""
+    """
+    What was typed to start this process, as far as it can be told: the launcher, the script and its options, but for
+    the values of those whose names end in "token", since cards say the command.
+    """
     processes = int(os.environ.get("WORLD_SIZE", 1))
     if "ACCELERATE_MIXED_PRECISION" in os.environ:  # set by accelerate launch, always
         launcher = ["accelerate", "launch", *(["--num_processes", str(processes)] if processes > 1 else [])]
@@ -318,4 +322,4 @@ def command_line() -> str:
         launcher = ["torchrun", "--nproc_per_node", os.environ.get("LOCAL_WORLD_SIZE", str(processes))]
     else:
         launcher = ["python"]
-    return shlex.join([*launcher, *sys.argv])
+    return without_tokens(shlex.join([*launcher, *sys.argv]))

@@ -151,7 +151,7 @@ def test_plain_data_set_and_local_folders_stay_out_of_datasets(tmp_path, monkeyp
 def test_nothing_of_the_machine_and_nothing_empty_is_shown(tmp_path):
     path = write(
         tmp_path / "card",
-        command=f"python recipes/vit.py --output_dir={tmp_path}/out --epsilon 8/255 --config ./configs/a.yaml",
+        command=f"python recipes/vit.py --output_dir={tmp_path}/out --hub_token hf_secret --config ./configs/a.yaml",
         dataset_name=f"{tmp_path}/flowers",
         base_model="/home/someone/base",
         notes=["Trained from /mnt/disk/images."],
@@ -162,7 +162,7 @@ def test_nothing_of_the_machine_and_nothing_empty_is_shown(tmp_path):
     for trace in (str(tmp_path), "/home/", "/mnt/", "hf_secret", "hub_token"):
         assert trace not in text
     assert not re.search(r"\b(None|nan|NaN|null|undefined)\b", text) and "{{" not in text and "{%" not in text
-    assert "--output_dir=out --epsilon 8/255 --config ./configs/a.yaml" in text
+    assert "--output_dir=out --config ./configs/a.yaml" in text
     assert sorted(p.name for p in path.parent.rglob("*") if p.is_file()) == ["README.md", "layers.png"]
 
 

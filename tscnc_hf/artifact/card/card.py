@@ -178,7 +178,7 @@ def write_card(
         split=dataset_split,
         classes=shown_names,
         base_model=without_paths(str(base_model)) if base_model else "",
-        command=formatting.wrapped_command(without_paths(command)) if command else "",
+        command=formatting.wrapped_command(without_paths(formatting.without_tokens(command))) if command else "",
         sizes=size_table(sizes) if sizes else [],
         packed=bool(sizes) and 0 < sizes.get("sparse_bytes", 0) < sizes.get("dense_bytes", math.inf),
         packed_only=bool(sizes) and "sparse_bytes" in sizes and "dense_bytes" not in sizes,
