@@ -81,6 +81,18 @@ def refused(parsed, capsys):
         ('eval_strategy: "no"', "eval_strategy", "no"),
         ("eval_strategy: no", "eval_strategy", "no"),  # YAML reads False
         ("", "epsilon", 8 / 255),
+        ("hub_revision: 1.10", "hub_revision", "1.10"),  # YAML reads 1.1
+        ("run_name: 2024_11_28", "run_name", "2024_11_28"),  # 20241128
+        ("run_name: 2024-11-28", "run_name", "2024-11-28"),  # a date
+        ("run_name: on", "run_name", "on"),  # true
+        ("run_name: 0x10", "run_name", "0x10"),
+        ("run_name: null", "run_name", None),
+        ("seed: 010", "seed", 10),  # 8
+        ("seed: 1_000", "seed", 1000),
+        ("pruning_exclude: [1.10, 2024-11-28]", "pruning_exclude", ["1.10", "2024-11-28"]),
+        ("optim_target_modules: [a, b]", "optim_target_modules", ["a", "b"]),
+        ("pruning_layer_sparsity: {head: 0.5}", "pruning_layer_sparsity", {"head": 0.5}),
+        ("<<: {seed: 012}", "seed", 12),
     ],
 )
 def test_a_value_of_the_file(text, name, value, parsed):
@@ -150,6 +162,12 @@ def test_a_required_option_may_come_from_the_file(tmp_path):
         ("pruning_exclude: [head, null]", [], ["pruning_exclude=['head', None]", "give a list of texts"]),
         ("pruning_exclude: [no]", [], ["pruning_exclude=[False]", "in quotes"]),
         ("channels_last:", [], ["channels_last has no value; give true or false"]),
+        ("test_attacks: null", [], ["test_attacks has no value; give a list"]),
+        ("dataset:", [], ["dataset has no value; give a text"]),
+        ("dataset: [a, b]", [], ["dataset=['a', 'b']", "give one text"]),
+        ("dataset: {a: b}", [], ["dataset={'a': 'b'}", "give one text"]),
+        ("hub_revision: [main]", [], ["hub_revision=['main']", "give one text"]),
+        ("num_train_epochs: 1:30", [], ["num_train_epochs", "'1:30'"]),  # YAML reads 90
         ("objective: gairat", [], ["objective='gairat'", "natural, pgd-at, trades, mart"]),
         ("pruning_scope: 3", [], ["pruning_scope=3", "global, uniform, erk, learned"]),
         (None, ["--objective", "gairat"], ["objective", "gairat", "natural"]),

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import sys
-from argparse import ArgumentParser
+from argparse import Action, ArgumentParser
 from collections.abc import Sequence
 from difflib import get_close_matches
 from itertools import chain
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
@@ -34,6 +34,10 @@ class _UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+# a date is a text like any other: no option takes one
+_UniqueKeys.add_constructor("tag:yaml.org,2002:timestamp", yaml.SafeLoader.construct_yaml_str)
+
+
 class ConfigParser(HfArgumentParser):
     """
     `HfArgumentParser` with `--config FILE.yaml`, which may be given several times: later files win.
@@ -45,6 +49,9 @@ class ConfigParser(HfArgumentParser):
 
     def __init__(self, dataclass_types, **kwargs):
         super().__init__(dataclass_types, allow_abbrev=False, **kwargs)
+        self._allowed = {
+            name: _kinds(hint) for one in self.dataclass_types for name, hint in get_type_hints(one).items()
+        }
         described = chain.from_iterable(chain(*option_groups(one).values()) for one in self.dataclass_types)
         texts = {option.name: option.help.replace("%", "%%") for option in described}
         for action in self._actions:
@@ -90,7 +97,7 @@ class ConfigParser(HfArgumentParser):
         if not path.is_file():
             self.error(f"--config {path}: no such file")
         try:
-            values = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys) or {}
+            values, written = _read_yaml(path.read_text(encoding="utf-8"))
         except UnicodeDecodeError as error:
             self.error(f"--config {path} is not text in UTF-8 ({error}): save it in that encoding")
         except _GivenTwice as error:
@@ -105,36 +112,101 @@ class ConfigParser(HfArgumentParser):
             self.error(f"--config {path}: unknown option(s) {', '.join(unknown)}; `--help` lists those that exist")
         for name, value in values.items():
             action = actions[name]
-            if value is False and "no" in (action.choices or ()):
-                value = "no"  # YAML reads a bare `no` as false
-            if action.nargs == "+" and isinstance(value, str) and not isinstance(action.default, str):
-                self.error(f"--config {path}: {name}={value!r}; give a list, [{value}]")  # else one of its letters
-            if action.nargs == "+" and isinstance(value, int | float) and not isinstance(value, bool):
-                value = [value]
-            if action.nargs == "+" and action.type is str and value is not None and not _is_list_of_texts(value):
-                self.error(f"--config {path}: {name}={value!r}; give a list of texts, in quotes where need be")
-            if value is None and isinstance(action.default, bool):
-                self.error(f"--config {path}: {name} has no value; give true or false")
-            if isinstance(value, list | dict) and action.nargs is None and action.type is not str:
-                self.error(f"--config {path}: {name}={value!r}; give one value")
-            if action.type in (int, float) and any(
-                isinstance(item, bool) for item in (value if isinstance(value, list) else [value])
-            ):
-                self.error(f"--config {path}: {name}={value!r}; give a number")
-            if isinstance(value, list) and action.type is str and action.nargs == "+":
-                value = [str(item) for item in value]
-            if isinstance(value, list) and action.type in (int, float):
-                try:
-                    value = [action.type(str(item)) for item in value]
-                except ValueError as error:
-                    self.error(f"--config {path}: {name}={value!r}; {error}")
-            if action.choices is not None and value is not None and value not in action.choices:
-                allowed = ", ".join(map(str, action.choices))
-                self.error(f"--config {path}: {name}={value!r}; use one of {allowed}")
-            if isinstance(value, int | float) and not isinstance(value, bool):
-                value = str(value)  # a string default goes through the option's own type
+            if problem := self._problem(action, value):
+                self.error(f"--config {path}: {name}{problem}")
             action.required = False
-            self.set_defaults(**{name: value})
+            self.set_defaults(**{name: self._default(path, action, value, written.get(name))})
+
+    def _problem(self, action: Action, value: Any) -> str | None:
+        """What is wrong with a value of a file, behind the option's name; None where its own type is to say it."""
+        allowed, said = self._allowed.get(action.dest, set()), f"={value!r}; "
+        is_json = _is_json(action.default)
+        if action.nargs == "+" and isinstance(value, str) and not isinstance(action.default, str):
+            return f"{said}give a list, [{value}]"  # else one of its letters
+        if action.nargs == "+" and action.type is str and value is not None and not _is_list_of_texts(_listed(value)):
+            return f"{said}give a list of texts, in quotes where need be"
+        if value is None and action.nargs == "+" and None not in allowed:
+            return " has no value; give a list, [] for none"
+        if value is None and isinstance(action.default, bool):
+            return " has no value; give true or false"
+        if value is None and action.type is str and action.nargs is None and None not in allowed and not is_json:
+            return " has no value; give a text, or leave the line out"
+        if isinstance(value, list | dict) and action.nargs is None:
+            kind = dict if isinstance(value, dict) else list
+            if action.type is str and (kind not in allowed) and not is_json:
+                return f"{said}give one text"
+            if action.type is not str:
+                return f"{said}give one value"
+        items = value if isinstance(value, list) else [value]
+        if action.type in (int, float) and any(isinstance(item, bool) for item in items):
+            return f"{said}give a number"
+        return None
+
+    def _default(self, path: Path, action: Action, value: Any, written: str | list[str] | None) -> Any:
+        """A value of a file as the option's own type takes it: numbers and texts as they were written."""
+        if value is False and "no" in (action.choices or ()):
+            value = "no"  # YAML reads a bare `no` as false
+        if action.choices is not None and value is not None and value not in action.choices:
+            allowed = ", ".join(map(str, action.choices))
+            self.error(f"--config {path}: {action.dest}={value!r}; use one of {allowed}")
+        is_text = action.type is str and action.nargs is None
+        if isinstance(value, bool) and is_text and not {dict, False} & self._allowed.get(action.dest, set()):
+            return written  # a folder may be called `on`
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            value = written or str(value)  # a string default goes through the option's own type
+        if action.nargs == "+" and value is not None:
+            value = _listed(value)
+        if (
+            isinstance(value, list)
+            and action.type in (str, int, float)
+            and (action.nargs == "+" or action.type is not str)
+        ):
+            try:
+                value = [action.type(str(item)) for item in (written if isinstance(written, list) else value)]
+            except ValueError as error:
+                self.error(f"--config {path}: {action.dest}={value!r}; {error}")
+        return value
+
+
+def _read_yaml(text: str) -> tuple[Any, dict[str, str | list[str]]]:
+    """
+    A file's map, and of its numbers, true and false, and of lists of scalars, how they were written: YAML reads a
+    branch 1.10 as 1.1, a seed 010 as 8 and 1:30 as 90.
+    """
+    loader = _UniqueKeys(text)
+    try:
+        node = loader.get_single_node()
+        values = {} if node is None else loader.construct_document(node)
+    finally:
+        loader.dispose()
+    written = {}
+    for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
+        if isinstance(value, yaml.ScalarNode):
+            written[key.value] = value.value
+        elif isinstance(value, yaml.SequenceNode) and all(isinstance(item, yaml.ScalarNode) for item in value.value):
+            written[key.value] = [item.value for item in value.value]
+    return {} if values is None else values, written
+
+
+def _kinds(hint: Any) -> set[Any]:
+    """Of an annotation of a field: list, dict, None and False where it allows them."""
+    if hint is type(None):
+        return {None}
+    if get_origin(hint) in (list, dict):
+        return {get_origin(hint)}
+    if hint in (list, dict):
+        return {hint}
+    return {False for item in get_args(hint) if item is False} | set().union(*map(_kinds, get_args(hint)))
+
+
+def _is_json(default: Any) -> bool:
+    """Whether an option's text is JSON, for which a file may have a map: model_args and its like."""
+    return isinstance(default, str) and (default.startswith("{") or default == "null")
+
+
+def _listed(value: Any) -> Any:
+    """One number stands for a list of it."""
+    return [value] if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
 def _is_list_of_texts(value: Any) -> bool:
