@@ -135,6 +135,17 @@ def test_a_required_option_may_come_from_the_file(tmp_path):
     assert caught.value.code == 2
 
 
+def test_of_two_maps_the_later_file_wins(tmp_path):
+    @dataclass
+    class Made:
+        model_args: str = "{}"
+
+    for name, depth in (("a", 1), ("b", 2)):
+        (tmp_path / f"{name}.yaml").write_text(f"model_args: {{depth: {depth}}}\n")
+    files = [word for name in "ab" for word in ("--config", str(tmp_path / f"{name}.yaml"))]
+    assert ConfigParser([Made]).parse(files)[0].model_args == {"depth": 2}
+
+
 # ---- errors ----
 
 

@@ -120,7 +120,7 @@ class ConfigParser(HfArgumentParser):
     def _problem(self, action: Action, value: Any) -> str | None:
         """What is wrong with a value of a file, behind the option's name; None where its own type is to say it."""
         allowed, said = self._allowed.get(action.dest, set()), f"={value!r}; "
-        is_json = _is_json(action.default)
+        is_json = action.dest in self._json
         if action.nargs == "+" and isinstance(value, str) and not isinstance(action.default, str):
             return f"{said}give a list, [{value}]"  # else one of its letters
         if action.nargs == "+" and action.type is str and value is not None and not _is_list_of_texts(_listed(value)):
