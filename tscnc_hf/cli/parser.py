@@ -49,9 +49,9 @@ class ConfigParser(HfArgumentParser):
 
     def __init__(self, dataclass_types, **kwargs):
         super().__init__(dataclass_types, allow_abbrev=False, **kwargs)
-        self._allowed = {
-            name: _kinds(hint) for one in self.dataclass_types for name, hint in get_type_hints(one).items()
-        }
+        hints = chain.from_iterable(get_type_hints(one).items() for one in self.dataclass_types)
+        self._allowed = {name: _kinds(hint) for name, hint in hints}
+        self._json = {action.dest for action in self._actions if _is_json(action.default)}
         described = chain.from_iterable(chain(*option_groups(one).values()) for one in self.dataclass_types)
         texts = {option.name: option.help.replace("%", "%%") for option in described}
         for action in self._actions:
