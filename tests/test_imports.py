@@ -57,3 +57,23 @@ def test_method_room_does_not_load_transformers():
         "assert 'transformers' not in sys.modules and 'timm' not in sys.modules"
     )
     run_command([sys.executable, "-c", code])
+
+
+def calls_of_auto_classes(path: Path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            owner = ast.unparse(node.func.value).split(".")[-1]
+            if owner.startswith("Auto") and node.func.attr in ("from_pretrained", "from_config"):
+                yield node
+
+
+def test_no_code_of_a_repository_is_run_wherever_an_auto_class_reads_one():
+    found = 0
+    for path in [*PACKAGE.rglob("*.py"), *(PACKAGE.parent / "recipes").rglob("*.py")]:
+        for call in calls_of_auto_classes(path):
+            found += 1
+            said = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+            assert said.get("trust_remote_code") == "False", (
+                f"{path.name}, line {call.lineno}: trust_remote_code=False"
+            )
+    assert found

@@ -1,5 +1,7 @@
 """`tscnc bench` and `tscnc export`, on a folder that this library wrote."""
 
+import contextlib
+import io
 import json
 
 import pytest
@@ -59,6 +61,18 @@ def test_wrong_options(folder, capsys, options, code, message):
     with pytest.raises(SystemExit) as end:
         main(["bench", str(folder), *options])
     assert end.value.code == code and message in capsys.readouterr().err
+
+
+def test_code_beside_an_image_processor_is_never_run(folder, monkeypatch):
+    """transformers asks whether to, and runs it if "y" is what stdin has."""
+    says = {"image_processor_type": "Own", "auto_map": {"AutoImageProcessor": "own.Own"}}
+    (folder / "preprocessor_config.json").write_text(json.dumps(says))
+    (folder / "own.py").write_text(f"open({str(folder / 'ran')!r}, 'w').close()\n")
+    for command in (["bench", "--batch", "1", "--runtimes", "eager", "--seconds", "1"], ["export"]):
+        monkeypatch.setattr("sys.stdin", io.StringIO("y\n"))
+        with contextlib.suppress(SystemExit):  # the config may do without a processor, or not
+            main([command[0], str(folder), *command[1:]])
+        assert not (folder / "ran").exists()
 
 
 def test_images_that_are_not_square(tmp_path, capsys, monkeypatch):

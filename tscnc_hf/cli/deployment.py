@@ -14,9 +14,7 @@ CHANNELS = {"grey": 1, "rgb": 3}
 
 def _opened(options: argparse.Namespace) -> tuple[Any, Any, tuple[int, int, int], Path]:
     """The model, its image processor, (channels, height, width) of its images, and its folder here."""
-    from transformers import AutoImageProcessor
-
-    from tscnc_hf.artifact.models.config import input_format
+    from tscnc_hf.artifact.models.config import input_format, read_processor
     from tscnc_hf.artifact.repository.opening import open_repository, read_model
 
     repository = open_repository(options.model, options.revision)
@@ -24,7 +22,7 @@ def _opened(options: argparse.Namespace) -> tuple[Any, Any, tuple[int, int, int]
     if "Classification" not in type(model).__name__:
         raise ValueError(f"{options.model} is a {type(model).__name__}; an image classifier is needed")
     try:
-        processor = AutoImageProcessor.from_pretrained(repository.folder)
+        processor = read_processor(repository.folder)
     except (OSError, ValueError):  # without one the config has to say
         processor = None
     size, colours = input_format(model, processor)

@@ -1,5 +1,6 @@
 """Names and folders to models: every door gives what was saved, or says what is wrong."""
 
+import io
 import json
 
 import pytest
@@ -12,7 +13,7 @@ from tests.small_models import MODELS, NAMES, assert_same_weights, differs, imag
 from tscnc_hf import SparseConfig, slim
 from tscnc_hf.artifact.models import loading
 from tscnc_hf.artifact.models.building import timm_model
-from tscnc_hf.artifact.models.config import config_digest, read_config
+from tscnc_hf.artifact.models.config import config_digest, input_format, read_config, read_processor
 from tscnc_hf.artifact.models.loading import load_model, load_slim, load_sparse, load_weights
 from tscnc_hf.artifact.models.saving import disk_state, save_sparse
 from tscnc_hf.artifact.packed.file import SPARSE_FILE, read_sparse_file, write_sparse_file
@@ -243,12 +244,87 @@ def test_load_weights_into_a_plain_module(tmp_path):
         load_weights(torch.nn.Linear(4, 2), tmp_path)
 
 
+def say_in_config(folder, **fields):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+@pytest.mark.parametrize("kind", ["one file", "shards", "mixed", "packed"])
+@pytest.mark.parametrize("stored, said", [("float32", "float16"), ("float16", "float32"), ("bfloat16", None)])
+def test_a_dtype_in_the_config_does_not_round_what_is_stored(stored, said, kind, tmp_path):
+    """Else an evaluation would be of another model than the card, which sees the packed file."""
+    model = vit().to(getattr(torch, stored))
+    if kind == "mixed":  # the whole gets the dtype that holds all of it
+        model.classifier.to(torch.float32)
+        pruned(model.classifier, 1)
+    if kind == "packed":
+        save_sparse(model, tmp_path)
+    else:
+        model.save_pretrained(tmp_path, max_shard_size="20KB" if kind == "shards" else "1GB")
+    say_in_config(tmp_path, dtype=said)
+    found, expected = load_slim(tmp_path), model.to(torch.float32) if kind == "mixed" else model
+    assert_same_weights(found, expected)
+    assert_same_weights(found, as_repository(tmp_path))
+    assert found.dtype == found.config.dtype == expected.dtype
+    assert load_slim(tmp_path, dtype=torch.float64).dtype == torch.float64
+    assert load_slim(tmp_path, dtype="bfloat16").dtype == torch.bfloat16
+
+
+def test_the_dtype_is_that_of_the_file_also_on_the_hub(hub, tmp_path):
+    for name, size in (("one", "1GB"), ("shards", "20KB")):
+        vit().save_pretrained(tmp_path / name, max_shard_size=size)
+        ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(tmp_path / name)
+        say_in_config(tmp_path / name, dtype="float16")
+        push_folder(tmp_path / name, f"tester/{name}")
+        assert_same_weights(load_slim(f"tester/{name}"), vit())
+
+
+def test_a_value_that_is_rounded_to_zero_is_no_damage(tmp_path):
+    model = vit()
+    with torch.no_grad():
+        model.classifier.weight[0, 0] = 1e-9
+    save_sparse(model, tmp_path)
+    assert_same_weights(load_sparse(tmp_path), model)
+    model.to(torch.float16)
+    assert model.classifier.weight[0, 0] == 0
+    for load in (load_sparse, load_slim):
+        for dtype in (torch.float16, "float16"):
+            assert_same_weights(load(tmp_path, dtype=dtype), model)
+
+
 def test_a_timm_config_does_not_choose_files_to_load(tmp_path):
     config = resnet().config
     config.model_args = config.model_args | {"checkpoint_path": str(tmp_path / "evil.pth"), "cache_dir": "elsewhere"}
     config.save_pretrained(tmp_path)
     assert "evil" in (tmp_path / "config.json").read_text()
     assert read_config(tmp_path).model_args == resnet().config.model_args
+
+
+@pytest.mark.parametrize("architecture", ["local-dir:elsewhere", "hf-hub:someone/else", "HF_HUB:someone/else"])
+def test_a_timm_config_does_not_send_elsewhere(architecture, tmp_path):
+    resnet().save_pretrained(tmp_path)
+    ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(tmp_path)
+    say_in_config(tmp_path, architecture=architecture)
+    for load in (load_model, load_slim, as_repository):
+        with pytest.raises(ValueError, match=f"names the architecture '{architecture}'.*timm's own name there"):
+            load(tmp_path)
+    config = resnet().config
+    assert_same_weights(load_slim(tmp_path, config=config), resnet())  # of one's own code
+
+
+def test_code_beside_an_image_processor_is_never_run(tmp_path, monkeypatch):
+    """transformers asks whether to, and runs it if "y" is what stdin has."""
+    vit().save_pretrained(tmp_path)
+    says = {"image_processor_type": "Own", "auto_map": {"AutoImageProcessor": "own.Own"}}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(says))
+    ran = tmp_path / "ran"
+    code = f"from transformers import ViTImageProcessor as Own\nopen({str(ran)!r}, 'w').close()\n"
+    (tmp_path / "own.py").write_text(code)
+    for door in (load_model, read_processor, input_format):
+        monkeypatch.setattr("sys.stdin", io.StringIO("y\n"))
+        with pytest.raises(ValueError, match="code of its own.*never run here.*such as ViTImageProcessor"):
+            door(str(tmp_path))
+        assert not ran.exists()
 
 
 # ---- every door, every kind of damage ----

@@ -31,15 +31,41 @@ def read_config(name_or_folder: str | os.PathLike, **options: Any) -> PreTrained
 
     timm's `push_to_hf_hub` (1.0.31) records `num_classes` among the arguments of the model, transformers (5.24) passes
     it beside them, and no such model can be built: it is taken out, `num_labels` says the same. So are arguments with
-    which timm would load other files: a downloaded config is not to choose them.
+    which timm would load other files: a downloaded config is not to choose them, nor with an architecture
+    "hf-hub:..." or "local-dir:...", which is refused.
 
     Raises:
-        OSError: there is no such config. ValueError: it is of no known architecture, or needs code to be run.
+        OSError: there is no such config. ValueError: it is of no known architecture, or of one that lies elsewhere, or
+            needs code to be run.
     """
     config = AutoConfig.from_pretrained(name_or_folder, trust_remote_code=False, **options)
+    if isinstance(config, TimmWrapperConfig) and ":" in str(config.architecture):
+        raise ValueError(
+            f"{name_or_folder}: config.json names the architecture {config.architecture!r}, which would be read from "
+            "another folder or repository. Write timm's own name there, such as 'resnet18'; a config of your own code "
+            "is passed as config=..."
+        )
     if isinstance(config, TimmWrapperConfig) and config.model_args:
         config.model_args = {key: value for key, value in config.model_args.items() if key not in NOT_OURS}
     return config
+
+
+def read_processor(name_or_folder: str | os.PathLike, **options: Any) -> Any:
+    """
+    `AutoImageProcessor.from_pretrained`, but never with code of the repository, nor a question whether to run it.
+
+    Raises:
+        OSError: there is none. ValueError: it is of no known class, or needs code to be run.
+    """
+    try:
+        return AutoImageProcessor.from_pretrained(name_or_folder, trust_remote_code=False, **options)
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise ValueError(  # transformers advises an option that is not for use here
+            f"the image processor of {name_or_folder} is code of its own (auto_map in preprocessor_config.json), "
+            "which is never run here. Save one of transformers' there that does the same, such as ViTImageProcessor"
+        ) from error
 
 
 def input_format(
@@ -55,7 +81,7 @@ def input_format(
         OSError: there is no such model. ValueError: it is of no known architecture.
     """
     if isinstance(model, str):
-        model, processing_class = read_config(model), AutoImageProcessor.from_pretrained(model)
+        model, processing_class = read_config(model), read_processor(model)
     config = getattr(model, "config", model)
     pretrained = getattr(config, "pretrained_cfg", None) or {}
     if "input_size" in pretrained:

@@ -11,7 +11,6 @@ import copy
 import math
 import os
 from collections.abc import Sequence
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +19,39 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoImageProcessor, PreTrainedModel
+from transformers import PreTrainedModel
+from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from tscnc_hf.artifact.files.identity import weights_digest
 from tscnc_hf.artifact.files.tensor_file import unreadable
-from tscnc_hf.artifact.models.config import CONFIG_FILE, class_of, config_digest, label_fields, read_config
+from tscnc_hf.artifact.models.config import (
+    CONFIG_FILE,
+    class_of,
+    config_digest,
+    label_fields,
+    read_config,
+    read_processor,
+)
 from tscnc_hf.artifact.models.preprocessing import preprocessing
 from tscnc_hf.artifact.models.recorded_widths import as_plain, narrowed
-from tscnc_hf.artifact.models.weights import differences, float_dtypes, has_weights, read_weights, same_tensors
+from tscnc_hf.artifact.models.weights import (
+    INDEX_FILE,
+    WEIGHTS_FILE,
+    differences,
+    exact_dtype,
+    float_dtypes,
+    has_weights,
+    read_weights,
+    same_tensors,
+    stored_dtypes,
+)
 from tscnc_hf.artifact.packed.file import SPARSE_FILE, read_sparse_file, read_sparse_metadata
 from tscnc_hf.artifact.packed.limit import count_nonzero
 from tscnc_hf.method.adversarial.pixels import LogitsFn, pixel_logits
 from tscnc_hf.method.sharding import copy_whole_, is_sharded, unsharded_class
 
 
+DTYPE_OPTIONS = ("dtype", "torch_dtype")  # as transformers calls it, and as it did before
 HUB_OPTIONS = ("revision", "token", "cache_dir", "force_download", "local_files_only", "subfolder")
 SAME = "use a checkpoint of this very architecture"
 TWO_MODELS = (
@@ -61,7 +79,7 @@ def load_model(
 ) -> tuple[PreTrainedModel, object]:
     """A classifier and its image processor. Arguments and errors: `load_slim`."""
     model = load_slim(name_or_folder, class_names, **options)
-    return model, AutoImageProcessor.from_pretrained(name_or_folder, **_hub(options))
+    return model, read_processor(name_or_folder, **_hub(options))
 
 
 def load_slim(
@@ -73,7 +91,8 @@ def load_slim(
 ) -> PreTrainedModel:
     """
     An image classifier from a folder or the Hub, in eval mode, also one whose widths are recorded. Its dense weights
-    are read, or the packed file where there are none. Config and weights are of one commit.
+    are read, or the packed file where there are none. Config and weights are of one commit. Unless a `dtype` is given
+    it is that of the weights in safetensors files, whatever config.json says: what is measured is what is stored.
 
     Args:
         class_names (`Sequence[str]`, *optional*): of the data set; another number of classes gets a new head.
@@ -94,6 +113,11 @@ def load_slim(
         config = read_config(name_or_folder, **hub, **label_fields(class_names))
     if commit := getattr(config, "_commit_hash", None):
         options["revision"] = commit
+    if _dtype_given(options) is None and options.get("variant") is None:
+        files = _dense_files(name_or_folder, **_hub(options))
+        options["dtype"] = exact_dtype(stored_dtypes(files))
+        if files:
+            options.pop("force_download", None)  # which has been done
     try:
         return build_exactly(class_of(config), config, name_or_folder, new_head=new_head, **options)
     except OSError as no_dense_weights:
@@ -149,9 +173,10 @@ def load_sparse(
     values = sum(map(count_nonzero, tensors.values()))  # now: the model may share memory with the tensors
     dense = read_weights(folder) if Path(folder_or_hub_id).is_dir() and has_weights(folder) else tensors
     same = same_tensors(dense, tensors)
-    model = build_exactly(found, config, path, tensors, **options)
+    exact = {key: value for key, value in options.items() if key not in DTYPE_OPTIONS}
+    model = build_exactly(found, config, path, tensors, **exact)
     if not same:  # or the dense weights have the names that they have in memory
-        other = build_exactly(found, config, folder, dense, **options)
+        other = build_exactly(found, config, folder, dense, **exact)
         if not same_tensors(other.state_dict(), model.state_dict()):
             raise ValueError(TWO_MODELS.format(path))
     state = model.state_dict()
@@ -159,6 +184,8 @@ def load_sparse(
     counts = [sum(map(count_nonzero, weights.values())) for weights in (state, untied)]
     if values not in counts:
         raise ValueError(f"{path} holds {values} values that are not zero, the model built from it {counts[1]}.")
+    if _dtype_given(options) is not None:  # only now: what is rounded may become zero
+        model = build_exactly(found, config, path, tensors, **options)
     # transformers leaves the text "None" here, which a model card would then name as the base model
     model.config.name_or_path = model.name_or_path = str(folder_or_hub_id)
     return model.to(device)
@@ -224,8 +251,7 @@ def build_exactly(
         ValueError: missing, unexpected or mismatched weights, or transformers could not read or convert one.
     """
     if tensors is not None:
-        dtypes = float_dtypes(tensors)
-        options = {"state_dict": tensors, "dtype": reduce(torch.promote_types, dtypes) if dtypes else None} | options
+        options = {"state_dict": tensors, "dtype": exact_dtype(float_dtypes(tensors))} | options
     try:
         model, found = narrowed(model_class, config).from_pretrained(
             source if tensors is None else None,
@@ -258,6 +284,22 @@ def build_exactly(
 
 def _hub(options: dict[str, Any]) -> dict[str, Any]:
     return {key: options[key] for key in HUB_OPTIONS if key in options}
+
+
+def _dtype_given(options: dict[str, Any]) -> Any:
+    return next((options[key] for key in DTYPE_OPTIONS if options.get(key) is not None), None)
+
+
+def _dense_files(source: str | os.PathLike, **hub: Any) -> list[str]:
+    """The safetensors files of a folder or Hub id, in the cache if they were not here; none where there are none."""
+    try:
+        return [cached_file(source, WEIGHTS_FILE, **hub)]
+    except OSError:  # whoever loads the weights says why
+        pass
+    try:
+        return get_checkpoint_shard_files(source, cached_file(source, INDEX_FILE, **hub), **hub)[0]
+    except (OSError, ValueError, LookupError, TypeError):  # none either, or a damaged one
+        return []
 
 
 def _raise_if_different(

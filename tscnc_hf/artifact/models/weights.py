@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
-from tscnc_hf.artifact.files.tensor_file import read_safetensors, value_bytes
+from tscnc_hf.artifact.files.tensor_file import read_safetensors, reading, value_bytes
 
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # in a header
 TIMM_PREFIX = "timm_model."  # of the wrapper's parameters; transformers reads a timm model under either spelling
 
 
@@ -54,6 +58,21 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
 def float_dtypes(tensors: dict[str, torch.Tensor]) -> set[torch.dtype]:
     """The floating dtypes among the tensors."""
     return {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
+
+
+def stored_dtypes(files: Iterable[str | Path]) -> set[torch.dtype]:
+    """Those of 16 bits or more in safetensors files, of which the headers are read. Errors: `reading`."""
+    found: set[str] = set()
+    for path in files:
+        with reading(path), safe_open(path, framework="pt") as file:
+            found |= {file.get_slice(name).get_dtype() for name in file.keys()}
+    return {STORED[name] for name in found & STORED.keys()}
+
+
+def exact_dtype(dtypes: Iterable[torch.dtype]) -> torch.dtype | None:
+    """The floating dtype that holds the values of all of these exactly, None where there are none."""
+    dtypes = list(dtypes)
+    return reduce(torch.promote_types, dtypes) if dtypes else None
 
 
 def same_tensors(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
