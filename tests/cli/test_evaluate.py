@@ -22,6 +22,7 @@ from tscnc_hf.artifact.models.config import input_format
 from tscnc_hf.artifact.models.loading import load_model
 from tscnc_hf.artifact.models.saving import save_sparse
 from tscnc_hf.cli.evaluate import EvaluationArguments, evaluate_model
+from tscnc_hf.cli.main import main
 from tscnc_hf.evaluation.subset import drawn
 
 
@@ -299,6 +300,60 @@ def test_other_settings_in_the_same_folder(folders, tmp_path):
         evaluate_model(options(folders["dense"], tmp_path, epsilon="0.03"))
     with pytest.raises(SystemExit, match=r"another attacks \(pgd-3 only there, pgd-4 only now\); .*--output_dir$"):
         evaluate_model(options(folders["dense"], tmp_path, attacks=["clean", "fgsm", "pgd-4"]))
+
+
+def test_weights_that_are_not_finite_end_with_one_line(folders, tmp_path):
+    model, processor = load_model(str(folders["dense"]))
+    with torch.no_grad():
+        model.classifier.weight[0, 0] = float("nan")
+    for part in (model, processor):
+        part.save_pretrained(tmp_path / "model")
+    with pytest.raises(SystemExit, match="^error: classifier.weight: 1 of its 160 values are NaN or infinite"):
+        evaluate_model(options(tmp_path / "model", tmp_path / "out", attacks=["clean"], n=8))
+
+
+def test_classes_that_are_not_numbered_from_0(folders, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(folders["dense"], folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["id2label"] = {str(i + 1): name for i, name in enumerate(CLASS_NAMES)}
+    config["label2id"] = {name: i + 1 for i, name in enumerate(CLASS_NAMES)}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SystemExit, match=r"numbers its 10 classes 1, 2, 3, ..., without 0: .* from 0 to 9, .*Correct"):
+        evaluate_model(options(folder, tmp_path / "out"))
+
+
+def test_a_folder_is_called_by_its_last_part_however_it_is_given(folders, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(folders["dense"].parents[1])
+    monkeypatch.setenv("HOME", str(folders["dense"].parent))
+    few = {"attacks": ["clean"], "n": 8, "full": False}
+    for number, given in enumerate((folders["dense"].relative_to(Path.cwd()), "~/dense")):
+        assert evaluate_model(options(given, tmp_path / str(number), **few))["model"] == "dense"
+        said = capsys.readouterr().out  # of what has been written
+        assert f"\nresults.json: {tmp_path / str(number)}" in said and "Figures" not in said
+        assert {path.name for path in (tmp_path / str(number)).iterdir()} == {"results.json", "state"}
+
+
+def test_a_tilde_is_the_home_as_a_shell_has_it(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    given = EvaluationArguments("~/m", dense_model="~/d", output_dir="~/o")
+    home = "/home/somebody"
+    assert (given.model, given.dense_model, given.output_dir) == (f"{home}/m", f"{home}/d", f"{home}/o")
+    assert EvaluationArguments("you/m~1").model == "you/m~1"
+
+
+def test_a_dtype_in_the_config_changes_no_figure_and_the_card_takes_them(tiny_vit, tmp_path):
+    model, processor = tiny_vit
+    folder, few = tmp_path / "model", {"attacks": ["clean", "fgsm"], "full": False}
+    save_sparse(model, folder)
+    for part in (model, processor):
+        part.save_pretrained(folder)
+    first = evaluate_model(options(folder, tmp_path / "first", **few))
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"dtype": "float16"}))
+    second = evaluate_model(options(folder, tmp_path / "second", **few))
+    assert second["robustness"] == first["robustness"] and second["identity"] == first["identity"]
+    main(["card", str(folder), "--results", str(tmp_path / "second" / "results.json")])
 
 
 def test_the_format_that_a_model_takes(folders, build):

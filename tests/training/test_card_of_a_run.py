@@ -18,6 +18,7 @@ from torch.utils.data import ConcatDataset, Subset
 
 from tests.results_page import check_results
 from tscnc_hf.artifact.models.building import timm_model
+from tscnc_hf.artifact.models.loading import load_slim
 from tscnc_hf.artifact.repository.opening import open_repository
 from tscnc_hf.artifact.repository.recard import rebuild_card
 from tscnc_hf.cli.recipe import command_line
@@ -175,6 +176,24 @@ def test_what_was_given_to_a_card_outlives_the_next_one(build, make_config, tmp_
     for _ in range(2):
         found = front_matter(rebuild_card(open_repository(tmp_path)))
         assert found["notes"] == ["By hand."] and found["tags"].count("mine") == 1
+
+
+@pytest.mark.parametrize("form", ["{}", "./{}", "{}/"])
+def test_a_base_model_in_a_folder_is_no_model_on_the_hub(form, build, make_config, tmp_path, monkeypatch):
+    """Also where the card is written from another directory, in which there is no such folder."""
+    base, run = tmp_path / "someone" / "my-dense", tmp_path / "run"
+    build("vit")[0].save_pretrained(base)
+    monkeypatch.chdir(tmp_path)
+    model = load_slim(form.format("someone/my-dense"))
+    model.save_pretrained(run)
+    publishing = publisher(make_config)
+    publishing.write_extras(run, model)
+    cards = [publishing.write_card(run, model, None, []).read_text()]
+    monkeypatch.chdir(run)
+    cards.append(rebuild_card(open_repository(run)).read_text())
+    for text in cards:
+        assert "Training started from `my-dense`." in text and "someone" not in text
+        assert "base_model" not in yaml.safe_load(text.split("---")[1])
 
 
 def test_a_card_whose_front_matter_cannot_be_read_is_named(run_folder):

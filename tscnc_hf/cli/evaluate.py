@@ -76,6 +76,9 @@ class EvaluationArguments:
     def __post_init__(self):
         check_numbers(self)
         self._check_texts()
+        for name in ("model", "dense_model", "output_dir"):  # "~" of a file of options, where no shell has seen it
+            if value := getattr(self, name):
+                setattr(self, name, os.path.expanduser(value))
         self.image_size = side_or_pair(self.image_size)
         sides = (self.image_size,) if isinstance(self.image_size, int) else self.image_size
         if sides is not None and (len(sides) not in (1, 2) or min(sides) < 1):
@@ -99,8 +102,7 @@ class EvaluationArguments:
                 "nothing is attacked: name another attack than clean, or leave it out"
             )
         if self.output_dir is None:
-            here = Path(self.model).is_dir()
-            name = Path(os.path.abspath(self.model)).name if here else self.model.replace("/", "-")
+            name = _folder_name(self.model) or self.model.replace("/", "-")
             self.output_dir = f"outputs/{name}-robustness"
 
     def _check_texts(self) -> None:
@@ -122,8 +124,8 @@ def parse(
 
 def evaluate_model(arguments: EvaluationArguments) -> dict:
     """
-    Evaluate and write `results.json`, `robustness.md` and figures into the output folder. An evaluation that was cut
-    off goes on when it is started again; the processes of `accelerate launch` share the work.
+    Evaluate and write `results.json` and, if `full`, `robustness.md` and figures into the output folder. An evaluation
+    that was cut off goes on when it is started again; the processes of `accelerate launch` share the work.
 
     Returns:
         `dict`: what `results.json` holds (docs/results_json.md).
@@ -171,7 +173,7 @@ def evaluate_model(arguments: EvaluationArguments) -> dict:
     except (ValueError, OSError, ImportError) as error:  # the message says what to do; a traceback would hide it
         raise SystemExit(f"error: {error}") from None
     n = len(data.test) if arguments.n is None else min(arguments.n, len(data.test))
-    folder, name = Path(arguments.output_dir), without_paths(arguments.model)
+    folder, name = Path(arguments.output_dir), without_paths(_folder_name(arguments.model) or arguments.model)
     say(f"Model: {name}, {sum(p.numel() for p in model.parameters()):,} parameters, on {device}")
     size = "x".join(map(str, data.image_size))
     named = f"{len(data.class_names)} classes ({some_names(data.class_names)})"
@@ -202,10 +204,16 @@ def evaluate_model(arguments: EvaluationArguments) -> dict:
         raise SystemExit(f"error: {error}. The option is --output_dir") from None
     except ValueError as error:
         raise SystemExit(f"error: {error}") from None
-    say(f"\n{comparison_table({name: results})}\n\nFigures, tables and results.json: {folder.resolve()}")
+    written = "Figures, tables and results.json" if arguments.full else "results.json"
+    say(f"\n{comparison_table({name: results})}\n\n{written}: {folder.resolve()}")
     if arguments.json and processes.is_main_process:
         print(json.dumps(results, allow_nan=False))
     return results
+
+
+def _folder_name(model: str) -> str | None:
+    """The last part of a folder here, None of what is none."""
+    return Path(os.path.abspath(model)).name if Path(model).is_dir() else None
 
 
 def _refuse_model_folder(folder: Path) -> None:
@@ -245,7 +253,7 @@ def _load_data(arguments: EvaluationArguments, model, processor, say: Callable[[
 
     size, channels = input_format(model, processor)
     fit = ModelGeometry(model, processor) if arguments.image_size is None and acts(processor) else None
-    names = [str(model.config.id2label[index]) for index in range(model.config.num_labels)]
+    names = _class_names(model.config)
     data = load_test_data(
         arguments.dataset,
         image_column=arguments.image_column,
@@ -261,6 +269,18 @@ def _load_data(arguments: EvaluationArguments, model, processor, say: Callable[[
     if warning := compare_class_names(names, data.class_names):
         say(warning)
     return data
+
+
+def _class_names(config) -> list[str]:
+    """By number, as the logits are; ValueError where the numbers are others."""
+    names, count = config.id2label, config.num_labels
+    if missing := [index for index in range(count) if index not in names]:
+        found = ", ".join(map(str, list(names)[:3])) + (", ..." if count > 3 else "")
+        raise ValueError(
+            f"id2label in the model's config.json numbers its {count} classes {found}, without {missing[0]}: they are "
+            f"numbered from 0 to {count - 1}, as the logits are. Correct id2label and label2id there"
+        )
+    return [str(names[index]) for index in range(count)]
 
 
 def _of_data(model, processor, data):

@@ -147,7 +147,7 @@ class Publisher:
     def facts(self, model: nn.Module) -> dict[str, Any]:
         """What is known of a run beside its options (`RUN_FACTS`): plain JSON types, no paths of this machine."""
         versions = {name: text for name, text in code_identity().items() if name != "commit"}
-        known = {"base_model": getattr(model, "name_or_path", None), "versions": versions}
+        known = {"base_model": base_name(getattr(model, "name_or_path", None)), "versions": versions}
         known["license"] = (getattr(getattr(model, "config", None), "pretrained_cfg", None) or {}).get("license")
         known |= {key: self.card_options[key] for key in RUN_FACTS if self.card_options.get(key)}
         return {key: plain(value) for key, value in known.items() if value}
@@ -188,6 +188,11 @@ class Publisher:
         args = self.args
         usual = {"token": args.hub_token, "revision": args.hub_revision, "private": args.hub_private_repo}
         return {"message": message} | usual | {key: value for key, value in given.items() if value is not None}
+
+
+def base_name(name: str | None) -> str | None:
+    """What to call a model that training started from: a folder here by its last part alone, which is no Hub id."""
+    return Path(os.path.abspath(name)).name if name and os.path.exists(name) else name
 
 
 def described(module: nn.Module) -> str:

@@ -317,6 +317,13 @@ def test_uneven_classes_are_shown_with_what_they_are_taken_for(tmp_path):
     assert "| kind\\|1 |  | 8 | 2 |  |  |  |  |  |  |" in text and "Each class counted alike" in text
 
 
+def test_a_line_break_in_the_name_of_a_class_breaks_no_table(tmp_path):
+    names = [f"two\n\n lines|{i}" for i in range(9)]
+    text = write(tmp_path, robustness=classes_dict(9), class_names=names).read_text(encoding="utf-8")
+    assert "| two lines\\|8 | 10 | 100.0 % | 10.0 % | two lines\\|0 (9) |" in text
+    assert "(two lines\\|8, 10 images) |" in text and "**Classes.** two lines|0, two lines|1, " in text
+
+
 def test_of_many_classes_those_that_fare_worst_are_shown(tmp_path):
     text = write(tmp_path, robustness=classes_dict(1000)).read_text(encoding="utf-8")
     assert text.count("| 100.0 % | 10.0 % |") == 20 and "980 more are in `results.json`" in text

@@ -3,11 +3,15 @@ import sys
 
 import numpy as np
 import pytest
+import torch
+from matplotlib.cbook import is_math_text
+from matplotlib.text import Text
 from PIL import Image
 
 from tests.processes import run_command
 from tscnc_hf.artifact.card.figures import layer_figure, save_figure, short_names, training_figure
 from tscnc_hf.artifact.card.formatting import format_kappa, format_percent
+from tscnc_hf.artifact.card.robustness_figures import examples_figure
 
 
 def report_dicts(names, seed=0, deficient=(), blocks=()):
@@ -179,6 +183,23 @@ def test_png_is_written_whole_or_not_at_all(tmp_path):
     with pytest.raises(OSError, match="disk full"):
         save_figure(Broken(), path)
     assert path.read_bytes() == before and [p.name for p in path.parent.iterdir()] == ["layers.png"]
+
+
+@pytest.mark.parametrize("name", ["$x^{2$", "US$ to C$", "$", r"a\$b$", "two\nlines", "{}%^"])
+def test_names_of_somebody_else_are_drawn_as_they_are(name, tmp_path):
+    """None is taken for mathematics, which may be an error as late as the figure is written."""
+    images = torch.rand(1, 3, 8, 8)
+    log = [{"loss": 1.0, f"{name}_loss": 0.5, "step": step} for step in (1, 2)]
+    figures = {
+        "examples": examples_figure(images, images, [name], [name], "pgd-20", "linf", 0.1),
+        "training": training_figure(log),
+        "layers": layer_figure(*report_dicts([f"{name}.weight", "other.weight"])),
+    }
+    for key, figure in figures.items():
+        save_figure(figure, tmp_path / f"{key}.png", photographs=True)
+        texts = [text.get_text() for text in figure.findobj(Text)]
+        shown = [text for text in texts if text.replace(r"\$", "$") == name.replace("\n", " ")]
+        assert shown and not any(map(is_math_text, shown)), key
 
 
 def test_few_colours_make_a_small_file_that_looks_the_same(tmp_path):

@@ -300,6 +300,15 @@ def test_numbers_of_numpy_are_numbers(tmp_path):
     assert type(report.threat_model["seed"]) is int
 
 
+def test_names_of_classes_break_no_table():
+    report = evaluate(batched(), digits_like(), epsilon="8/255")
+    names = {label: f"a|b\n{label}" for label in report.per_class}
+    head, rule, *rows = report.per_class_markdown(names).splitlines()
+    assert len(rows) == len(report.per_class) > 1
+    for label, line in zip(report.per_class, rows, strict=True):
+        assert line.startswith(f"| a\\|b {label} | ") and line.count("|") - 1 == head.count("|") == rule.count("|")
+
+
 def test_an_empty_data_set():
     with pytest.raises(ValueError, match="the data set has no images"):
         evaluate(batched(), [])

@@ -67,6 +67,16 @@ def test_report_of_a_model_agrees_with_numpy():
     assert report.max_condition_number == pytest.approx(max(kappas)) and report.rank_deficient == 0
 
 
+@pytest.mark.parametrize("method", ["svd", "gram"])
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
+def test_a_weight_that_is_not_finite_is_named(wrong, method):
+    model = nn.Sequential(nn.Linear(7, 5), nn.Linear(5, 5))
+    with torch.no_grad():
+        model[1].weight[2, :2] = wrong
+    with pytest.raises(ValueError, match=r"^1.weight: 2 of its 25 values are NaN or infinite, .*lower learning rate"):
+        spectral_report(model, method=method)
+
+
 def test_dict_is_plain_json_and_markdown_has_every_matrix():
     model = nn.Sequential(nn.Linear(7, 5), nn.Linear(5, 5))
     with torch.no_grad():

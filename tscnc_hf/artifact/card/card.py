@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.utils import yaml_dump
 
 from tscnc_hf.artifact.card import figures, formatting, robustness_figures
-from tscnc_hf.artifact.card.formatting import collapse_text, is_hub_id, plain, without_paths
+from tscnc_hf.artifact.card.formatting import collapse_text, is_hub_id, one_line, plain, without_paths
 from tscnc_hf.artifact.card.tables import (
     KAPPAS,
     NOT_YET,
@@ -128,7 +128,7 @@ def write_card(
     if notes is not None:
         notes = [" ".join(without_paths(str(note)).split()) for note in notes if str(note).strip()]
 
-    classes = [str(name) for name in class_names or ()]
+    classes = [one_line(name) for name in class_names or ()]
     shown_names = [] if all(name.startswith("LABEL_") for name in classes) else classes
 
     folder = Path(folder)

@@ -11,7 +11,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tscnc_hf.artifact.card.formatting import by_layer, format_kappa, format_percent, number
+from tscnc_hf.artifact.card.formatting import by_layer, format_kappa, format_percent, number, one_line
 from tscnc_hf.artifact.files.atomic import atomic_file
 
 
@@ -28,6 +28,11 @@ DASHED: dict[str, Any] = dict(color=BLUE, lw=1, ls=(0, (4, 3)), alpha=0.6)
 HALO = dict(fc="white", ec="none", pad=0.8, alpha=0.85)  # keeps a line from crossing the letters
 LINES = (BLUE, ORANGE, GREEN, PURPLE, INK, MUTED)
 WIDTH = 10.0  # inches
+
+
+def literal(text: str) -> str:
+    """A text of somebody else's, such as the name of a class, that matplotlib is not to take for mathematics."""
+    return one_line(text).replace("$", r"\$")
 
 
 def short_names(names: Sequence[str], limit: int = 36) -> list[str]:
@@ -88,7 +93,7 @@ def layer_figure(
     median = number(spectrum.get("median_effective_condition_number"))
     if math.isfinite(median) and median > 0:
         kappa.axvline(median, zorder=1.5, **DASHED)
-    kappa.set_yticks(range(count), labels, fontsize=8.5, color=INK)
+    kappa.set_yticks(range(count), list(map(literal, labels)), fontsize=8.5, color=INK)
     kappa.set_xlabel("effective condition number (log scale)", fontsize=9, color=MUTED)
 
     drawn = [i for i, name in enumerate(names) if name in rows]
@@ -215,7 +220,7 @@ def training_figure(log_history: Iterable[Mapping[str, Any]]) -> Figure | None:
             x, y = zip(*series[key], strict=True)
             label = key.removeprefix("eval_").replace("_", " ").removesuffix(" loss")
             mark = "os^DvP"[i % 6] if len(x) <= 40 else None
-            axes.plot(x, y, color=LINES[i % 6], lw=1.8, marker=mark, ms=4, label=label)
+            axes.plot(x, y, color=LINES[i % 6], lw=1.8, marker=mark, ms=4, label=literal(label))
         if title == "loss terms":
             if min(values) > 0 and max(values) > 50 * min(values):
                 axes.set_yscale("log")

@@ -30,6 +30,16 @@ def without_paths(text: str) -> str:
     return ABSOLUTE_PATH.sub(r"\1", text)
 
 
+def one_line(text: Any) -> str:
+    """A text of somebody else's, such as the name of a class, without line breaks."""
+    return " ".join(str(text).split())
+
+
+def table_cell(text: Any) -> str:
+    """Such a text as a cell of a Markdown table."""
+    return one_line(text).replace("|", "\\|")
+
+
 def plain(value: Any) -> Any:
     """YAML's own types, without absolute paths."""
     if isinstance(value, Mapping):

@@ -5,7 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from tscnc_hf.artifact.card.figures import BLUE, GREEN, GREY, INK, MUTED, ORANGE, PERCENT, WIDTH, finish_panel
+from tscnc_hf.artifact.card.figures import (
+    BLUE,
+    GREEN,
+    GREY,
+    INK,
+    MUTED,
+    ORANGE,
+    PERCENT,
+    WIDTH,
+    finish_panel,
+    literal,
+)
 from tscnc_hf.artifact.card.formatting import attack_label, format_percent, format_pixels
 
 
@@ -77,8 +88,8 @@ def examples_figure(
             axes.spines[:].set_visible(False)
         row[0].set_ylabel(label, fontsize=9, color=MUTED)
     for column, (true, guess) in enumerate(zip(truth, guesses, strict=True)):
-        grid[0][column].set_title(true, fontsize=9, color=INK)
-        grid[1][column].set_title(guess, fontsize=9, color=GREEN if guess == true else ORANGE)
+        grid[0][column].set_title(literal(true), fontsize=9, color=INK)
+        grid[1][column].set_title(literal(guess), fontsize=9, color=GREEN if guess == true else ORANGE)
     ball = NORMS.get(norm, norm)
     held = sum(true == guess for true, guess in zip(truth, guesses, strict=True))
     title = f"{attack_label(attack)} within {format_pixels(epsilon)}, {ball}: {held} of {count} still named correctly"

@@ -16,6 +16,7 @@ from tscnc_hf.artifact.card.formatting import (
     format_number,
     format_percent,
     number,
+    table_cell,
 )
 
 
@@ -134,7 +135,7 @@ def _worst(found: Mapping[str, Any], class_names: Sequence[str]) -> str:
 
 def _class(label: int | str, class_names: Sequence[str]) -> str:
     label = int(label)
-    return str(class_names[label]).replace("|", "\\|") if label < len(class_names) else f"class {label}"
+    return table_cell(class_names[label]) if label < len(class_names) else f"class {label}"
 
 
 def class_table(robustness: Mapping[str, Any], class_names: Sequence[str] = ()) -> tuple[list[list[str]], int]:

@@ -97,7 +97,18 @@ def singular_values(matrix: Tensor, method: str = "svd") -> Tensor:
 
 
 def matrix_spectrum(name: str, matrix: Tensor, method: str = "svd") -> MatrixSpectrum:
-    """The spectrum of one matrix (r, c), any floating dtype, computed in float64; `method` as in `singular_values`."""
+    """
+    The spectrum of one matrix (r, c), any floating dtype, computed in float64; `method` as in `singular_values`.
+
+    Raises:
+        ValueError: it has values that are not finite.
+    """
+    if wrong := int((~matrix.isfinite()).sum()):
+        raise ValueError(
+            f"{name}: {wrong} of its {matrix.numel()} values are NaN or infinite, and those of a weight are to be "
+            "finite. Such a model has no spectrum and answers nothing: go back to a checkpoint from before, or train "
+            "with a lower learning rate; of a downloaded model, ask its author"
+        )
     zero = matrix == 0
     sigma = singular_values(matrix, method).cpu()
     largest, smallest, full_rank = sigma[0].item(), sigma[-1].item(), sigma.numel()
@@ -133,6 +144,9 @@ def spectral_report(model: nn.Module, exclude: Sequence[str] = (), method: str =
         model (`nn.Module`): any model; gates are not folded in (`tscnc_hf.method.units.gates.folded_gates`).
         exclude (`Sequence[str]`, *optional*): as in `weight_matrices`.
         method (`str`): "svd", or "gram": as in `singular_values`, for a look during training.
+
+    Raises:
+        ValueError: a weight has values that are not finite; the message names it.
     """
     rows = []
     for record in weight_matrices(model, exclude):
