@@ -536,7 +536,10 @@ FILES = {
     ("ablation_cnn.yaml", "ablation_baselines.yaml"): ("dense-0 learned latent", {"learned", "latent", "latent, ERK"}),
     ("ablation_vit.yaml", "ablation_search.yaml"): ("dense-0 plain", {"plain"}),
     ("ablation_cnn_50k.yaml",): ("dense-TSC-0 TSC-0", {"TSC"}),
-    ("ablation_cnn_50k.yaml", "ablation_cnn_50k_wide.yaml"): ("dense LAMP TSC", {"LAMP", "TSC + LAMP", "TSC 7.5e-7 + LAMP"}),
+    ("ablation_cnn_50k.yaml", "ablation_cnn_50k_wide.yaml"): (
+        "dense LAMP TSC",
+        {"LAMP", "TSC + LAMP", "TSC 7.5e-7 + LAMP"},
+    ),
     ("ablation_vit_50k.yaml",): ("dense-0 TSC-0", {"TSC"}),
     ("ablation_vit_50k.yaml", "ablation_vit_50k_wide.yaml"): ("dense-0 TSC-0", {"TSC"}),
     ("slot_resnet18.yaml",): ("dense all", {"all"}),
