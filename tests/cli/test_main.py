@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import shlex
 import sys
 
@@ -210,6 +211,97 @@ def test_inspect_reads_what_a_card_or_results_claim(capsys, folders):
     assert "objective trades, target_sparsity 0.9" in shown and "1 of 4 closed" in shown
 
 
+CARD = """---
+model-index:
+- name: a
+  results:
+  - task: {type: image-classification}
+    dataset: {name: cifar10, type: cifar10}
+    metrics:
+    - {type: accuracy, value: VALUE, name: NAME}
+---
+# a
+"""
+
+
+def test_inspect_shows_what_somebody_else_wrote_as_it_is(capsys, folders):
+    folder = folders("transformers")
+    shown = {'"93.2%"': "93.2%", '"0.93 ± 0.01"': "0.93 ± 0.01", "93.2": "93.2", "0.5": "50.0%", ".nan": "n/a"}
+    shown |= {"[1, 2]": "[1, 2]", "2024-01-01": "2024-01-01", "{a: .inf}": "{'a': 'inf'}"}
+    for value, text in shown.items():
+        (folder / "README.md").write_text(CARD.replace("VALUE", value).replace("NAME", "Top"), encoding="utf-8")
+        code, out, err = run(capsys, "inspect", folder, "--no-spectrum")
+        assert code == 0 and f"Top {text}\n" in out, (out, err)
+        assert as_json(capsys, "inspect", folder, "--no-spectrum")["metrics_from"] == "README.md"
+
+
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("latency.json", '{"rows": [1]}'),
+        ("latency.json", '{"rows": [{"batch": 1}]}'),
+        ("results.json", '{"robustness": {"attacks": [{}]}}'),
+        ("results.json", '{"robustness": [1]}'),
+        ("results.json", '{"collapsed": "x"}'),
+        ("results.json", '{"gates": [1]}'),
+    ],
+)
+def test_inspect_leaves_out_what_it_can_not_read(capsys, name, text, folders):
+    folder = folders("transformers")
+    (folder / name).write_text(text)
+    (why,) = as_json(capsys, "inspect", folder, "--no-spectrum")["left_out"]
+    assert why.startswith(f"{name} is not as `tscnc ")
+    assert why in run(capsys, "inspect", folder, "--no-spectrum")[1]
+
+
+def test_damaged_files_are_refused_by_name(capsys, folders):
+    folder = folders("transformers")
+    config = json.loads((folder / "config.json").read_text())
+    for fields in (
+        {"tscnc": "x"}, {"tscnc": {"resize": 5}}, {"tscnc": {"resize": {"image_size": 5}}}, {"hidden_size": "abc"},
+        {"hidden_act": "evil"}, {"architectures": ["ResNetForImageClassification"]}, {"id2label": ["a"]},
+        {"num_attention_heads": 0}, {"tscnc": {"pruning_exclude": "query"}},
+    ):  # fmt: skip
+        (folder / "config.json").write_text(json.dumps(config | fields))
+        assert f"{folder / 'config.json'}: " in refused(capsys, "inspect", folder, "--no-spectrum"), fields
+    (folder / "config.json").write_text(json.dumps(config))
+    for text in ('{"pruning_exclude": 3}', '{"pruning_exclude": "query"}', '{"target_sparsity": "0.9"}'):
+        (folder / "tscnc_config.json").write_text(text)
+        for command in ("inspect", "card"):
+            assert f"{folder / 'tscnc_config.json'}: " in refused(capsys, command, folder)
+    (folder / "tscnc_config.json").unlink()
+    (folder / "README.md").write_bytes(b"\xff\xfe---\n")
+    for command in (["inspect", folder], ["card", folder], ["push", folder, "tester/it"]):
+        assert f"{folder / 'README.md'}: " in refused(capsys, *command)
+
+
+def test_a_terminal_is_not_told_what_to_do_by_a_downloaded_file(capsys, folders, monkeypatch):
+    folder = folders("transformers")
+    names = {"Accuracy [clean]": "Accuracy [clean]", "Top [/b]": "Top [/b]", "[link=http://a.b]c[/link]": "[link=http"}
+    for name, shown in (names | {r"\e[31mred\e]8;;x\a": "[31mred]8;;x", r"two\nlines": "two lines"}).items():
+        (folder / "README.md").write_text(CARD.replace("VALUE", "0.5").replace("NAME", f'"{name}"'))
+        code, out, _ = run(capsys, "inspect", folder, "--no-spectrum")
+        assert code == 0 and f"{shown}" in out and "\x1b" not in out
+        with monkeypatch.context() as patch:
+            patch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+            patch.setenv("COLUMNS", "140")
+            code, drawn, _ = run(capsys, "inspect", folder, "--no-spectrum")
+        assert code == 0 and shown in drawn and "\x1b" not in drawn and "\a" not in drawn
+    (folder / "a\x1b[2Jb").write_text("no folder")
+    assert "a[2Jb is a file" in refused(capsys, "inspect", folder / "a\x1b[2Jb")
+
+
+@pytest.mark.parametrize("option", ["--layers", "--json"])
+def test_a_reader_who_leaves_ends_it_without_a_word(capsys, option, folders, monkeypatch):
+    """As `head` does: another ending than that of what is refused."""
+    folder, (read, write) = folders("transformers"), os.pipe()
+    os.close(read)
+    with monkeypatch.context() as patch, open(write, "w") as gone:
+        patch.setattr(sys, "stdout", gone)
+        code, _, err = run(capsys, "inspect", folder, "--no-spectrum", option)
+    assert code == 141 and not err  # and closing it, as the end of a process does, has not failed
+
+
 def test_two_models_in_one_folder_are_refused(capsys, folders, tiny_vit):
     folder = folders("ours")
     tiny_vit[0].classifier.weight.data.zero_()
@@ -289,6 +381,44 @@ def test_pack_in_place_and_with_rounded_values(capsys, folders, tmp_path):
     assert run(capsys, "unpack", tmp_path / "same")[0] == 0
     dense = [load_file(tmp_path / name / "model.safetensors") for name in ("small", "same")]
     assert all(np.array_equal(dense[0][name], dense[1][name]) for name in dense[0].keys() | dense[1].keys())
+
+
+def test_files_beside_the_weights_are_not_left_out_of_date(capsys, folders, tmp_path):
+    """A corrected image processor is not passed over without a word."""
+    folder, packed = folders("transformers"), tmp_path / "packed"
+    assert run(capsys, "pack", folder, "--output", packed)[0] == 0
+    assert run(capsys, "card", packed)[0] == 0 and run(capsys, "card", folder)[0] == 0  # each is of its own folder
+    assert run(capsys, "pack", folder, "--output", packed, "--compression", "zstd")[0] == 0
+    corrected = json.loads((folder / "preprocessor_config.json").read_text()) | {"image_mean": [0.1, 0.2, 0.3]}
+    (folder / "preprocessor_config.json").write_text(json.dumps(corrected))
+    before = contents(packed)
+    for command, source, target in (("pack", folder, packed), ("unpack", packed, folder)):
+        err = refused(capsys, command, source, "--output", target)
+        assert f"{target} has preprocessor_config.json of another content" in err and "give another folder" in err
+    assert contents(packed) == before
+    (packed / "preprocessor_config.json").unlink()
+    assert run(capsys, "pack", folder, "--output", packed)[0] == 0
+    assert json.loads((packed / "preprocessor_config.json").read_text()) == corrected
+    (packed / "README.md").write_text("# by hand\n")
+    assert "README.md of another content" in refused(capsys, "pack", folder, "--output", packed)
+
+
+def test_what_was_made_of_the_values_does_not_go_with_rounded_ones(capsys, folders, tmp_path):
+    folder = folders("transformers")
+    for name in ("model.onnx", "deep/other.onnx", "latency.json", "notes.md"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("{}")
+    assert run(capsys, "pack", folder, "--output", tmp_path / "whole")[0] == 0
+    assert {"model.onnx", "deep/other.onnx", "latency.json"} < set(contents(tmp_path / "whole"))
+    assert run(capsys, "pack", folder, "--output", tmp_path / "half", "--value-dtype", "fp16")[0] == 0
+    assert set(contents(tmp_path / "half")) == {"config.json", PACKED, "preprocessor_config.json", "notes.md"}
+
+
+def test_unpacking_beside_shards_says_where_the_weights_are(capsys, tiny_vit, tmp_path):
+    tiny_vit[0].save_pretrained(tmp_path, max_shard_size="20KB")
+    assert run(capsys, "pack", tmp_path)[0] == 0
+    assert as_json(capsys, "unpack", tmp_path)["written"] == str(tmp_path / "model.safetensors.index.json")
+    assert not (tmp_path / "model.safetensors").exists()
 
 
 def test_another_model_is_never_overwritten(capsys, folders):

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
-from collections.abc import Sequence
-from contextlib import redirect_stdout
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 from tscnc_hf import __version__
 from tscnc_hf.cli.refusing import first_to_say
 
 
+BROKEN_PIPE = 128 + 13  # what a shell says of a program that this signal has ended
 EXIT_CODES = "exit codes: 0 done, 1 refused (the reason is on stderr), 2 wrong usage"
 # command -> (what it does, an example)
 COMMANDS = {
@@ -65,10 +67,11 @@ def main(args: Sequence[str] | None = None) -> None:
             work, show = RUN[options.command]
             with redirect_stdout(sys.stderr):
                 result = work(options)
-            if options.json:
-                print(json.dumps(result, allow_nan=False))
-            else:
-                show(options, result)
+            with _to_whoever_reads():
+                if options.json:
+                    print(json.dumps(result, allow_nan=False))
+                else:
+                    show(options, result)
     except SystemExit as end:
         if not isinstance(end.code, str):
             raise
@@ -81,8 +84,24 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def _refuse(reason: str) -> None:
     if first_to_say(reason):
-        print(" ".join(reason.split()), file=sys.stderr)
+        print(" ".join(_printable(reason).split()), file=sys.stderr)
     raise SystemExit(1) from None
+
+
+@contextmanager
+def _to_whoever_reads() -> Iterator[None]:
+    """A reader who has seen enough, as `head` has, ends the command without a word, as it ends others."""
+    try:
+        yield
+        print(end="", flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python writes the rest as it ends
+        raise SystemExit(BROKEN_PIPE) from None
+
+
+def _printable(text: str) -> str:
+    """Without what a terminal would act on: a downloaded file may say anything."""
+    return "".join(sign if sign.isprintable() else " " if sign.isspace() else "" for sign in text)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -265,15 +284,17 @@ RUN = {
 
 def _table(rows: Sequence[Sequence[str]], header: bool = False) -> None:
     """Columns, the first to the left and the others to the right; with colour and lines on a terminal."""
+    rows = [[_printable(cell) for cell in row] for row in rows]
     if sys.stdout.isatty():
         from rich.console import Console
         from rich.table import Table
+        from rich.text import Text
 
         table = Table(show_header=header, pad_edge=False, **({} if header else {"box": None}))
         for index, name in enumerate(rows[0]):
-            table.add_column(name, justify="right" if index and header else "left")
+            table.add_column(Text(name), justify="right" if index and header else "left")
         for row in rows[header:]:
-            table.add_row(*row)
+            table.add_row(*map(Text, row))  # which it takes as it is: brackets are no markup
         Console().print(table)
         return
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from tscnc_hf.artifact.models.building import vit_from_config
-from tscnc_hf.artifact.repository.opening import open_repository
+from tscnc_hf.artifact.repository.inspection import inspect_model, summary_rows
+from tscnc_hf.artifact.repository.opening import open_repository, published_files
 from tscnc_hf.artifact.repository.recard import rebuild_card
 from tscnc_hf.cli.main import main
 from tscnc_hf.evaluation.run import evaluate
@@ -102,3 +103,61 @@ def test_photos_that_were_brought_to_the_size_before(folders):
     results["robustness"] |= {"image_size": [3, 16, 16], "resized": None}
     path.write_text(json.dumps(results))
     assert rebuild_card(open_repository(folders / "larger")).is_file()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_card_is_not_written_over_that_of_another_model(folders):
+    """Nor are its results and figures."""
+    plain, larger = folders / "plain", folders / "larger"
+    rebuild_card(open_repository(larger))
+    before = contents(larger)
+    for given in ({}, {"results_file": folders / "plain-results" / "results.json"}):
+        with pytest.raises(FileExistsError, match="larger holds the config.json of another model; give"):
+            rebuild_card(open_repository(plain), larger, **given)
+        (folders / "cards").mkdir()
+        shutil.copy(larger / "results.json", folders / "cards")
+        with pytest.raises(FileExistsError, match=r"cards.results.json is of another model.*give another folder"):
+            rebuild_card(open_repository(plain), folders / "cards", **given)
+        assert contents(folders / "cards") == {"results.json": before["results.json"]}
+        shutil.rmtree(folders / "cards")
+    shutil.copy(plain / "config.json", larger)
+    with pytest.raises(FileExistsError, match="larger holds other weights"):
+        rebuild_card(open_repository(plain), larger)
+    shutil.copytree(plain, folders / "same")
+    for _ in range(2):
+        rebuild_card(open_repository(plain), folders / "same", **given)
+
+
+def test_results_of_another_model_are_kept_aside(folders):
+    """Where others are given in their place."""
+    plain, given = folders / "plain", folders / "plain-results" / "results.json"
+    shutil.copy(folders / "larger" / "results.json", plain)
+    before = (plain / "results.json").read_bytes()
+    rebuild_card(open_repository(plain), results_file=given)
+    (kept,) = plain.glob("_results-of-*.json")
+    assert kept.read_bytes() == before and kept.name not in published_files(plain)
+    assert json.loads((plain / "results.json").read_text()) == json.loads(given.read_text())
+    rebuild_card(open_repository(plain), results_file=given)  # these are its own
+    assert [kept] == list(plain.glob("_results-of-*.json"))
+
+
+def test_inspect_tells_whose_results_they_are(folders):
+    rebuild_card(open_repository(folders / "larger"))
+    found = inspect_model(open_repository(folders / "larger"), spectrum=False)
+    assert found["metrics_from"] == "results.json" and "left_out" not in found
+    shutil.copy(folders / "larger" / "README.md", folders / "plain")
+    shutil.copy(folders / "larger" / "results.json", folders / "plain")
+    found = inspect_model(open_repository(folders / "plain"), spectrum=False)
+    assert "metrics" not in found  # nor those of the card that was made of them
+    assert ("left out", "results.json is of other weights than those in the folder") in summary_rows(found)
+    change(folders / "larger" / "config.json", num_attention_heads=1)
+    found = inspect_model(open_repository(folders / "larger"), spectrum=False)
+    assert "metrics" not in found and "in another network" in found["left_out"][0]
+    (folders / "plain" / "README.md").write_text(
+        "---\nmodel-index:\n- name: a\n  results:\n  - task: {type: image-classification}\n"
+        "    dataset: {name: digits, type: digits}\n    metrics:\n    - {type: accuracy, value: 0.5}\n---\n# by hand\n"
+    )
+    assert inspect_model(open_repository(folders / "plain"), spectrum=False)["metrics_from"] == "README.md"

@@ -6,8 +6,9 @@ import threading
 
 import pytest
 import torch
-from huggingface_hub import HfApi, ModelCard
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, snapshot_download
 from huggingface_hub.errors import RepositoryNotFoundError
+from transformers import ViTModel
 
 from tests.processes import PATIENCE, family, run_python, started_python
 from tscnc_hf import load_sparse
@@ -80,6 +81,106 @@ def test_a_repository_never_holds_two_models(folder, hub, tmp_path, tiny_vit):
     publish(tmp_path / "only-packed", REPO)
     left = {name for name in hub.files(REPO) if name.endswith((".safetensors", ".bin", "index.json"))}
     assert left == {PACKED} and "notes.md" in hub.files(REPO)
+
+
+def test_what_was_said_of_an_earlier_model_goes_with_it(folder, hub):
+    """And its weights, under whatever name a library would find them; what others put there stays."""
+    publish(folder, REPO)
+    weights = [
+        "model.fp16.safetensors", "model.fp16-00001-of-00002.safetensors", "model.safetensors.index.fp16.json",
+        "pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json", "tf_model.h5", "flax_model.msgpack",
+        "adapter_model.safetensors", "adapter_config.json", "open_clip_pytorch_model.bin",
+    ]  # fmt: skip
+    said = ["results.json", "tscnc_config.json", "latency.json", "robustness.md", "model.onnx"]
+    said += ["figures/security_curve.png", "figures/adversarial_examples.png"]
+    others = ["notes.md", "figures/mine.png", "onnx/model.onnx", "merges.json", "checkpoint-2/model.safetensors"]
+    added = [CommitOperationAdd(name, b"{}") for name in (*weights, *said, *others)]
+    HfApi().create_commit(REPO, added, commit_message="By others")
+    publish(folder, REPO)
+    assert hub.files(REPO) == {*published_files(folder), *others, ".gitattributes"}
+    (folder / "results.json").write_text("{}")
+    push_folder(folder, REPO)
+    push_folder(folder, REPO)
+    assert hub.content(REPO, "results.json") == b"{}"  # what the folder has stays
+
+
+def test_pushes_at_once_leave_one_model(folder, hub, tmp_path, tiny_vit):
+    """The second commit is made on the first, whose dense weights are not there when the push begins."""
+    prune(tiny_vit[0], seed=1)
+    save_sparse(tiny_vit[0], tmp_path / "only-packed")
+
+    def another_push(blob):
+        hub.before_upload = None
+        push_folder(folder, REPO)
+
+    hub.before_upload = another_push
+    push_folder(tmp_path / "only-packed", REPO, message="Later")
+    assert [message for _, message, _ in hub.commits(REPO)] == ["initial commit", "Upload model", "Later"]
+    assert {name for name in hub.files(REPO) if name.endswith(".safetensors")} == {PACKED}
+    assert torch.equal(logits(load_sparse(REPO)), logits(tiny_vit[0]))
+
+
+def test_a_push_gives_up_where_others_are_always_faster(folder, hub, monkeypatch):
+    listed = HfApi.list_repo_files
+
+    def then_somebody_commits(api, *args, **options):
+        found = listed(api, *args, **options)
+        added = CommitOperationAdd("notes.md", f"{len(hub.commits(REPO))}".encode())
+        HfApi().create_commit(REPO, [added], commit_message="Faster")
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HfApi, "list_repo_files", then_somebody_commits)
+        with pytest.raises(OSError, match=f"{REPO} got other commits 5 times .*Push again"):
+            push_folder(folder, REPO)
+    assert {message for _, message, _ in hub.commits(REPO)} == {"initial commit", "Faster"}
+    push_folder(folder, REPO)
+    assert PACKED in hub.files(REPO)
+
+
+def test_pickles_and_checkpoints_are_not_published_whatever_they_are_called(folder):
+    published = published_files(folder)
+    never = ["model_best.pth.tar", "x.PT", "x.pt2", "b.joblib", "a.npy", "a.NPZ", "c.Bin", "deep/er/x.pkl.gz"]
+    never += ["sub/checkpoint-5/model.safetensors", "sub/state/x.json", "a/b/_c/d.txt"]
+    for name in never:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"never")
+    assert published_files(folder) == published
+
+
+def test_a_link_to_what_lies_elsewhere_is_not_followed(folder, hub, tmp_path):
+    (tmp_path / "secret.txt").write_text("secret")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "secret.txt").write_text("secret")
+    (folder / "linked-folder").symlink_to(tmp_path / "elsewhere")
+    (folder / "again.json").symlink_to("config.json")
+    assert "again.json" in published_files(folder) and "linked-folder/secret.txt" not in published_files(folder)
+    (folder / "notes.txt").symlink_to(tmp_path / "secret.txt")
+    with pytest.raises(ValueError, match="notes.txt is a link to .*secret.txt, outside of the folder.*a copy"):
+        publish(folder, REPO)
+    assert not hub.repos
+
+
+def test_a_snapshot_of_the_cache_is_pushed(folder, hub):
+    (folder / "figures").mkdir()
+    (folder / "figures" / "mine.png").write_bytes(b"drawn")
+    publish(folder, REPO)
+    snapshot = snapshot_download(REPO)
+    assert os.path.islink(os.path.join(snapshot, "figures", "mine.png"))
+    publish(snapshot, "tester/copy")
+    assert hub.files("tester/copy") == hub.files(REPO)
+
+
+def test_what_is_no_image_classifier_has_a_card_of_its_own_or_none(folder, hub, tiny_vit, tmp_path):
+    """Which would call it one, with code that gives it a random head."""
+    backbone = tmp_path / "backbone"
+    ViTModel(tiny_vit[0].config).save_pretrained(backbone)
+    with pytest.raises(ValueError, match="backbone is a ViTModel, and the cards .* image classifiers.*by hand"):
+        publish(backbone, "tester/backbone")
+    assert not (backbone / "README.md").exists() and not hub.repos
+    (backbone / "README.md").write_text("# A backbone\n")
+    publish(backbone, "tester/backbone")
+    assert hub.content("tester/backbone", "README.md") == b"# A backbone\n"
 
 
 def test_pushing_what_is_there_makes_no_commit(folder, hub):

@@ -4,28 +4,33 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
-import torch
 from safetensors.torch import save_file
 
 from tscnc_hf.artifact.files.atomic import atomic_file
 from tscnc_hf.artifact.files.tensor_file import own_copy
 from tscnc_hf.artifact.models.config import config_digest
-from tscnc_hf.artifact.models.weights import WEIGHTS_FILE, has_weights, same_tensors
+from tscnc_hf.artifact.models.weights import INDEX_FILE, WEIGHTS_FILE, has_weights, same_tensors
 from tscnc_hf.artifact.packed.file import SPARSE_FILE, read_sparse_file, write_sparse_file
 from tscnc_hf.artifact.repository.opening import (
     CARD_FILE,
     CONFIG_FILE,
     FIGURES_PAGE,
+    LATENCY_FILE,
     RESULTS_FILE,
     Repository,
     is_dense_file,
+    of_another_author,
     output_folder,
     published_files,
     read_model,
-    read_tensors,
+    refuse_other_model,
 )
+
+
+OF_THE_VALUES = (CARD_FILE, RESULTS_FILE, FIGURES_PAGE, LATENCY_FILE, "figures/")  # what is said of them
 
 
 def pack(
@@ -43,10 +48,11 @@ def pack(
         output: another folder, which then gets everything but the dense weights; by default the file is written
             beside them.
         compression, value_dtype: as in `save_sparse`. Where rounding changes a value, it makes another model, which
-            needs an `output`, and gets neither the card nor the figures of this one.
+            needs an `output`, and gets neither the card, the figures and the latencies of this one nor its exports.
 
     Raises:
-        FileExistsError: the output holds another model.
+        FileExistsError: the output holds another model, or other files beside it than would be written. Only a card
+            that this library wrote stays, with its figures: it is of that folder.
         FileNotFoundError, ValueError: no weights, damaged ones, or some that do not fit config.json.
     """
     folder, target = repository.folder, output_folder(repository, output, "the files go")
@@ -55,46 +61,57 @@ def pack(
     with atomic_file(target / SPARSE_FILE) as temporary:
         write_sparse_file(tensors, temporary, compression=compression, value_dtype=value_dtype, config=digest)
         packed = read_sparse_file(temporary, digest)
-        _refuse_other_model(folder, target, packed)
-    rounded = value_dtype and not same_tensors(packed, tensors)
-    left_out = (CARD_FILE, RESULTS_FILE, FIGURES_PAGE, "figures/") if rounded else ()
-    _copy_side_files(folder, target, left_out)
+        refuse_other_model(folder, target, packed)
+        names = _side_files(folder, target, rounded=value_dtype is not None and not same_tensors(packed, tensors))
+    _copy(folder, target, names)
     return target / SPARSE_FILE
 
 
 def unpack(repository: Repository, output: str | os.PathLike | None = None) -> Path:
     """
     Write `model.safetensors` from a packed file: the names and bits that were packed. Arguments, errors and what
-    happens with `output` as in `pack`.
+    happens with `output` as in `pack`. The path is that of the index where the weights are there in shards.
     """
     folder, target = repository.folder, output_folder(repository, output, "the files go")
     _, tensors = read_model(repository)
-    _refuse_other_model(folder, target, tensors)
+    refuse_other_model(folder, target, tensors)
+    names = _side_files(folder, target)
     if not has_weights(target):
         with atomic_file(target / WEIGHTS_FILE) as temporary:
             # the metadata is what transformers writes, and asks for in some versions
             save_file({name: own_copy(tensor) for name, tensor in tensors.items()}, temporary, {"format": "pt"})
-    _copy_side_files(folder, target)
-    return target / WEIGHTS_FILE
+    _copy(folder, target, names)
+    return target / (WEIGHTS_FILE if (target / WEIGHTS_FILE).is_file() else INDEX_FILE)
 
 
-def _refuse_other_model(folder: Path, target: Path, tensors: dict[str, torch.Tensor]) -> None:
-    if (target / CONFIG_FILE).is_file() and config_digest(target) != config_digest(folder):
-        raise FileExistsError(f"{target} holds the {CONFIG_FILE} of another model; give another folder")
-    there = has_weights(target) or (target / SPARSE_FILE).is_file()
-    if there and not same_tensors(read_tensors(target), tensors):
-        raise FileExistsError(f"{target} holds other weights than would be written; give another folder")
+def _side_files(source: Path, target: Path, rounded: bool = False) -> list[str]:
+    """
+    What the target lacks of everything that is published but weights. The config last: now it can be loaded.
 
-
-def _copy_side_files(source: Path, target: Path, left_out: tuple[str, ...] = ()) -> None:
-    """Everything that is published but weights; what is there already stays. The config last: now it can be loaded."""
+    Raises:
+        FileExistsError: it has one of these with another content.
+    """
+    if target.resolve() == source.resolve():
+        return []
     names = [name for name in published_files(source) if not (is_dense_file(name) or name == SPARSE_FILE)]
-    if target != source and target.resolve().is_relative_to(
-        source.resolve()
-    ):  # what was written there before is not of it
-        within = f"{target.resolve().relative_to(source.resolve()).as_posix()}/"
+    if target.resolve().is_relative_to(source.resolve()):
+        within = f"{target.resolve().relative_to(source.resolve()).as_posix()}/"  # written there before: not of it
         names = [name for name in names if not name.startswith(within)]
-    for name in sorted(names, key=lambda name: name == CONFIG_FILE):
-        if not name.startswith(left_out) and not (target / name).is_file():
-            with atomic_file(target / name) as temporary:
-                shutil.copyfile(source / name, temporary)
+    if rounded:
+        names = [name for name in names if not name.startswith(OF_THE_VALUES) and not name.endswith(".onnx")]
+    there = [name for name in names if (target / name).is_file()]
+    card = target / CARD_FILE
+    if card.is_file() and not of_another_author(card):  # it is made of the rest, for the name and the sizes there
+        there = [name for name in there if name != CARD_FILE and not name.startswith("figures/")]
+    if others := [name for name in there if (source / name).read_bytes() != (target / name).read_bytes()]:
+        raise FileExistsError(
+            f"{target} has {', '.join(others[:3])} of another content than {source}; give another folder, or take "
+            "away there what is out of date"
+        )
+    return sorted((name for name in names if not (target / name).is_file()), key=lambda name: name == CONFIG_FILE)
+
+
+def _copy(source: Path, target: Path, names: Iterable[str]) -> None:
+    for name in names:
+        with atomic_file(target / name) as temporary:
+            shutil.copyfile(source / name, temporary)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from transformers import PreTrainedModel
 
 from tscnc_hf.artifact.card.formatting import (
     by_layer,
@@ -22,11 +25,15 @@ from tscnc_hf.artifact.files.tensor_file import dtype_name
 from tscnc_hf.artifact.models.preprocessing import RESIZE
 from tscnc_hf.artifact.models.recorded_widths import recorded_widths
 from tscnc_hf.artifact.packed.limit import count_minus_zeros, storage_limit
+from tscnc_hf.artifact.repository.matching import OTHER, other_model
 from tscnc_hf.artifact.repository.opening import (
     CARD_FILE,
+    CONFIG_FILE,
+    LATENCY_FILE,
     RESULTS_FILE,
     Repository,
     method_settings,
+    of_another_author,
     read_card,
     read_json,
     read_model,
@@ -37,7 +44,8 @@ from tscnc_hf.method.reports.sparsity import sparsity_report
 from tscnc_hf.method.reports.spectrum import spectral_report
 
 
-LATENCY_FILE = "latency.json"  # of `tscnc bench --save`
+# what showing a value of another form than it is to have may raise
+OTHER_FORM = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 
 
 def inspect_model(
@@ -48,7 +56,7 @@ def inspect_model(
     scope: str = "global",
 ) -> dict[str, Any]:
     """
-    Plain JSON types; what is not known is left out, an infinite number is "inf".
+    Plain JSON types; what is not known is left out, an infinite number is "inf", what JSON does not have is a text.
 
     Args:
         repository: from `open_repository`.
@@ -67,6 +75,7 @@ def inspect_model(
         "images": {"attacked_at": (h, w) of the images that were trained on or attacked, "resized": `Resize.to_dict()`
         of what the model's preprocessing does to them, or None},
         "metrics": [{"name", "value", ...}], "metrics_from": the file that they are from,
+        "left_out": why results.json or latency.json are not shown: they are of another model, or of another form,
         "target": {"sparsity", "scope", "rows": [{"name", "shape", "numel", "kept", "rows", "live_rows"}]},
         "collapsed": what the results say, "method": options of the run, "gates", "narrowed": layers that are narrower
         than config.json says by itself, "latency": what `tscnc bench --save` kept}
@@ -76,7 +85,7 @@ def inspect_model(
         ValueError: damaged files, or weights that do not fit config.json; a target that can not be reached.
     """
     model, tensors = read_model(repository)
-    config, results = model.config, read_json(repository.folder / RESULTS_FILE)
+    config = model.config
     method = method_settings(repository.folder, config)
     sparsity = sparsity_report(model, method.get("pruning_exclude") or ()).to_dict()
     timm_name = getattr(config, "architecture", None)
@@ -102,19 +111,51 @@ def inspect_model(
             found.get(name, {}).pop("rows", None)
     found["sizes"] = repository.sizes | {"limit_bytes": storage_limit(tensors)}
     found["minus_zeros"] = count_minus_zeros(tensors.values()) or None
-    robustness, recorded = results.get("robustness") or {}, (getattr(config, "tscnc", None) or {}).get(RESIZE) or {}
-    if size := (robustness.get("image_size") or [0])[1:] or recorded.get("image_size"):
-        resize = robustness.get("resized") or recorded.get("resize")
-        found["images"] = {"attacked_at": size, "resized": resize}
-    found["metrics"], found["metrics_from"] = _known_metrics(repository.folder, results)
-    found |= {
-        "collapsed": results.get("collapsed"),
-        "method": method,
-        "gates": results.get("gates"),
-        "narrowed": sorted(recorded_widths(config)),
-        "latency": read_json(repository.folder / LATENCY_FILE),
-    }
-    return {key: value for key, value in found.items() if value not in (None, {}, [])}
+    said, left_out = _said(repository.folder, model)
+    found |= said | {"method": method, "narrowed": sorted(recorded_widths(config)), "left_out": left_out}
+    return {key: _plain(value) for key, value in found.items() if value not in (None, {}, [])}
+
+
+def _said(folder: Path, model: PreTrainedModel) -> tuple[dict[str, Any], list[str]]:
+    """What the files beside the weights say of the model, each that is of it and can be shown; why others are not."""
+    path, recorded, left_out = folder / CONFIG_FILE, (getattr(model.config, "tscnc", None) or {}).get(RESIZE) or {}, []
+    if not _can_be_shown(_image_rows, {"images": _images({}, recorded)}):
+        raise ValueError(f'{path}: "{RESIZE}" is {recorded!r}, not as it was saved. Download it or save it again')
+    results = read_json(folder / RESULTS_FILE)
+    if (other := other_model(results, model)) in OTHER:
+        left_out.append(f"{RESULTS_FILE} is of {OTHER[other]}")
+        results = {}
+    elif not _can_be_shown(lambda: _rows_of_results(_said_in_results(results, recorded))):
+        left_out.append(f"{RESULTS_FILE} is not as `tscnc evaluate` writes it")
+        results = {}
+    said = _said_in_results(results, recorded)
+    if not said["metrics"] and not (left_out and not of_another_author(folder / CARD_FILE)):  # made of those results
+        said |= _said_in_card(folder / CARD_FILE)
+    latency = read_json(folder / LATENCY_FILE)
+    if not _can_be_shown(_latency_rows, latency):
+        left_out.append(f"{LATENCY_FILE} is not as `tscnc bench` writes it")
+        latency = {}
+    return said | {"latency": latency}, left_out
+
+
+def _can_be_shown(show: Callable[..., Any], *values: Any) -> bool:
+    """Whether values have the form that `show` expects: files may be damaged, or somebody else's of the same name."""
+    try:
+        show(*values)
+    except OTHER_FORM:
+        return False
+    return True
+
+
+def _plain(value: Any) -> Any:
+    """As JSON has it: numbers that are none as "inf" and "nan", dates and whatever else YAML knows as texts."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value if isinstance(value, bool | int | float | str | None) else str(value)
 
 
 def what_would_be_left(records: Sequence[WeightMatrix], target: float, scope: str = "global") -> list[dict[str, Any]]:
@@ -137,39 +178,48 @@ def what_would_be_left(records: Sequence[WeightMatrix], target: float, scope: st
     return rows
 
 
-def _known_metrics(folder: Path, results: Mapping[str, Any]) -> tuple[list[dict], str | None]:
-    """What a repository says of its accuracy, and in which file: results.json, or the model-index of its card."""
+def _said_in_results(results: Mapping[str, Any], recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """`recorded` is what config.json says of how images are resized, where results say nothing."""
     robustness = results.get("robustness") or {}
+    said = {"images": _images(robustness, recorded), "metrics": [], "metrics_from": None}
+    said |= {"collapsed": results.get("collapsed"), "gates": results.get("gates")}
     if robustness.get("attacks"):
         threat, worst = robustness.get("threat_model", {}), robustness.get("worst_case")
-        metrics = []
         for row in [*robustness["attacks"], *([worst] if worst else [])]:
             figures = {"value": row["accuracy"]} | {key: row.get(key) for key in ("low", "high", "n")}
             ball = {} if row["name"] == "clean" else {key: threat.get(key) for key in ("norm", "epsilon")}
-            metrics.append({"name": f"accuracy, {row['name']}", **figures, **ball})
-        return metrics, RESULTS_FILE
-    entries = read_card(folder / CARD_FILE).eval_results or []
+            said["metrics"].append({"name": f"accuracy, {row['name']}", **figures, **ball})
+        said["metrics_from"] = RESULTS_FILE
+    return said
+
+
+def _said_in_card(path: Path) -> dict[str, Any]:
+    """The model-index of a card, whose metrics are of whatever type its author gave them."""
+    entries = read_card(path).eval_results or []
     metrics = [
         {"name": e.metric_name or e.metric_type, "value": e.metric_value, "dataset": e.dataset_name} for e in entries
     ]
-    return metrics, CARD_FILE if metrics else None
+    return {"metrics": metrics, "metrics_from": CARD_FILE if metrics else None}
+
+
+def _images(robustness: Mapping[str, Any], recorded: Mapping[str, Any]) -> dict[str, Any]:
+    size = (robustness.get("image_size") or [0])[1:] or recorded.get("image_size")
+    return {"attacked_at": size, "resized": robustness.get("resized") or recorded.get("resize")} if size else {}
 
 
 def summary_rows(found: Mapping[str, Any]) -> list[tuple[str, str]]:
     """`inspect_model`'s result for people: (what, value)."""
     sparsity, sizes = found["sparsity"], found["sizes"]
-    collapsed = found.get("collapsed")
-    rows = [] if collapsed is None else [("COLLAPSED", collapse_text(collapsed, collapsed.get("emptied", ())))]
-    rows += [
+    collapsed, images, claims, gates = _rows_of_results(found)
+    rows = [
+        *collapsed,
         ("model", found["model"] + (f" at {found['commit'][:8]}" if "commit" in found else "")),
         ("architecture", found["architecture"] + (f", {found['classes']} classes" if "classes" in found else "")),
         ("parameters", f"{found['parameters']:,} in {found['dtype']}"),
         ("zeros", f"{sparsity['sparsity']:.2%} of {sparsity['prunable']:,} prunable weights"),
         ("", f"{sparsity['parameter_sparsity']:.2%} of {sparsity['parameters']:,} parameters"),
+        *images,
     ]
-    if images := found.get("images"):
-        resized = f", and resized to {resize_text(images['resized'])} for the model" if images["resized"] else ""
-        rows.append(("images", f"attacked at {'x'.join(map(str, images['attacked_at']))}{resized}"))
     computed = sparsity.get("computed") or {}
     for why in dict.fromkeys(computed.values()):
         rows.append(("not counted", f"{sum(other == why for other in computed.values())} layers: {why}"))
@@ -184,17 +234,36 @@ def summary_rows(found: Mapping[str, Any]) -> list[tuple[str, str]]:
     rows.append(("weights on disk", f"dense {dense}, packed {packed}; with raw values a file needs {limit}"))
     if minus := found.get("minus_zeros"):
         rows.append(("minus zeros", f"{minus:,}, which a packed file keeps as zeros like the others"))
-    for index, metric in enumerate(found.get("metrics", ())):
-        rows.append((f"claims ({found['metrics_from']})" if not index else "", _metric(metric)))
+    rows += claims
+    rows += [("left out" if not index else "", why) for index, why in enumerate(found.get("left_out", ()))]
     if method := found.get("method"):
         shown = ("objective", "adversary", "epsilon", "tsc_weight", "cnc_weight", "target_sparsity")
         rows.append(("trained with", ", ".join(f"{key} {method[key]}" for key in shown if key in method)))
-    if gates := found.get("gates"):
-        rows.append(("gates", f"{gates['closed']} of {gates['gates']} closed and folded into the weights"))
+    rows += gates
     if layers := found.get("narrowed"):
         rows.append(("slimmed", f"{len(layers)} layers, as recorded: load it with load_slim or load_sparse"))
     rows += _latency_rows(found.get("latency") or {})
     return rows
+
+
+def _rows_of_results(found: Mapping[str, Any]) -> tuple[list[tuple[str, str]], ...]:
+    """Collapse, images, accuracies and gates, each as rows."""
+    collapsed, gates = found.get("collapsed"), found.get("gates")
+    text = "" if collapsed is None else collapse_text(collapsed, collapsed.get("emptied", ()))
+    said = f"claims ({found.get('metrics_from')})"
+    return (
+        [("COLLAPSED", text)] if text else [],
+        _image_rows(found),
+        [(said if not index else "", _metric(metric)) for index, metric in enumerate(found.get("metrics", ()))],
+        [("gates", f"{gates['closed']} of {gates['gates']} closed and folded into the weights")] if gates else [],
+    )
+
+
+def _image_rows(found: Mapping[str, Any]) -> list[tuple[str, str]]:
+    if not (images := found.get("images")):
+        return []
+    resized = f", and resized to {resize_text(images['resized'])} for the model" if images["resized"] else ""
+    return [("images", f"attacked at {'x'.join(map(str, images['attacked_at']))}{resized}")]
 
 
 def _latency_rows(latency: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -237,11 +306,19 @@ def target_rows(found: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 
 def _metric(metric: Mapping[str, Any]) -> str:
-    value, text = metric["value"], metric["name"]
-    fraction = isinstance(value, float) and 0 <= value <= 1
-    text += f" {value:.1%}" if fraction else f" {format_number(value)}"
+    text = f"{metric['name']} {_value(metric['value'])}"
     if metric.get("low") is not None:
         text += f" ({metric['low']:.1%} to {metric['high']:.1%}, n = {metric['n']})"
     if metric.get("epsilon") is not None:
         text += f", {metric['norm']} {format_pixels(metric['epsilon'])}"
     return text
+
+
+def _value(value: Any) -> str:
+    """A fraction as a percentage, another number as it is, and anything else, such as "93.2%", as its author wrote."""
+    if isinstance(value, float) and 0 <= value <= 1:
+        return f"{value:.1%}"
+    try:
+        return format_number(value)
+    except OTHER_FORM:
+        return str(value)

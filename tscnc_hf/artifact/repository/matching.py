@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from transformers import AutoImageProcessor, PreTrainedModel
 from tscnc_hf.artifact.files.identity import RunIdentity
 from tscnc_hf.artifact.files.network import other_part
 from tscnc_hf.artifact.models.preprocessing import preprocessing
+from tscnc_hf.artifact.repository.opening import read_json
 from tscnc_hf.method.adversarial.pixels import Preprocessing
 
 
@@ -20,6 +22,27 @@ OTHER = {
     "weights": "other weights than those in the folder",
     "network": "the same weights in another network: the config.json of the folder makes something else of them",
 }
+NAMED_BY = {"weights": "model", "network": "network"}  # of an identity's weights, what says so
+
+
+def other_model(results: Mapping[str, Any], model: PreTrainedModel) -> str | None:
+    """
+    In what results are not the model's: a key of `OTHER`, or "unknown" where they do not say whose they are. None
+    where they are its own.
+    """
+    try:
+        return other_part(RunIdentity.from_dict(results.get("identity")), model)
+    except ValueError:
+        return "unknown"
+
+
+def keep_aside(path: Path, model: PreTrainedModel) -> None:
+    """Give results that are not the model's a name of their own in the folder, which no push takes along."""
+    if results := read_json(path):
+        other = other_model(results, model)
+        if other is not None:
+            said = "unknown" if other == "unknown" else results["identity"]["weights"].get(NAMED_BY[other])
+            path.replace(path.with_name(f"_results-of-{re.sub(r'[^0-9a-z]', '', str(said))[:8]}.json"))
 
 
 def check_results(

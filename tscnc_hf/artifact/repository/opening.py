@@ -15,7 +15,8 @@ import torch
 from huggingface_hub import HfApi, ModelCard, ModelCardData, constants, errors, snapshot_download
 from transformers import PreTrainedModel
 
-from tscnc_hf.artifact.models.config import CONFIG_FILE, class_of, config_digest, read_config
+from tscnc_hf.artifact.card.card import CARD_MARK
+from tscnc_hf.artifact.models.config import CLASSIFIERS, CONFIG_FILE, class_of, config_digest, read_config
 from tscnc_hf.artifact.models.loading import TWO_MODELS, build_exactly
 from tscnc_hf.artifact.models.preprocessing import RESIZE
 from tscnc_hf.artifact.models.recorded_widths import KEY
@@ -27,10 +28,15 @@ CARD_FILE = "README.md"
 RESULTS_FILE = "results.json"
 FIGURES_PAGE = "robustness.md"
 METHOD_FILE = "tscnc_config.json"
+LATENCY_FILE = "latency.json"  # of `tscnc bench --save`
 SHARD = re.compile(r"model-\d+-of-\d+\.safetensors$")
 TRAINED_FILE = "trained.safetensors"  # what other cells of an ablation start from
 STATE_FOLDER = "state"  # where an evaluation stands: of use to nobody but its next start
-PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+# files of these kinds are pickles, or may hold one
+PICKLES = {
+    ".bin", ".ckpt", ".dill", ".joblib", ".npy", ".npz", ".pickle", ".pk", ".pkl", ".pt", ".pt2", ".pth", ".pyc",
+}  # fmt: skip
+NUMBERS = ("target_sparsity", "tsc_weight", "cnc_weight", "pruning_start", "pruning_end")  # which a card counts with
 READABLE = ("*.json", "*.md", "*.txt", "figures/*", "LICENSE*")  # what a repository has beside its weights
 
 
@@ -127,19 +133,36 @@ def published_files(folder: str | os.PathLike) -> list[str]:
     What is published of a folder, as paths in it, in the order of a push: weights, then what describes them, and the
     card last.
 
-    Left out are pickles (`.bin`, `.pt`, ... and so `training_args.bin` and optimizer states), hidden files and what
-    starts with "_", training checkpoints (`checkpoint-*`), the state of an evaluation (`state/`), and what other
-    cells of an ablation start from (`trained.safetensors`).
+    Left out are pickles (`.bin`, `.pt`, ... in any case and before other endings, and so `training_args.bin` and
+    optimizer states), hidden files and what starts with "_", training checkpoints (`checkpoint-*`) and the state of an
+    evaluation (`state/`) in whatever folder, links to folders, and what other cells of an ablation start from
+    (`trained.safetensors`).
+
+    Raises:
+        ValueError: a file is a link to what lies outside of the folder, but for a snapshot in the Hub's cache.
     """
     folder, names = Path(folder), []
     for path in sorted(folder.rglob("*")):
         parts = path.relative_to(folder).parts
         hidden = any(part.startswith((".", "_")) for part in parts)
-        kept = not hidden and not parts[0].startswith("checkpoint-") and parts[0] != STATE_FOLDER
+        kept = not hidden and not any(part.startswith("checkpoint-") or part == STATE_FOLDER for part in parts)
         kept = kept and parts != (TRAINED_FILE,)
-        if kept and path.is_file() and path.suffix not in PICKLES:
+        if kept and path.is_file() and not PICKLES.intersection(suffix.lower() for suffix in path.suffixes):
+            if path.is_symlink() and not _is_within(path, folder):
+                raise ValueError(
+                    f"{path} is a link to {path.resolve()}, outside of the folder, and would be published. Put a copy "
+                    "in its place if it is to be, or take it away"
+                )
             names.append("/".join(parts))
     return sorted(names, key=lambda name: (name == CARD_FILE, not name.endswith(".safetensors")))
+
+
+def _is_within(link: Path, folder: Path) -> bool:
+    """Whether a link leads to a file of the folder; the files of a snapshot are links to the blobs of its cache."""
+    inside, target = folder.resolve(), link.resolve()
+    repository = next((parent.parent for parent in inside.parents if parent.name == "snapshots"), None)
+    blobs = [] if repository is None else [repository / "blobs", repository.parent / "blobs"]  # and those it shares
+    return any(target.is_relative_to(place) for place in (inside, *blobs))
 
 
 def read_json(path: Path) -> dict:
@@ -172,11 +195,40 @@ def read_card(path: Path) -> ModelCardData:
         raise ValueError(f"{path}: its front matter can not be read ({error})") from error
 
 
+def of_another_author(path: Path) -> bool:
+    """
+    Whether there is a README.md that this library did not write.
+
+    Raises:
+        ValueError: it is no text.
+    """
+    try:
+        return path.is_file() and CARD_MARK not in path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 ({error}). Save it as UTF-8, which the Hub asks for, too") from error
+
+
 def method_settings(folder: Path, config: Any) -> dict:
-    """The options that a model was trained with, from tscnc_config.json or `config.tscnc`; {} where nobody says."""
+    """
+    The options that a model was trained with, from tscnc_config.json or `config.tscnc`; {} where nobody says.
+
+    Raises:
+        ValueError: no options of this library.
+    """
     recorded = getattr(config, "tscnc", None) or {}
     ours = {key: value for key, value in recorded.items() if key not in (KEY, RESIZE)}
-    return read_json(folder / METHOD_FILE) or ours
+    kept = read_json(folder / METHOD_FILE)
+    settings, source = kept or ours, folder / (METHOD_FILE if kept else CONFIG_FILE)
+    parts = settings.get("pruning_exclude") or []
+    if not isinstance(parts, list) or not all(isinstance(part, str) for part in parts):
+        raise ValueError(
+            f"{source}: pruning_exclude is {parts!r}, and is to be a list of parts of names, such as "
+            '["classifier"]. Correct it'
+        )
+    for name in NUMBERS:
+        if not isinstance(settings.get(name), int | float | None):
+            raise ValueError(f"{source}: {name} is {settings[name]!r}, and is to be a number. Correct it")
+    return settings
 
 
 def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -208,13 +260,49 @@ def read_model(repository: Repository) -> tuple[PreTrainedModel, dict[str, torch
 
     Raises:
         FileNotFoundError: there are no weights, or no config.json.
-        ValueError: config.json names no class of transformers, or the tensors do not fit it; see `read_tensors`.
+        ValueError: config.json names no class of transformers, or none can be built of it, or the tensors do not fit
+            it; see `read_tensors`.
     """
     folder, tensors = repository.folder, read_tensors(repository.folder)
-    if not (folder / CONFIG_FILE).is_file():
+    path = folder / CONFIG_FILE
+    if not path.is_file():
         raise FileNotFoundError(f"{folder} has no {CONFIG_FILE}: it is no model of transformers or timm")
-    config = read_config(folder)
-    return build_exactly(class_of(config, classifier=False), config, repository.name, tensors), tensors
+    try:
+        config = read_config(folder)
+        _check_record(config, path)
+        return build_exactly(class_of(config, classifier=False), config, repository.name, tensors), tensors
+    except (ValueError, OSError, ImportError):
+        raise
+    except Exception as error:  # whatever a class raises of fields that make no sense to it
+        raise ValueError(
+            f"{path}: no model can be built of it ({type(error).__name__}: {error}). Download it or save it again"
+        ) from error
+
+
+def _check_record(config: Any, path: Path) -> None:
+    """ValueError where what this library records in a config has another form."""
+    record = getattr(config, "tscnc", None) or {}
+    if not isinstance(record, dict) or not isinstance(record.get(RESIZE) or {}, dict):
+        raise ValueError(f'{path}: "tscnc" is {record!r}, not as it was saved. Download it or save it again')
+
+
+def is_image_classifier(model: PreTrainedModel) -> bool:
+    """Whether it is of a class that `AutoModelForImageClassification` builds, and tells classes apart."""
+    found = CLASSIFIERS[type(model.config)] if type(model.config) in CLASSIFIERS else ()
+    classes = found if isinstance(found, (tuple, list)) else (found,)
+    return type(model) in classes and model.config.num_labels > 0
+
+
+def refuse_other_model(folder: Path, target: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """
+    Raises:
+        FileExistsError: `target` holds other weights than the `tensors` of `folder`, or another config.json.
+    """
+    if (target / CONFIG_FILE).is_file() and config_digest(target) != config_digest(folder):
+        raise FileExistsError(f"{target} holds the {CONFIG_FILE} of another model; give another folder")
+    there = has_weights(target) or (target / SPARSE_FILE).is_file()
+    if there and not same_tensors(read_tensors(target), tensors):
+        raise FileExistsError(f"{target} holds other weights than would be written; give another folder")
 
 
 def output_folder(repository: Repository, output: str | os.PathLike | None, what: str) -> Path:

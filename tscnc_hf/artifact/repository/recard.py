@@ -10,22 +10,25 @@ from typing import Any
 
 from huggingface_hub import CommitInfo, HfApi
 
-from tscnc_hf.artifact.card.card import CARD_MARK, OWN_TAGS, write_card
+from tscnc_hf.artifact.card.card import OWN_TAGS, write_card
 from tscnc_hf.artifact.card.formatting import without_paths
 from tscnc_hf.artifact.files.atomic import atomic_file, write_json
 from tscnc_hf.artifact.models.recorded_widths import KEY, recorded_widths
 from tscnc_hf.artifact.packed.limit import storage_limit
-from tscnc_hf.artifact.repository.matching import check_results
+from tscnc_hf.artifact.repository.matching import check_results, keep_aside, other_model
 from tscnc_hf.artifact.repository.opening import (
     CARD_FILE,
     RESULTS_FILE,
     Repository,
+    is_image_classifier,
     method_settings,
+    of_another_author,
     open_repository,
     output_folder,
     read_card,
     read_json,
     read_model,
+    refuse_other_model,
     talking_to_the_hub,
 )
 from tscnc_hf.artifact.repository.push import push_folder
@@ -37,11 +40,6 @@ from tscnc_hf.method.reports.spectrum import spectral_report
 # what tscnc_config.json records of a run beside the options of its method: arguments of `write_card`
 RUN_FACTS = ("dataset_name", "notes", "base_model", "license", "tags", "command", "versions", "value_dtype")
 KEPT_FIGURES = ("training", "adversarial_examples")  # drawn from what no file holds
-
-
-def of_another_author(path: Path) -> bool:
-    """Whether there is a README.md that this library did not write."""
-    return path.is_file() and CARD_MARK not in path.read_text(encoding="utf-8")
 
 
 def rebuild_card(
@@ -56,18 +54,21 @@ def rebuild_card(
     Write README.md and its figures; sparsity and spectrum are measured on the weights, the rest is read.
 
     Args:
-        repository: from `open_repository`; of any model, also one that was never pruned.
+        repository: from `open_repository`; of any image classifier, also one that was never pruned.
         output: folder of the card; by default that of the model.
-        results_file: figures of another evaluation than the results.json in the folder; copied to beside the card.
+        results_file: figures of another evaluation than the results.json in the folder; copied to beside the card. A
+            results.json of other weights that lies in the folder is kept there as _results-of-WEIGHTS.json.
         overwrite: also a card that this library did not write.
         given: arguments of `write_card` that win over what is recorded, such as `model_name` or `dataset_name`.
 
     Raises:
-        FileExistsError: there is a README.md that this library did not write.
-        ValueError: the results are of other weights, of another config or of another image processor
-            (`check_results`); damaged files; weights that do not fit config.json.
+        FileExistsError: there is a README.md that this library did not write; or the output is another folder, and
+            holds other weights, or results of others.
+        ValueError: the model is no image classifier; the results are of other weights, of another config or of
+            another image processor (`check_results`); damaged files; weights that do not fit config.json.
     """
     folder, target = repository.folder, output_folder(repository, output, "the card goes")
+    elsewhere = target.resolve() != folder.resolve()
     if not overwrite and of_another_author(target / CARD_FILE):
         raise FileExistsError(
             f"{target / CARD_FILE} was not written by this library: give another --output, or --overwrite"
@@ -76,6 +77,11 @@ def rebuild_card(
     if results_file is not None and not source.is_file():
         raise FileNotFoundError(f"{source}: no such file")
     model, tensors = read_model(repository)
+    if not is_image_classifier(model):
+        raise ValueError(
+            f"{repository.name} is a {type(model).__name__}, and the cards of this library are of image classifiers. "
+            f"Write its {CARD_FILE} by hand: a push takes it as it is"
+        )
     results = read_json(source)
     if results_file is not None and not results:
         raise ValueError(f"{source} holds no results: give the results.json that `tscnc evaluate` writes")
@@ -88,6 +94,14 @@ def rebuild_card(
     }
     if results:
         check_results(results, model, folder, source)
+    if elsewhere:
+        refuse_other_model(folder, target, tensors)
+        there = read_json(target / RESULTS_FILE)
+        if there and there != results and other_model(there, model):
+            raise FileExistsError(
+                f"{target / RESULTS_FILE} is of another model, or does not say of which; give another folder, or take "
+                "it away"
+            )
     known = {key: method[key] for key in RUN_FACTS if method.get(key)}
     recorded = without_paths(known["dataset_name"]) if known.get("dataset_name") else None
     trained, said = _facts_of_card(folder / CARD_FILE, recorded, results.get("dataset"))
@@ -112,6 +126,7 @@ def rebuild_card(
         },
     )
     if results_file is not None:
+        keep_aside(target / RESULTS_FILE, model)
         write_json(results, target / RESULTS_FILE)
     if others:  # else the next card would show them beside these results
         (target / "figures" / "adversarial_examples.png").unlink(missing_ok=True)
