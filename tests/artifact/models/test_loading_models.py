@@ -470,6 +470,33 @@ def test_config_and_weights_are_of_the_revision_that_was_asked_for(hub, tmp_path
         load_slim("tester/model", revision="nowhere")
 
 
+SAVINGS = pytest.mark.parametrize(
+    "save", [lambda model, folder: model.save_pretrained(folder), save_sparse], ids=["dense", "packed"]
+)
+
+
+@SAVINGS
+@pytest.mark.parametrize("after", ["read_config", "load_slim"])
+def test_what_is_pushed_while_a_model_is_read_is_not_mixed_in(save, after, hub, tmp_path, monkeypatch):
+    save(vit(0), tmp_path / "one")
+    save(vit(1), tmp_path / "other")
+    for folder, side in (("one", 8), ("other", 9)):
+        ViTImageProcessor(size={"height": side, "width": side}).save_pretrained(tmp_path / folder)
+    push_folder(tmp_path / "one", "tester/model")
+    then = getattr(loading, after)
+
+    def push_after(*args, **options):
+        found = then(*args, **options)
+        push_folder(tmp_path / "other", "tester/model")
+        return found
+
+    monkeypatch.setattr(loading, after, push_after)
+    model, processor = load_model("tester/model")
+    assert len(hub.commits("tester/model")) == 3
+    assert_same_weights(model, vit(0))
+    assert processor.size["height"] == 8
+
+
 def test_options_of_from_pretrained_reach_both_kinds_of_weights(tmp_path):
     model = vit()
     model.save_pretrained(tmp_path / "dense")

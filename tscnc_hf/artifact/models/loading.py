@@ -20,7 +20,7 @@ from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalE
 from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils.hub import cached_file, get_checkpoint_shard_files
+from transformers.utils.hub import cached_file, extract_commit_hash, get_checkpoint_shard_files
 
 from tscnc_hf.artifact.files.identity import weights_digest
 from tscnc_hf.artifact.files.tensor_file import unreadable
@@ -77,9 +77,9 @@ def logits_fn(model: nn.Module, processing_class: object | None = None) -> Logit
 def load_model(
     name_or_folder: str | os.PathLike, class_names: Sequence[str] | None = None, **options: Any
 ) -> tuple[PreTrainedModel, object]:
-    """A classifier and its image processor. Arguments and errors: `load_slim`."""
-    model = load_slim(name_or_folder, class_names, **options)
-    return model, read_processor(name_or_folder, **_hub(options))
+    """A classifier and its image processor, of one commit. Arguments and errors: `load_slim`."""
+    options = _pinned(name_or_folder, options)
+    return load_slim(name_or_folder, class_names, **options), read_processor(name_or_folder, **_hub(options))
 
 
 def load_slim(
@@ -105,14 +105,13 @@ def load_slim(
             shape, but for a new head and the one in its place; a packed file is to get a new head; the model is no
             image classifier; a damaged file.
     """
+    options = _pinned(name_or_folder, options)
     given = dict(options)
     hub = _hub(options)
     config = options.pop("config", None) or read_config(name_or_folder, **hub)
     new_head = new_head or (class_names is not None and len(class_names) != config.num_labels)
     if new_head:
         config = read_config(name_or_folder, **hub, **label_fields(class_names))
-    if commit := getattr(config, "_commit_hash", None):
-        options["revision"] = commit
     if _dtype_given(options) is None and options.get("variant") is None:
         files = _dense_files(name_or_folder, **_hub(options))
         options["dtype"] = exact_dtype(stored_dtypes(files))
@@ -284,6 +283,17 @@ def build_exactly(
 
 def _hub(options: dict[str, Any]) -> dict[str, Any]:
     return {key: options[key] for key in HUB_OPTIONS if key in options}
+
+
+def _pinned(source: str | os.PathLike, options: dict[str, Any]) -> dict[str, Any]:
+    """Options whose revision is the commit that the branch or tag has now, whatever is pushed while files are read."""
+    if os.path.isdir(source):
+        return options
+    try:
+        commit = extract_commit_hash(cached_file(source, CONFIG_FILE, **_hub(options)), None)
+    except OSError:  # whoever reads the config says why
+        commit = None
+    return options if commit is None else options | {"revision": commit}
 
 
 def _dtype_given(options: dict[str, Any]) -> Any:
