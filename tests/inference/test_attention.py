@@ -89,6 +89,13 @@ def test_what_the_kernel_is_not_for_goes_to_torch(calls, monkeypatch):
         [x.double() for x in (q, k, v)],
         (q[0], k[0], v[0]),
     ]
+    for scale in (-1.0, -20.0):
+        assert torch.equal(attention(q, k, v, scale=scale), F.scaled_dot_product_attention(q, k, v, scale=scale))
+    assert attention(q[:0], k[:0], v[:0]).shape == (0, 2, 9, 16)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(q, torch.ones_like(q))
+        with pytest.raises(NotImplementedError, match="forward AD"):  # torch's own has none either, and says so
+            attention(dual, k, v)
     others += [(q, k, torch.cat([v, v], dim=-1)), (q, k[:, :1], v[:, :1])]
     for given in others[:-1]:
         assert torch.equal(attention(*given), F.scaled_dot_product_attention(*given))

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import io
+from contextlib import contextmanager
 
 import pytest
 import timm
@@ -14,7 +15,16 @@ from tests.small_models import resnet, vit
 from tscnc_hf import sparse_compile
 from tscnc_hf.inference import choosing, compiling
 from tscnc_hf.inference.chunks import torch_threads
-from tscnc_hf.inference.layers import Absorbed, SparseConv, SparseConvBlock, SparseLayer, SparseLinear, SparseMLP
+from tscnc_hf.inference.layers import (
+    Absorbed,
+    SparseConv,
+    SparseConvBlock,
+    SparseLayer,
+    SparseLinear,
+    SparseMLP,
+    WeightIsRead,
+)
+from tscnc_hf.inference.report import logits_difference
 
 
 class Everything(nn.Module):
@@ -404,3 +414,295 @@ def test_two_convolutions_of_a_block_are_one_call(always_sparse, monkeypatch):
     assert_same(copy.deepcopy(fast), model, torch.randn(5, 3, 80, 64))
     with torch.no_grad():
         assert_same(torch.compile(fast, backend="aot_eager", fullgraph=True), model, x)
+
+
+@pytest.fixture
+def every_layer(always_sparse, monkeypatch):
+    """Each that can be is sparse, by the kernels for few images."""
+    before = compiling._plans
+    monkeypatch.setattr(compiling, "_plans", lambda choices: dict(list(before(choices).items())[:1]))
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.fc1, self.act, self.fc2 = nn.LayerNorm(32), nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32)
+
+    def forward(self, tokens):
+        return tokens + self.fc2(self.act(self.fc1(self.norm(tokens))))
+
+    def hidden(self, tokens):
+        return self.fc1(self.norm(tokens))
+
+
+class ConvBlock(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.act, self.conv2 = nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1)
+
+    def forward(self, images):
+        return self.conv2(self.act(self.conv1(images))) + images
+
+
+class Blocks(nn.Module):
+    """A block of convolutions and one of tokens, called in turn as `how` says."""
+
+    def __init__(self, how="by place"):
+        super().__init__()
+        self.how, self.stem, self.first, self.second = how, nn.Conv2d(3, 32, 1), ConvBlock(), Block()
+        self.head = nn.Linear(32, 10)
+
+    def forward(self, x):
+        x = self.stem(x)
+        x = self.first(images=x) if self.how == "by name" else self.first(x)
+        x = x.flatten(2).transpose(1, 2)
+        x = self.second(tokens=x) if self.how == "by name" else self.second(x)
+        if self.how == "another method":
+            x = x + self.second.hidden(x).mean(-1, keepdim=True)
+        return self.head(x.mean(1)) * (2 if self.how == "attribute" and self.first.act.inplace else 1)
+
+
+WATCHED = ["first", "first.act", "first.conv1", "second", "second.norm", "second.act", "second.fc2"]
+
+
+@pytest.mark.parametrize("name", WATCHED)
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward"])
+def test_whatever_has_a_hook_stays_and_calls_it(name, kind, every_layer):
+    model, seen = thinned(Blocks(), 0.8), []
+
+    def hook(module, *args):
+        seen.append(name)
+        return None if kind != "forward" else args[-1].clamp(max=0.5)  # of which the example shows little
+
+    getattr(model.get_submodule(name), f"register_{kind}_hook")(hook)
+    fast = sparse_compile(model, 1e-3 * torch.randn(2, 3, 8, 8))
+    assert fast.report.sparse_layers and type(fast.get_submodule(name)) is type(model.get_submodule(name))
+    seen.clear()
+    assert_same(fast, model, 5 * torch.randn(2, 3, 8, 8))
+    assert seen == ([] if kind == "full_backward" else [name] * 2)
+
+
+def test_a_forward_of_somebodys_own_stays(every_layer):
+    model = thinned(Blocks(), 0.8)
+    model.second.forward = lambda tokens: Block.forward(model.second, tokens).clamp(max=0.5)
+    fast = sparse_compile(model, 1e-3 * torch.randn(2, 3, 8, 8))
+    assert_same(fast, model, 5 * torch.randn(2, 3, 8, 8))
+
+
+@pytest.mark.parametrize("how", ["by name", "another method", "attribute"])
+def test_blocks_are_called_as_the_model_calls_them(how, every_layer):
+    model, x = thinned(Blocks(how), 0.8), torch.randn(2, 3, 8, 8)
+    fast = sparse_compile(model, x)
+    assert fast.report.sparse_layers == 6
+    assert_same(fast, model, torch.randn(3, 3, 8, 8))
+    assert ("does not bear it" in fast.report.said) == (how != "by name")
+    if how == "by name":
+        assert type(fast.first).__name__ == "SparseChain"
+        with pytest.raises(TypeError, match="one argument, images"):
+            fast.first(pixels=torch.randn(1, 32, 8, 8))
+
+
+def test_a_block_with_an_argument_that_is_none(every_layer):
+    model = timm.create_model(
+        "beit_base_patch16_224", img_size=16, patch_size=8, embed_dim=32, depth=1, num_heads=2, num_classes=10
+    )
+    model, x = thinned(model, 0.8), torch.randn(2, 3, 16, 16)
+    assert_same(sparse_compile(model, x), model, x)
+
+
+def test_errors_of_the_model_itself_surface(always_sparse):
+    class Wrong(Around):
+        def forward(self, x):
+            raise LookupError("of mine")
+
+    with pytest.raises(LookupError, match="of mine"):
+        sparse_compile(Wrong().eval(), torch.randn(2, 3, 32, 32))
+
+
+class ReadTwice(nn.Module):
+    """What comes out of a convolution is read by a module, and elsewhere: always, or of several images."""
+
+    def __init__(self, always):
+        super().__init__()
+        self.stem, self.conv = (nn.Conv2d(n, 16, 3, padding=1, bias=False) for n in (3, 16))
+        self.act, self.head, self.always = nn.ReLU(), nn.Linear(16, 10, bias=False), always
+
+    def forward(self, x):
+        both = self.conv(self.stem(x))
+        more = both.tanh() if self.always or len(x) > 1 else 0
+        return self.head((self.act(both) + more).mean((2, 3)))
+
+
+@pytest.mark.parametrize("always, batch", [(True, 2), (False, 1)])
+def test_an_example_that_says_nothing(always, batch, every_layer):
+    model = thinned(ReadTwice(always), 0.6)
+    fast = sparse_compile(model, torch.zeros(batch, 3, 8, 8))
+    assert isinstance(fast.conv, SparseConv) and fast.conv.activation == "none"
+    for images in (1, 3):
+        assert_same(fast, model, torch.randn(images, 3, 8, 8))
+
+
+def test_images_that_see_one_another_where_the_example_says_nothing(always_in_chunks):
+    class Relative(nn.Sequential):
+        def forward(self, x):
+            y = super().forward(x)
+            return y - y.mean(0)
+
+    model = thinned(Relative(nn.Flatten(), nn.Linear(192, 64), nn.ReLU(), nn.Linear(64, 10)), 0.9)
+    assert_same(sparse_compile(model, torch.zeros(8, 3, 8, 8)), model, torch.randn(8, 3, 8, 8))
+
+
+class SumOfOne(nn.Module):
+    """A layer's output is the same for all images, and the images are added to it."""
+
+    def __init__(self):
+        super().__init__()
+        self.pos, self.lin, self.head = nn.Parameter(torch.randn(1, 64, 3)), nn.Linear(3, 32), nn.Linear(32, 10)
+        self.patch = nn.Conv2d(3, 32, 1)
+
+    def forward(self, x):
+        return self.head(self.lin(self.pos) + self.patch(x).flatten(2).transpose(1, 2)).mean(1)
+
+
+def test_one_image_where_several_are_another_shape(every_layer):
+    model = thinned(nn.Sequential(SumOfOne()), 0.6)
+    fast = sparse_compile(model, torch.randn(1, 3, 8, 8))
+    assert fast.report.sparse_layers
+    for images in (1, 4):
+        assert_same(fast, model, torch.randn(images, 3, 8, 8))
+
+
+class Masked(nn.Sequential):
+    def forward(self, x):
+        return torch.cat([super().forward(x), x.new_full((len(x), 1), float("-inf"))], dim=1)
+
+
+def small(outputs=10, kind=nn.Sequential):
+    return thinned(kind(nn.Flatten(), nn.Linear(192, 64), nn.ReLU(), nn.Linear(64, outputs)), 0.9)
+
+
+def test_logits_without_a_range(always_sparse):
+    for model in (small(1), small(kind=Masked)):
+        fast = sparse_compile(model, torch.randn(1, 3, 8, 8))
+        assert fast.report.sparse_layers and fast.report.difference < 1e-4
+
+
+@pytest.mark.parametrize(
+    "logits, expected, difference",
+    [
+        ([[2.0]], [[2.1]], 0.1 / 2.1),
+        ([[1.0, -1.0]], [[1.0, -1.5]], 0.5 / 2.5),
+        ([[1.0, -torch.inf]], [[1.0, -torch.inf]], 0.0),
+        ([[1.0, torch.inf]], [[1.0, -torch.inf]], torch.inf),
+        ([[1.0, torch.nan]], [[1.0, -torch.inf]], torch.inf),
+        ([[torch.nan, 1.0]], [[2.0, 1.0]], torch.inf),
+        ([[1.0, 2.0]], [[1.0, torch.inf]], torch.inf),
+        ([[1.0]], [[1.0, 2.0]], torch.inf),
+    ],
+)
+def test_differences_of_logits(logits, expected, difference):
+    assert logits_difference(torch.tensor(logits), torch.tensor(expected)) == pytest.approx(difference)
+
+
+def test_a_model_whose_logits_are_not_numbers_is_named(always_sparse):
+    model = small()
+    with torch.no_grad():
+        model[3].bias[0] = torch.nan
+    with pytest.raises(ValueError, match="own logits of the example are not numbers"):
+        sparse_compile(model, torch.randn(2, 3, 8, 8))
+
+
+@contextmanager
+def float64_by_default():
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize(
+    "state", [torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16), float64_by_default]
+)
+def test_the_callers_states_do_not_matter(state, every_layer):
+    model, x = thinned(Blocks(), 0.8), torch.randn(2, 3, 8, 8)
+    with state():
+        fast = sparse_compile(model, x.clone())
+    assert fast.report.sparse_layers and isinstance(fast.second.fc1, (SparseLinear, SparseMLP))
+    assert not any(tensor.is_inference() for tensor in fast.state_dict().values())
+    assert_same(fast, model, x)
+
+
+def test_the_callers_random_numbers_stay(always_sparse):
+    model, x = thinned(Blocks(), 0.8), torch.randn(17, 3, 8, 8)
+    before = torch.get_rng_state()
+    sparse_compile(model, x)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_forward_mode_derivatives_are_refused(every_layer):
+    x = torch.randn(2, 3, 8, 8)
+    for model in (small(), thinned(Blocks(), 0.8)):
+        fast = sparse_compile(model, x)
+        with pytest.raises(RuntimeError, match="no forward-mode derivatives"):
+            torch.func.jvp(fast, (x,), (x,))
+
+
+class TwoArguments(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.Linear(16, 10)
+
+    def forward(self, pixel_values, extra):
+        return self.head(self.norm(self.conv(pixel_values)).mean((2, 3))) + extra
+
+
+def test_a_model_that_needs_two_arguments(every_layer):
+    model, given = thinned(TwoArguments(), 0.7), {"extra": torch.randn(2, 10), "pixel_values": torch.randn(2, 3, 8, 8)}
+    fast = sparse_compile(model, given)
+    assert not isinstance(fast.norm, nn.BatchNorm2d)
+    with torch.no_grad():
+        assert torch.allclose(fast(**given), model(**given), atol=1e-5)
+
+
+def test_a_copy_is_in_evaluation_mode_and_can_be_compiled(every_layer):
+    model, x = thinned(Blocks(), 0.8), torch.randn(2, 3, 8, 8)
+    fast = sparse_compile(model, x)
+    assert not any(module.training for module in fast.modules())
+    assert_same(sparse_compile(fast, x), model, x)
+
+
+def test_a_copy_is_not_saved_as_a_model(always_sparse, tmp_path):
+    fast = sparse_compile(vit(), torch.randn(2, 3, 8, 8))
+    for net in (fast, copy.deepcopy(fast)):
+        with pytest.raises(ValueError, match="save_pretrained of a copy by sparse_compile.*compiled from"):
+            net.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_left_as_it_was_is_saved_and_its_times_are_of_the_example(monkeypatch, tmp_path):
+    monkeypatch.setattr(compiling, "SECONDS", 0.01)
+    monkeypatch.setattr(compiling, "race", lambda calls, *rest, **named: {name: name != "before" for name in calls})
+    shapes = []
+    row = compiling._row
+    monkeypatch.setattr(
+        compiling, "_row", lambda choice, *rest: shapes.append(choice.call.shape) or row(choice, *rest)
+    )
+    fast = sparse_compile(vit(), torch.randn(64, 3, 8, 8))
+    assert "Left as it was" in fast.report.said and shapes and {shape[0] for shape in shapes} == {64}
+    fast.save_pretrained(tmp_path)
+    assert type(fast).from_pretrained(tmp_path).config.hidden_size == 32
+
+
+def test_who_asks_for_a_weight(every_layer):
+    fast = sparse_compile(thinned(Blocks(), 0.8), torch.randn(2, 3, 8, 8))
+    packed = [module for module in fast.modules() if isinstance(module, (SparseLayer, SparseMLP))]
+    assert packed and not any(hasattr(module, "weight") for module in packed)
+    with pytest.raises(WeightIsRead, match="has no dense weight; take it from the uncompiled model"):
+        packed[0].weight  # noqa: B018
+
+
+def test_a_copy_takes_no_state(every_layer):
+    fast = sparse_compile(thinned(Blocks(), 0.8), torch.randn(2, 3, 8, 8))
+    with pytest.raises(ValueError, match="takes no state.*Load that of the model into the model"):
+        fast.load_state_dict(fast.state_dict())

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.activations import ACT2FN
 
-from tscnc_hf.inference.following import activation_of
+from tscnc_hf.inference.following import UNSEEN, activation_of, calls_of, chain_after
 
 
 class Of(nn.Module):
@@ -77,3 +77,36 @@ def test_what_takes_something_else_is_none_of_them():
     assert activation_of(Of(lambda x: x.flatten(1))) is None
     assert activation_of(Of(lambda x: (x, x))) is None
     assert activation_of(nn.Bilinear(2, 2, 2)) is None
+
+
+class Read(nn.Module):
+    """A layer whose output a module gets, and what `elsewhere` says, if anything."""
+
+    def __init__(self, elsewhere):
+        super().__init__()
+        self.lin, self.act, self.elsewhere = nn.Linear(4, 4), nn.ReLU(), elsewhere
+
+    def forward(self, x):
+        y = self.lin(x)
+        return self.elsewhere(y, self.act(y))
+
+
+@pytest.mark.parametrize(
+    "elsewhere, followed",
+    [
+        (lambda y, z: z, ["act"]),
+        (lambda y, z: z * y.shape[0], ["act"]),
+        (lambda y, z: z + y.tanh(), ["act", UNSEEN]),
+        (lambda y, z: z + y, ["act", UNSEEN]),
+        (lambda y, z: z + y[:, :1], ["act", UNSEEN]),
+        (lambda y, z: (z, y), ["act", UNSEEN]),
+    ],
+)
+def test_who_reads_an_output(elsewhere, followed):
+    """Whatever the numbers are, and in inference mode, whose tensors keep no version."""
+    model = Read(elsewhere)
+    for state in (torch.no_grad, torch.inference_mode):
+        with state():
+            calls = calls_of(model, (nn.Linear,), lambda: model(torch.zeros(2, 4)))
+        assert calls["lin"].followed == followed
+        assert [call.name for call in chain_after("lin", calls)] == (["act"] if len(followed) == 1 else [])

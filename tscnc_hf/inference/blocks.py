@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from tscnc_hf.inference.attention import attention
-from tscnc_hf.inference.following import activation_of, is_plain
+from tscnc_hf.inference.following import activation_of, is_plain, is_watched
 from tscnc_hf.inference.layers import (
     Absorbed,
     SparseChain,
@@ -30,12 +30,12 @@ SUMS = (operator.add, operator.iadd, torch.add)
 
 
 class _Reader(fx.Tracer):
-    """Goes into modules that hold sparse layers, and takes all others as they are."""
+    """Goes into modules that hold sparse layers, and takes all others as they are, and those that are watched."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         inside = (module for module in m.modules() if module is not m)
         whole = isinstance(m, _SPARSE) or (isinstance(m, fx.GraphModule) and not m.meta.get(ONLY_ATTENTION))
-        return whole or not any(isinstance(module, _SPARSE) for module in inside)
+        return whole or is_watched(m) or not any(isinstance(module, _SPARSE) for module in inside)
 
 
 _SPARSE = (SparseConv, SparseLinear, SparseConvBlock, SparseMLP)
@@ -77,7 +77,10 @@ def fuse_blocks(model: nn.Module, pair: Pair) -> int:
                     node.replace_all_uses_with(node.args[0])
                     graph.erase_node(node)
             graph.lint()
-            made = SparseChain(block, steps) if steps else fx.GraphModule(block, graph, type(block).__name__)
+            if steps:
+                made = SparseChain(block, steps, next(iter(graph.nodes)).target)
+            else:
+                made = fx.GraphModule(block, graph, type(block).__name__)
             if not sums and not absorbed and not steps:
                 made.meta[ONLY_ATTENTION] = True
             for target, layer in absorbed.items():
@@ -95,7 +98,7 @@ def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Module]]
     for path, parent in reversed(list(model.named_modules())):
         for name, block in parent.named_children():
             layers = sum(isinstance(module, _SPARSE) for module in block.modules())
-            if 0 < layers <= MOST_LAYERS and not isinstance(block, _SPARSE):
+            if 0 < layers <= MOST_LAYERS and not isinstance(block, _SPARSE) and not is_watched(block):
                 yield f"{path}.{name}.".lstrip("."), parent, name, block
 
 
@@ -201,7 +204,7 @@ def _is_layer_norm(module: nn.Module) -> bool:
     """One of torch's, or of a class of its own that computes the same, as timm's."""
     if not isinstance(module, nn.LayerNorm) or len(module.normalized_shape) != 1:
         return False
-    x = torch.linspace(-3, 5, 2 * module.normalized_shape[0]).view(2, -1) ** 3
+    x = torch.linspace(-3, 5, 2 * module.normalized_shape[0], dtype=torch.float32).view(2, -1) ** 3
     expected = F.layer_norm(x, module.normalized_shape, module.weight, module.bias, module.eps)
     try:
         with torch.no_grad():
@@ -221,17 +224,19 @@ def _behind(block: nn.Module, node: object) -> tuple[object, list[fx.Node]]:
 
 
 def _does_nothing(module: nn.Module) -> bool:
+    if is_watched(module):
+        return False
     if type(module) is nn.Sequential:  # of what a folded batch norm leaves
         return all(_does_nothing(child) for child in module)
     return is_plain(module) and activation_of(module) == "none"
 
 
 def _module(block: nn.Module, node: object, kind: Callable[[nn.Module], bool]) -> nn.Module | None:
-    """The module that a node calls, if it is of that kind."""
+    """The module that a node calls, if it is of that kind and nobody watches it."""
     if not isinstance(node, fx.Node) or node.op != "call_module":
         return None
     module = block.get_submodule(node.target)
-    return module if kind(module) else None
+    return module if not is_watched(module) and kind(module) else None
 
 
 def _uses(graph: fx.Graph, node: fx.Node) -> int:

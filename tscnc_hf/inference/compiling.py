@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 from tscnc_hf.inference.blocks import fuse_blocks
 from tscnc_hf.inference.choosing import Choice, choose, choose_pair
 from tscnc_hf.inference.chunks import InChunks, torch_threads
-from tscnc_hf.inference.following import Call, activation_of, calls_of, chain_after, is_plain
+from tscnc_hf.inference.following import Call, activation_of, calls_of, chain_after, is_plain, is_watched
 from tscnc_hf.inference.layers import (
     Absorbed,
     SparseConvBlock,
@@ -22,19 +24,39 @@ from tscnc_hf.inference.layers import (
     WeightIsRead,
 )
 from tscnc_hf.inference.operators import machine
-from tscnc_hf.inference.report import CompileReport, LayerRow
+from tscnc_hf.inference.report import CompileReport, LayerRow, logits_difference
 from tscnc_hf.inference.timing import interleaved, race, ratios
 from tscnc_hf.method.adversarial.folding import folded_copy
 from tscnc_hf.method.adversarial.pixels import logits_of
 
 
-TOLERANCE = 1e-4  # of the range of the logits
+TOLERANCE = 1e-4  # of the range of the logits, or of the largest
 SECONDS = 1.0  # for each comparison of whole models
 MARGIN = 0.98  # of the time before: what gains less is left as it was
 TURNS = 9  # of each, at least; and of the model beside the best copy, which then says whether that gains
 BURST = 0.01  # seconds of each in its turn, two calls at least: into the first one others' threads still spin
 
 Inputs = Tensor | Mapping[str, Tensor]
+
+
+class Tried(NamedTuple):
+    """Inputs that a copy is tried with, and the model's logits of them."""
+
+    inputs: Inputs
+    expected: Tensor
+
+
+class Refused:
+    """In the place of a copy's method that would take its packed weights for a model's."""
+
+    def __init__(self, method: str):
+        self.method = method
+
+    def __call__(self, *args, **kwargs):
+        raise ValueError(
+            f"{self.method} of a copy by sparse_compile: it holds packed weights, which no model loads. Take it from "
+            "the model that the copy was compiled from"
+        )
 
 
 def sparse_compile(model: nn.Module, example: Inputs) -> nn.Module:
@@ -53,37 +75,43 @@ def sparse_compile(model: nn.Module, example: Inputs) -> nn.Module:
         The copy. Its `report` (`CompileReport`) says what became of each layer: `print(fast.report.to_markdown())`.
 
     Raises:
-        ValueError: the model is in training mode, is not on the CPU or not in float32, or the example is not.
+        ValueError: the model is in training mode, is not on the CPU or not in float32, or the example is not; or the
+            model's own logits of the example are not numbers (NaN).
         NoKernels: the kernels cannot be compiled: there is no compiler, or no folder to keep them in.
         RuntimeError: the copy would not compute the same, which is a bug.
     """
     _check(model, example)
     machine()
-    with torch.no_grad():
+    # whatever the caller has set: a copy made in inference mode or under autocast would be for these only
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
         plain = copy.deepcopy(model).requires_grad_(False)
+        tried = _tried(plain, example)
         base = _folded(plain, example)
-        models, plans, whole = {"before": plain}, {}, _logits(plain, example)
+        if base is not plain and not _answers(base, tried):
+            base = plain
+        models, plans, first = {"before": plain}, {}, {}
         for images, apart in _at_a_time(plain, example):
             part, made = _first(example, images), {}
-            expected = _logits(plain, part)
+            tried_part = tried if images is None else _tried(plain, part)
             with torch_threads(1 if apart else torch.get_num_threads()):
                 calls = calls_of(base, (nn.Linear, nn.Conv2d), lambda part=part: _run(base, part))
                 layers = [call for call in calls.values() if type(call.module) in (nn.Linear, nn.Conv2d)]
-                layers = [call for call in layers if not _watched(call.module)]
+                layers = [call for call in layers if not is_watched(call.module)]
                 alike: dict[tuple, Choice] = {}
                 choices = {call.name: choose(call, alike) for call in layers}
+                first = first or choices
                 pairs: dict[tuple, SparseConvBlock | None] = {}
                 for kind, plan in _plans(choices).items():
-                    made[kind] = _built(base, plan, calls, expected, part, pairs), plan
-            for kind, (net, plan) in made.items():
+                    made[kind] = *_built(base, plan, calls, tried_part, pairs), plan
+            for kind, (net, left, plan) in made.items():
                 if net is None:
                     continue
                 if images is not None:
                     net.forward = InChunks(net, images, apart)
-                    if _difference(_logits(net, example), whole) > TOLERANCE:  # images see one another
+                    if not _answers(net, tried):  # images see one another
                         continue
                 name = f"{kind}, {images}, {apart}"
-                models[name], plans[name] = net, (images, apart, choices, plan)
+                models[name], plans[name] = net, (images, apart, choices, plan, left)
         calls = {name: _call(net, example) for name, net in models.items()}
         times = race(calls, dict.fromkeys(models), SECONDS, least=TURNS, burst=BURST)
         best = min(times, key=times.__getitem__)
@@ -91,17 +119,20 @@ def sparse_compile(model: nn.Module, example: Inputs) -> nn.Module:
         said = ""
         if best == "before" or after > MARGIN * before:
             best, after = "before", before
-            zeros = sum(c.zeros * c.call.module.weight.numel() for c in choices.values())
-            share = zeros / max(1, sum(c.call.module.weight.numel() for c in choices.values()))
+            zeros = sum(c.zeros * c.call.module.weight.numel() for c in first.values())
+            share = zeros / max(1, sum(c.call.module.weight.numel() for c in first.values()))
             said = f"Left as it was: with {share:.0%} zeros nothing is gained here."
         fast = models[best]
-        images, apart, choices, chosen = plans.get(best, (None, False, choices, {}))
+        images, apart, choices, chosen, left = plans.get(best, (None, False, first, {}, ""))
         if images is not None:
             each = " by each thread" if apart else ""
             said = f"Computed {images} images at a time{each}, which the layers' times are of."
+        said = " ".join(filter(None, [said, left]))
         rows = [_row(choice, chosen.get(name)) for name, choice in choices.items()]
-        difference = _difference(_logits(fast, example), whole)
+        difference = logits_difference(_logits(fast, example), tried[0].expected)
     shape = tuple(_tensors(example)[0].shape)
+    if best != "before" and hasattr(fast, "save_pretrained"):
+        fast.save_pretrained = Refused("save_pretrained")
     fast.report = CompileReport(rows, before, after, difference, torch.get_num_threads(), shape, said)
     return fast
 
@@ -140,11 +171,6 @@ def _tensors(example: Inputs) -> list[Tensor]:
     return found
 
 
-def _watched(module: nn.Module) -> bool:
-    """Whether somebody has put a hook on it, which another layer in its place would not call."""
-    return bool(module._forward_hooks or module._forward_pre_hooks)
-
-
 def _run(model: nn.Module, example: Inputs) -> object:
     return model(example) if isinstance(example, Tensor) else model(**example)
 
@@ -157,9 +183,53 @@ def _logits(model: nn.Module, example: Inputs) -> Tensor:
     return logits_of(_run(model, example))
 
 
-def _difference(logits: Tensor, expected: Tensor) -> float:
-    scale = (expected.max() - expected.min()).clamp(min=1e-12)
-    return float((logits - expected).abs().max() / scale)
+def _tried(model: nn.Module, example: Inputs) -> list[Tried]:
+    """
+    What a copy of the model is tried with: the example, which may say nothing (zeros); images drawn at random of its
+    shape; and one more of these, as what a model does may depend on their number. The latter where the model takes it.
+    """
+    tried = [Tried(example, _logits(model, example))]
+    if tried[0].expected.isnan().any():
+        raise ValueError(
+            "the model's own logits of the example are not numbers (NaN), so that no copy can be compared with it: "
+            "give an example that it has an answer to, or mend its weights"
+        )
+    for inputs in (_drawn(example), _drawn(_one_more(example))):
+        with suppress(Exception):  # what a model does with images that nobody has asked for is its own affair
+            expected = _logits(model, inputs)
+            if not expected.isnan().any():
+                tried.append(Tried(inputs, expected))
+    return tried
+
+
+def _drawn(example: Inputs) -> Inputs:
+    generator = torch.Generator().manual_seed(0)  # of its own: that of torch belongs to the caller
+
+    def drawn(value: object) -> object:
+        known = isinstance(value, Tensor) and value.is_floating_point()
+        return torch.randn(value.shape, generator=generator, dtype=value.dtype) if known else value
+
+    return drawn(example) if isinstance(example, Tensor) else {name: drawn(value) for name, value in example.items()}
+
+
+def _one_more(example: Inputs) -> Inputs:
+    def more(value: object) -> object:
+        return torch.cat([value, value[:1]]) if isinstance(value, Tensor) and value.ndim else value
+
+    return more(example) if isinstance(example, Tensor) else {name: more(value) for name, value in example.items()}
+
+
+def _difference(model: nn.Module, tried: list[Tried]) -> float:
+    """The largest of all that was tried."""
+    return max(logits_difference(_logits(model, inputs), expected) for inputs, expected in tried)
+
+
+def _answers(model: nn.Module, tried: list[Tried]) -> bool:
+    """Whether it computes the same; not if it cannot be called as the model can."""
+    try:
+        return _difference(model, tried) <= TOLERANCE
+    except Exception:  # of a model's code that reads what a module in another's place has not
+        return False
 
 
 def _at_a_time(model: nn.Module, example: Inputs) -> list[tuple[int | None, bool]]:
@@ -186,8 +256,8 @@ def _first(example: Inputs, images: int | None) -> Inputs:
 
 def _folded(model: nn.Module, example: Inputs) -> nn.Module:
     """With batch norms folded into convolutions, where that is the same function."""
-    images = _tensors(example)[0]
-    folded = folded_copy(model, images) if images.ndim == 4 else None
+    images = next((tensor for tensor in _tensors(example) if tensor.ndim == 4), None)
+    folded = None if images is None else folded_copy(model, images, lambda net: _run(net, example))
     return model if folded is None else folded.model
 
 
@@ -225,12 +295,14 @@ def _built(
     base: nn.Module,
     plan: dict[str, nn.Module],
     calls: dict[str, Call],
-    expected: Tensor,
-    example: Inputs,
+    tried: list[Tried],
     pairs: dict[tuple, SparseConvBlock | None],
-) -> nn.Module | None:
-    """A copy with the plan's layers in it, tried; but those whose weights are read stay. None if no layer is left."""
-    plan, fusions, blocks = dict(plan), None, True
+) -> tuple[nn.Module | None, str]:
+    """
+    A copy with the plan's layers in it, tried; but those of which more is read than their output stay. None if no
+    layer is left. And what was left out because the model would not bear it, as a sentence.
+    """
+    plan, fusions, blocks, left = dict(plan), None, True, ""
     while plan:
         made = copy.deepcopy(base)
         placed = {name: copy.copy(layer) for name, layer in plan.items()}
@@ -243,36 +315,43 @@ def _built(
 
         try:
             blocks = blocks and fuse_blocks(made, pair) > 0
-            difference = _difference(_logits(made, example), expected)
-        except WeightIsRead as error:
-            plan = {name: layer for name, layer in plan.items() if placed[name] is not error.args[1]}
-            continue
-        except RuntimeError:
-            if not blocks:
+            made.eval()  # what was put into it is in training mode, as all new modules are
+            # without fusions only what the model was tried with counts: others' rounding may turn a choice of its own
+            difference = _difference(made, tried if blocks or fused else tried[:1])
+        except Exception as error:  # a sum larger than the layer's output; code that reads what was replaced
+            if stays := {name for name, layer in placed.items() if layer is _read_of(error)}:
+                plan = {name: layer for name, layer in plan.items() if name not in stays}
+                continue
+            if not blocks and not fused:
                 raise
-            blocks = False  # a sum that is larger than the layer's output, say
-            continue
+            difference, why = math.inf, f" ({type(error).__name__}: {str(error).partition(chr(10))[0][:80]})"
+        else:
+            why = ""
         if difference <= TOLERANCE:
-            return made
+            return made, left
         if blocks:
-            blocks = False
+            blocks, left = False, f"No sums, norms or attention of blocks were fused: the model does not bear it{why}."
             continue
         if not fused:
             raise RuntimeError(
-                f"the compiled model's logits differ by {difference:.1e} of their range, more than {TOLERANCE}: "
-                "please report this with the model's architecture"
+                f"the compiled model's logits differ by {difference:.1e} of their range or size, more than "
+                f"{TOLERANCE}: please report this with the model's architecture"
             )
         # an output that goes to two places, one of them unseen: without the fusion that does harm, or any
-        fusions = set() if fusions is not None else _harmless(base, plan, calls, expected, example, fused)
-    return None
+        fusions = set() if fusions is not None else _harmless(base, plan, calls, tried, fused)
+    return None, ""
+
+
+def _read_of(error: Exception) -> object:
+    """The module that has not what the model's code reads of it."""
+    return error.args[1] if isinstance(error, WeightIsRead) else getattr(error, "obj", None)
 
 
 def _harmless(
     base: nn.Module,
     plan: dict[str, nn.Module],
     calls: dict[str, Call],
-    expected: Tensor,
-    example: Inputs,
+    tried: list[Tried],
     fused: set[str],
 ) -> set[str]:
     """Those layers whose fusion with what follows alone leaves the logits as they are."""
@@ -285,7 +364,7 @@ def _harmless(
         for place, module in placed.items():
             _replace(made, place, module)
         _fuse(made, placed, calls, {name})
-        if _difference(_logits(made, example), expected) <= TOLERANCE:
+        if _answers(made, tried):
             kept.add(name)
     return kept
 
@@ -308,6 +387,8 @@ def _fuse(
         if calls[name].calls != 1 or name in taken or (only is not None and name not in only):
             continue
         for after in chain_after(name, calls):
+            if is_watched(after.module):
+                break
             if after.name in placed:
                 second = placed[after.name]
                 if _is_long(calls[name], layer) and isinstance(second, SparseLinear):

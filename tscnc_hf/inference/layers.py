@@ -5,15 +5,38 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from tscnc_hf.inference.operators import ACTIVATIONS, machine
+from tscnc_hf.inference.operators import ACTIVATIONS, has_tangent, machine
 from tscnc_hf.inference.packing import GROUP, pack
 
 
-class WeightIsRead(RuntimeError):
+class WeightIsRead(AttributeError, RuntimeError):
     """A model reads the weight of a layer that it should only call; the second argument is the layer."""
 
 
-class SparseLayer(nn.Module):
+class NoWeight(nn.Module):
+    """
+    What multiplies with packed weights: who reads its `weight` is told so.
+
+    Attributes:
+        compiled_by (`str`): who put it into a copy of a model; by this a copy is known.
+    """
+
+    compiled_by = "sparse_compile"
+
+    def _read(self) -> SparseLayer:
+        """The layer whose weight it is."""
+        raise NotImplementedError
+
+    def __getattr__(self, name: str):
+        if name == "weight":  # no property: torch would turn its error into one of its own
+            layer = self._read()
+            raise WeightIsRead(
+                f"a {type(layer).__name__} has no dense weight; take it from the uncompiled model", layer
+            )
+        return super().__getattr__(name)
+
+
+class SparseLayer(NoWeight):
     """
     What sparse layers have in common: packed weights as buffers, a bias, and no gradients.
 
@@ -43,9 +66,14 @@ class SparseLayer(nn.Module):
         super().__setstate__(state)
         machine()  # a copy that another process reads needs the kernels, too
 
-    @property
-    def weight(self) -> Tensor:
-        raise WeightIsRead(f"a {type(self).__name__} has no dense weight; take it from the uncompiled model", self)
+    def _read(self) -> SparseLayer:
+        return self
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        raise ValueError(
+            f"a {type(self).__name__} takes no state: another copy's packed weights may be laid out in another way. "
+            "Load that of the model into the model, and compile it anew"
+        )
 
     def _packed(self) -> tuple[Tensor, Tensor, Tensor]:
         """Entries, rows and bias, without the detour of a module's attributes: a call is as short as that."""
@@ -53,12 +81,17 @@ class SparseLayer(nn.Module):
         return buffers["entries"], buffers["rows"], self._parameters["bias"]
 
     def _check(self, x: Tensor) -> None:
-        if not (self.training or x.requires_grad):
+        if not (self.training or x.requires_grad or has_tangent(x)):
             return
         if self.training:
             raise RuntimeError(
                 f"{type(self).__name__} is for inference, and this model is in training mode: call .eval(), or train "
                 "the model that it was compiled from"
+            )
+        if has_tangent(x):
+            raise RuntimeError(
+                f"{type(self).__name__} has no forward-mode derivatives, and its input has a tangent: take "
+                "torch.func.jvp and its like of the model that it was compiled from"
             )
         if x.requires_grad and torch.is_grad_enabled():
             raise RuntimeError(
@@ -109,19 +142,18 @@ class SparseLinear(SparseLayer):
         return f"{self.in_features}, {self.out_features}, zeros={self.zeros:.1%}, activation={self.activation}"
 
 
-class Absorbed(nn.Identity):
+class Absorbed(NoWeight, nn.Identity):
     """In the place of the second of two layers that are computed as one."""
 
     def __init__(self, layer: SparseLayer):
         super().__init__()
         self.layer = (layer,)  # not a part of this module
 
-    @property
-    def weight(self) -> Tensor:
-        return self.layer[0].weight
+    def _read(self) -> SparseLayer:
+        return self.layer[0]
 
 
-class SparseMLP(nn.Module):
+class SparseMLP(NoWeight):
     """Two layers with an activation between, as one: what lies between never leaves the cache."""
 
     kind = "tokens, both layers at once"
@@ -132,9 +164,8 @@ class SparseMLP(nn.Module):
         self.first, self.second = first, second
         self.eval()
 
-    @property
-    def weight(self) -> Tensor:
-        return self.first.weight
+    def _read(self) -> SparseLayer:
+        return self.first
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """(..., first.in_features) to (..., second.out_features); `residual` is added to what comes out."""
@@ -229,7 +260,7 @@ class SparseConvPixels(SparseConv):
         )
 
 
-class SparseChain(nn.Module):
+class SparseChain(NoWeight):
     """
     Convolutions of a block, one after another and with its residual sums, as one call: for few images, where a call
     costs as much as what it computes.
@@ -238,10 +269,12 @@ class SparseChain(nn.Module):
         block: what they are called in; its modules stay where they are.
         steps: (layer, input, residual): which of what came before it gets, and adds: 0 is the block's own input,
             1 what the first layer returns, and so on; -1 is no residual.
+        argument: what the block's input is called, for who gives it by name.
     """
 
-    def __init__(self, block: nn.Module, steps: list[tuple[SparseConvPixels, int, int]]):
+    def __init__(self, block: nn.Module, steps: list[tuple[SparseConvPixels, int, int]], argument: str = "x"):
         super().__init__()
+        self.argument = argument
         for name, child in block.named_children():
             self.add_module(name, child)
         self.steps = tuple(steps)
@@ -254,12 +287,14 @@ class SparseChain(nn.Module):
         ]  # fmt: skip
         self.eval()
 
-    @property
-    def weight(self) -> Tensor:
-        return self.steps[0][0].weight
+    def _read(self) -> SparseLayer:
+        return self.steps[0][0]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, *given: Tensor, **named: Tensor) -> Tensor:
         """(n, in_channels of the first, h, w) to what the last layer returns."""
+        if len(given) + len(named) != 1 or not {self.argument} >= set(named):
+            raise TypeError(f"a block that was compiled takes one argument, {self.argument}: give it alone")
+        x = given[0] if given else named[self.argument]
         self.steps[0][0]._check(x)
         if x.shape[2:] == self.size:
             tensors = []
@@ -309,7 +344,7 @@ class SparseConvImages(SparseConv):
         )  # fmt: skip
 
 
-class SparseConvBlock(nn.Module):
+class SparseConvBlock(NoWeight):
     """Two convolutions, the second of stride 1, as one, a few rows at a time: what lies between stays in a cache."""
 
     kind = "images, both layers at once"
@@ -323,9 +358,8 @@ class SparseConvBlock(nn.Module):
         self.first, self.second = first, second
         self.eval()
 
-    @property
-    def weight(self) -> Tensor:
-        return self.first.weight
+    def _read(self) -> SparseLayer:
+        return self.first
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """As the first layer's, then the second's forward."""

@@ -6,6 +6,7 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from tscnc_hf.inference.building import load_kernels
 
@@ -28,6 +29,11 @@ def machine() -> tuple[int, int, int]:
     ):
         torch.library.register_fake(f"tscnc::{name}", fake)
     return tuple(torch.ops.tscnc.machine())
+
+
+def has_tangent(x: Tensor) -> bool:
+    """Whether a forward-mode derivative is taken of it, which the kernels would make zero."""
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
 
 
 def _linear(x: Tensor, entries: Tensor, rows: Tensor, *rest) -> Tensor:

@@ -173,3 +173,34 @@ def test_convolutions_that_share_a_weight_get_one_each(bias):
             model.norm2.running_mean.add_(0.5)
         folded.refresh()
     assert model.conv1.weight is model.conv2.weight is model.conv3.weight
+
+
+class Asked(nn.Module):
+    """A norm of which more is read than its output, and an argument that is no image."""
+
+    def __init__(self, read):
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.Linear(6, 10)
+        self.read = read
+
+    def forward(self, x, scale):
+        x = self.norm(self.conv(x)) * scale
+        return self.head(x.mean((-1, -2)) + (self.norm.eps if self.read else 0))
+
+
+def test_a_norm_that_is_read_is_not_folded_and_other_arguments_are_passed():
+    x = torch.rand(2, 3, 8, 8)
+    for read in (True, False):
+        folded = folded_copy(Asked(read).eval(), x, lambda net: net(x, scale=2.0))
+        assert (folded is None) == read
+
+
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
+def test_whatever_has_a_hook_is_not_folded(kind):
+    model, x = (
+        nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 5)),
+        torch.rand(2, 3, 8, 8),
+    )
+    assert folded_copy(model, x) is not None
+    getattr(model[1], f"register_{kind}_hook")(lambda module, *args: None)
+    assert folded_copy(model, x) is None

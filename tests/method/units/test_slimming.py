@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from timm.models.mlp_mixer import MlpMixer
 from timm.models.vgg import VGG
 from torch import nn
+from torch.nn.utils import prune
 from transformers import ViTConfig, ViTForImageClassification
 
+from tscnc_hf.inference.layers import SparseLinear
 from tscnc_hf.method.units.gates import attach_gates, gate_parameters, gated_layers
 from tscnc_hf.method.units.groups import structure_groups
 from tscnc_hf.method.units.slimming import cut_dead_units
@@ -423,3 +425,24 @@ def test_the_report_reads_well():
     assert "MACs, input 1 x 3 x 32 x 32" in report.to_markdown()
     plain = report.to_dict()
     assert plain["removed"] == sum(row["units"] - row["kept"] for row in plain["rows"]) > 0
+
+
+@pytest.mark.parametrize(
+    "attach, advice",
+    [
+        (lambda layer: prune.l1_unstructured(layer, "weight", 0.5), "prune.remove"),
+        (nn.utils.weight_norm, "remove_weight_norm"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated")
+def test_a_weight_that_is_computed_anew_is_named(attach, advice):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(128, 5)).eval()
+    attach(model[2])
+    with pytest.raises(ValueError, match=f"2.weight is computed from other parameters.*{advice}"):
+        cut_dead_units(model, torch.randn(2, 3, 8, 8))
+
+
+def test_a_compiled_copy_is_not_slimmed():
+    model = nn.Sequential(nn.Flatten(), SparseLinear(nn.Linear(12, 10)), nn.ReLU(), nn.Linear(10, 5)).eval()
+    with pytest.raises(ValueError, match="copy by sparse_compile.*slim the model that it was compiled from"):
+        cut_dead_units(model, torch.randn(2, 3, 2, 2))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tscnc_hf.evaluation.numbers import finite_number, whole_number
 from tscnc_hf.inference.compiling import TOLERANCE
+from tscnc_hf.inference.report import logits_difference
 from tscnc_hf.inference.runtimes.installed import OURS, RUNTIMES, installed, prepared
 from tscnc_hf.inference.timing import interleaved, ratios
 from tscnc_hf.method.adversarial.pixels import logits_of
@@ -97,8 +98,9 @@ def measure_latency(
         say: called with a line on what is being done.
 
     Raises:
-        ValueError: a runtime's logits differ from those of torch eager by more than 1e-4 of their range; an unknown
-            name, or none; a batch, a side of the images or threads below 1, seconds below 0. Also as `sparse_compile`.
+        ValueError: a runtime's logits differ from those of torch eager by more than 1e-4 of their range, or of the
+            largest; an unknown name, or none; a batch, a side of the images or threads below 1, seconds below 0. Also
+            as `sparse_compile`.
     """
     for name, values in (("names", names), ("batches", batches)):
         if len(values) == 0:
@@ -128,15 +130,16 @@ def _rows(
     model: nn.Module, images: Tensor, names: tuple[str, ...], seconds: float, say: Callable[[str], None]
 ) -> list[Latency]:
     expected = logits_of(model(images))
-    scale = float((expected.max() - expected.min()).clamp(min=1e-12))
     calls, differences = {}, {}
     with tempfile.TemporaryDirectory() as folder:
         for name in names:
             say(f"{len(images)} images: preparing {name}")
             calls[name] = prepared(name, model, images, Path(folder))
-            differences[name] = float((calls[name]() - expected).abs().max()) / scale
+            differences[name] = logits_difference(calls[name](), expected)
             if not differences[name] <= TOLERANCE:
-                raise ValueError(f"{name}: logits differ by {differences[name]:.1e} of their range from torch's own")
+                raise ValueError(
+                    f"{name}: logits differ by {differences[name]:.1e} of their range or size from torch's own"
+                )
         say(f"{len(images)} images: measuring")
         times = interleaved(calls, seconds, least=5, most=2000, burst=BURST)
     ours = times.get(OURS)

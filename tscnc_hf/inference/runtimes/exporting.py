@@ -6,17 +6,22 @@ import json
 import os
 import warnings
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from tscnc_hf.artifact.files.atomic import atomic_file
+from tscnc_hf.inference.layers import NoWeight
+from tscnc_hf.inference.report import logits_difference
 from tscnc_hf.method.adversarial.pixels import logits_of
+from tscnc_hf.method.weight_use import why_computed
 
 
-TOLERANCE = 1e-4  # of the range of the logits
+TOLERANCE = 1e-4  # of the range of the logits, or of the largest
 PACKAGES = "ONNX files are written and checked with onnx, onnxscript and onnxruntime: pip install 'tscnc-hf[onnx]'"
 
 
@@ -29,6 +34,28 @@ class Logits(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         return logits_of(self.model(pixel_values))
+
+
+@torch.no_grad()
+def multiplied_zeros(model: nn.Module, example: Tensor) -> tuple[int, Tensor]:
+    """
+    Exact zeros among the weights that the layers multiply with which one forward pass calls, and the logits of it. A
+    file need not hold others: tokens that it adds up with positions, layers that nobody calls, weights that others
+    are computed from.
+    """
+    used: dict[int, Tensor] = {}
+
+    def before(module: nn.Module, args: tuple) -> None:
+        if not isinstance(module, nn.MultiheadAttention) and why_computed(module):
+            return
+        used.update({id(weight): weight for weight in module.parameters() if weight.ndim > 1})
+
+    with ExitStack() as hooks:
+        for module in model.modules():
+            if isinstance(module, (nn.Linear, _ConvNd, nn.MultiheadAttention)):
+                hooks.callback(module.register_forward_pre_hook(before).remove)
+        logits = logits_of(model(example))
+    return sum(int((weight == 0).sum()) for weight in used.values()), logits
 
 
 @torch.no_grad()
@@ -49,20 +76,32 @@ def export_onnx(
         preprocessing: how images become inputs; in the file's metadata, as JSON under "preprocessing".
 
     Returns:
-        {"difference": the largest of logits between onnxruntime and the model, over the range of the logits;
-        "zeros", "model_zeros": exact zeros among the weights of two or more dimensions, in the file and in the model;
-        "bytes": of the file}.
+        {"difference": the largest of logits between onnxruntime and the model, as `logits_difference` has it;
+        "zeros", "model_zeros": exact zeros among the weights of two or more dimensions, in the file, and in the model
+        among those that its layers multiply with; "bytes": of the file}.
 
     Raises:
         ImportError: onnx, onnxscript or onnxruntime is not installed.
-        ValueError: the file would not compute the same, or has fewer zeros.
+        ValueError: the file would not compute the same, or has fewer zeros; the model is a compiled one, or its own
+            logits of the example are not numbers (NaN).
     """
+    if any(isinstance(module, NoWeight) for module in model.modules()):
+        raise ValueError(
+            "the model is a copy by sparse_compile, whose kernels no other runtime has: export the model that it was "
+            "compiled from"
+        )
     try:
         import onnx
         import onnxruntime
         import onnxscript  # noqa: F401  (of torch's exporter)
     except ImportError as error:
         raise ImportError(f"{error.name} is not installed. {PACKAGES}") from error
+    model_zeros, expected = multiplied_zeros(model, example)
+    if expected.isnan().any():
+        raise ValueError(
+            "nothing was written: the model's own logits of the example are not numbers (NaN); give an example that "
+            "it has an answer to, or mend its weights"
+        )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporter, on its own future
         program = torch.onnx.export(
@@ -82,19 +121,16 @@ def export_onnx(
         for tensor in proto.graph.initializer
         if len(tensor.dims) > 1 and tensor.data_type == onnx.TensorProto.FLOAT
     )
-    model_zeros = sum(int((p == 0).sum()) for p in model.parameters() if p.ndim > 1)
     path = Path(path)
     with atomic_file(path) as temporary:
         onnx.save_model(proto, temporary)
         session = onnxruntime.InferenceSession(str(temporary), providers=["CPUExecutionProvider"])
         logits = torch.from_numpy(session.run(["logits"], {"pixel_values": example.numpy()})[0])
-        expected = logits_of(model(example))
-        scale = float((expected.max() - expected.min()).clamp(min=1e-12))
-        difference = float((logits - expected).abs().max()) / scale
+        difference = logits_difference(logits, expected)
         if not difference <= TOLERANCE:
             raise ValueError(
-                f"nothing was written: by onnxruntime the logits differ by {difference:.1e} of their range, more than "
-                f"{TOLERANCE}"
+                f"nothing was written: by onnxruntime the logits differ by {difference:.1e} of their range or size, "
+                f"more than {TOLERANCE}"
             )
         if zeros < model_zeros:
             raise ValueError(f"nothing was written: of {model_zeros:,} zeros the file has {zeros:,}")

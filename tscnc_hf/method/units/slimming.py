@@ -19,6 +19,7 @@ from tscnc_hf.method.units.gates import fold_gates_
 from tscnc_hf.method.units.groups import KINDS, structure_groups
 from tscnc_hf.method.units.sites import HEAD_COUNTS
 from tscnc_hf.method.units.widths import HEAD_CHANNELS, follow_shapes_, replace_tensor_
+from tscnc_hf.method.weight_use import why_computed
 
 
 EQUAL = 1e-6  # of the largest logit, in float64 (an attention may take its softmax in float32): a wrong cut moves more
@@ -72,8 +73,8 @@ def cut_dead_units(
     generator = torch.Generator().manual_seed(0)
     if example_inputs is None:
         example_inputs = torch.randn(2, *_input_shape(model), generator=generator)
+    _check_forward(model)
     slimmed = copy.deepcopy(model)
-    _check_forward(slimmed)
     fold_gates_(slimmed)
     exact = copy.deepcopy(slimmed).double().eval()
     noise = 2 * torch.randn(example_inputs.shape, generator=generator, dtype=torch.float64)
@@ -128,8 +129,21 @@ def why_not_cut(model: nn.Module, kinds: Sequence[str] = KINDS) -> dict[str, str
 
 
 def _check_forward(model: nn.Module) -> None:
-    """A copy whose forward is that of the model it was copied from would agree with it whatever is cut."""
+    """
+    A copy whose forward is that of the model it was copied from would agree with it whatever is cut. One by
+    `sparse_compile` has no weights to cut, and a weight that is computed in each call cannot be copied.
+    """
     for name, module in model.named_modules():
+        if by := getattr(module, "compiled_by", ""):
+            raise ValueError(
+                f"the model is a copy by {by}, of packed weights: slim the model that it was compiled from"
+            )
+        weight = vars(module).get("weight")
+        if isinstance(weight, Tensor) and not weight.is_leaf:
+            raise ValueError(
+                f"{name or type(module).__name__}.weight is {why_computed(module)}, before which the model cannot be "
+                "copied and cut"
+            )
         forward = vars(module).get("forward")
         owner = getattr(forward, "__self__", None) or next(iter(getattr(forward, "args", ())), None)
         if hasattr(module, "_orig_mod") or (forward is not None and owner is not module):
