@@ -28,6 +28,7 @@ from tscnc_hf.inference.report import CompileReport, LayerRow, logits_difference
 from tscnc_hf.inference.timing import interleaved, race, ratios
 from tscnc_hf.method.adversarial.folding import folded_copy
 from tscnc_hf.method.adversarial.pixels import logits_of
+from tscnc_hf.method.copying import copied
 
 
 TOLERANCE = 1e-4  # of the range of the logits, or of the largest
@@ -84,7 +85,7 @@ def sparse_compile(model: nn.Module, example: Inputs) -> nn.Module:
     machine()
     # whatever the caller has set: a copy made in inference mode or under autocast would be for these only
     with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
-        plain = copy.deepcopy(model).requires_grad_(False)
+        plain = copied(model).requires_grad_(False)
         tried = _tried(plain, example)
         base = _folded(plain, example)
         if base is not plain and not _answers(base, tried):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -17,6 +16,7 @@ from tscnc_hf.artifact.models.loading import load_model, logits_fn
 from tscnc_hf.data.class_names import class_names_of_model, has_no_names, refuse_another_order, some_names
 from tscnc_hf.method.adversarial.distillation import distillation_term
 from tscnc_hf.method.adversarial.pixels import LogitsFn
+from tscnc_hf.method.copying import copied
 from tscnc_hf.method.sharding import is_sharded
 from tscnc_hf.training.compressor import Compressor
 from tscnc_hf.training.config import OWN_DENSE, TSCNCConfig
@@ -101,10 +101,10 @@ class Teacher:
             self._model = self._kept = None  # of a training before
         if self._model is None and step >= self.start(max_steps):
             with compressor.published() as model:
-                copied = model if is_sharded(compressor.model) else copy.deepcopy(model)
-            self._is(copied, logits(copied))
+                own = model if is_sharded(compressor.model) else copied(model)
+            self._is(own, logits(own))
             if self._kept is not None:
-                copied.load_state_dict(self._kept)
+                own.load_state_dict(self._kept)
                 self._kept = None
 
     @torch.no_grad()

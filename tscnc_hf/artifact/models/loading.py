@@ -48,6 +48,7 @@ from tscnc_hf.artifact.models.weights import (
 from tscnc_hf.artifact.packed.file import SPARSE_FILE, read_sparse_file, read_sparse_metadata
 from tscnc_hf.artifact.packed.limit import count_nonzero
 from tscnc_hf.method.adversarial.pixels import LogitsFn, pixel_logits
+from tscnc_hf.method.copying import copied
 from tscnc_hf.method.sharding import copy_whole_, is_sharded, unsharded_class
 
 
@@ -219,7 +220,7 @@ def load_weights(model: nn.Module, folder: str | os.PathLike) -> None:
 
 def holds_weights(folder: str | os.PathLike, model: nn.Module) -> bool:
     """Whether a checkpoint folder has exactly the model's weights."""
-    other = copy.deepcopy(model)
+    other = copied(model)
     try:
         load_weights(other, folder)
     except (OSError, ValueError):  # none, damaged ones, or those of another network

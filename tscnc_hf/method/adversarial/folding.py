@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from contextlib import ExitStack
 
@@ -13,6 +12,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from tscnc_hf.method.adversarial.pixels import attack_mode, logits_of
+from tscnc_hf.method.copying import copied
 from tscnc_hf.method.weight_use import why_computed
 
 
@@ -38,7 +38,7 @@ class FoldedCopy:
 
     def __init__(self, source: nn.Module, pairs: list[tuple[str, str]]):
         self.source, self.pairs = source, tuple(pairs)
-        self.model = copy.deepcopy(source).eval().requires_grad_(False)
+        self.model = copied(source).eval().requires_grad_(False)
         for conv_name, norm_name in pairs:
             conv = self.model.get_submodule(conv_name)
             bias = conv.weight.new_zeros(conv.out_channels) if conv.bias is None else conv.bias
@@ -119,7 +119,7 @@ def _folds_well(model: nn.Module, pairs: list[tuple[str, str]], inputs: Tensor, 
     Whether the folded network is the same function, tried on a copy in float32 whose statistics and factors are drawn
     at random: fresh batch norms change next to nothing, and then a wrong fold changes nothing either.
     """
-    probe = copy.deepcopy(model).eval().float()
+    probe = copied(model).eval().float()
     if "_original_forward" in vars(probe):  # accelerate's autocast would round away what is looked for
         probe.forward = probe._original_forward
     generator = torch.Generator().manual_seed(0)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from tscnc_hf.method.copying import copied
 from tscnc_hf.method.matrices import LAYERS, full_tensor
 from tscnc_hf.method.reports.places import weight_places
 from tscnc_hf.method.reports.report import Report, markdown_table
@@ -138,7 +139,7 @@ def _without_data(model: nn.Module) -> nn.Module:
         empty = torch.empty_like(tensor, device="meta")
         # trained ones that go into a module as they are (CaiT's token) would be asked for their gradient function
         memo[id(tensor)] = nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
-    return _in_one_place(copy.deepcopy(model, memo), set())
+    return _in_one_place(copied(model, memo), set())
 
 
 def _in_one_place(model: nn.Module, seen: set[nn.Module]) -> nn.Module:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tscnc_hf.method.adversarial.pixels import logits_of
+from tscnc_hf.method.copying import copied
 from tscnc_hf.method.reports.flops import flops_report
 from tscnc_hf.method.reports.report import Report, by, markdown_table
 from tscnc_hf.method.units.dead import DeadUnits, find_dead_units
@@ -74,9 +74,9 @@ def cut_dead_units(
     if example_inputs is None:
         example_inputs = torch.randn(2, *_input_shape(model), generator=generator)
     _check_forward(model)
-    slimmed = copy.deepcopy(model)
+    slimmed = copied(model)
     fold_gates_(slimmed)
-    exact = copy.deepcopy(slimmed).double().eval()
+    exact = copied(slimmed).double().eval()
     noise = 2 * torch.randn(example_inputs.shape, generator=generator, dtype=torch.float64)
     inputs = torch.cat([example_inputs.detach().cpu().double(), noise]).to(next(exact.parameters()).device)
     parameters = sum(p.numel() for p in slimmed.parameters())
@@ -117,7 +117,7 @@ def why_not_cut(model: nn.Module, kinds: Sequence[str] = KINDS) -> dict[str, str
         ValueError: the model does not say how large its inputs are, or `cut_dead_units` cannot be tried on it.
     """
     shape = _input_shape(model)
-    tried = copy.deepcopy(model).cpu()
+    tried = copied(model).cpu()
     for group in structure_groups(tried):
         keep = torch.ones(group.count, dtype=torch.bool)
         keep[-1] = group.count < 2
@@ -208,7 +208,7 @@ def _difference(exact: nn.Module, found: list[DeadUnits], inputs: Tensor, expect
     """Of the outputs of a copy without the units, relative to the largest output; infinite if it cannot run."""
     if all(dead.keep.all() for dead in found):
         return 0.0
-    slimmed = copy.deepcopy(exact)
+    slimmed = copied(exact)
     _cut_(slimmed, found)
     try:
         outputs = logits_of(slimmed(inputs))
