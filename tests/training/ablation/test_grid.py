@@ -207,6 +207,12 @@ def test_a_baseline_that_was_never_run_is_refused():
         comparison_markdown([a_row(), a_row("CNC")], "pgd-20", ["plain", "ERK"])
 
 
+def test_an_attack_that_was_not_measured_is_refused():
+    match = "1 of 2 rows have no accuracy under 'apgd-ce', such as that of 'CNC', which has clean, pgd-20"
+    with pytest.raises(ValueError, match=match):
+        comparison_markdown([a_row() | {"accuracy": {"clean": 0.5, "apgd-ce": 0.3}}, a_row("CNC")], "apgd-ce")
+
+
 def test_two_rows_of_a_cell_are_not_averaged():
     with pytest.raises(ValueError, match=r"two rows of plain of m at 0.9, seed 0 \(split validation\)"):
         comparison_markdown([a_row(), a_row(split="validation")], "pgd-20")

@@ -51,6 +51,14 @@ def test_a_cell_is_told_by_its_data_model_dense_training_and_what_was_measured(g
     assert elsewhere.fingerprint(dense) == grids[0].fingerprint(dense)
 
 
+def test_a_cell_is_told_by_the_attack_that_it_is_measured_with(grid):
+    """Which is that of all cells, whatever this one trains with."""
+    own, plain = Cell("strong", 0.9, 0, {"epsilon": "4/255"}), Cell("plain", 0.9, 0)
+    assert len({grid(epsilon=epsilon).fingerprint(own) for epsilon in ("1/255", "4/255", "8/255")}) == 3
+    assert len({grid(norm=norm).fingerprint(Cell("l2", 0.9, 0, {"norm": "l2"})) for norm in ("linf", "l2")}) == 2
+    assert grid().fingerprint(own) != grid().fingerprint(plain)
+
+
 def test_an_option_that_comes_later_changes_no_fingerprint(grid, monkeypatch):
     cell, known = Cell("plain", 0.9, 0, pretraining={}), TSCNCConfig.method_dict
     before = grid().fingerprint(cell)

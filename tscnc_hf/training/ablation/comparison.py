@@ -81,9 +81,14 @@ def comparison_markdown(rows: Iterable[Mapping], attack: str, baselines: Sequenc
         baselines: the arms to compare with; at a sparsity where one has no rows its differences are left out.
 
     Raises:
-        ValueError: a baseline that no row is of.
+        ValueError: a baseline that no row is of, an attack that a row has no accuracy under.
     """
     rows = list(rows)
+    if without := [row for row in rows if attack not in row["accuracy"]]:
+        raise ValueError(
+            f"{len(without)} of {len(rows)} rows have no accuracy under {attack!r}, such as that of "
+            f"{without[0]['arm']!r}, which has {', '.join(without[0]['accuracy'])}: name an attack that all have"
+        )
     known = list(dict.fromkeys(row["arm"] for row in rows))
     if unknown := [name for name in baselines if name not in known]:
         raise ValueError(f"no row is of the baseline {', '.join(unknown)}; the arms are {', '.join(known)}")

@@ -221,6 +221,9 @@ class Grid:
         measured = {"split": self.split, "attacks": list(self.attacks), "n": self.n}
         if self.attack_precision != "float32":
             measured["attack_precision"] = self.attack_precision
+        own = self.settings(cell)
+        if (own.epsilon, own.norm) != (self.config.epsilon, self.config.norm):  # else the options say it
+            measured |= {"epsilon": self.config.epsilon, "norm": self.config.norm}
         return replace(identity, options={**identity.options, "measured": measured}).digest()
 
     def folder(self, cell: Cell) -> Path:
