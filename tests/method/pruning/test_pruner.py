@@ -546,6 +546,27 @@ def test_taylor_and_movement(criterion):
     assert wrong <= 2  # the pruner compares in float32
 
 
+@pytest.mark.parametrize("criterion", ["taylor", "movement"])
+def test_gradients_of_half_precision_are_gathered_in_full(criterion):
+    """The same gradients choose the same weights, whatever the dtype of the weights that they are of."""
+    masks = []
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(0)
+        layer = nn.Linear(32, 32, bias=False).bfloat16().to(dtype)
+        pruner = Pruner(weight_matrices(layer), criterion)
+        pruner.begin()
+        drawn = torch.Generator().manual_seed(1)
+        base = torch.randn(32, 32, generator=drawn)
+        for _ in range(600):
+            noise = torch.randn(32, 32, generator=drawn)
+            layer.weight.grad = ((base + noise) * 1e-3).bfloat16().to(dtype)
+            pruner.before_step()
+            pruner.after_step()
+        pruner.update(0.9)
+        masks.append(pruner.masks["weight"])
+    assert int((masks[0] & ~masks[1]).sum()) <= 1
+
+
 def test_a_criterion_of_your_own():
     def smallest(matrices, gradients):
         return {record.name: 1 / (1 + record.weight.abs()) for record in matrices}
@@ -628,8 +649,9 @@ def test_learned_rates_need_scores_that_are_not_negative():
         {"criterion": "taylor"},
         {"criterion": "movement"},
         {"criterion": "learned", "allocation": Allocation("learned", pattern=(1, 2))},
+        {"latent": True, "zeros": True},
     ],
-    ids=["plain", "latent", "learned", "taylor", "movement", "learned-rates-and-pattern"],
+    ids=["plain", "latent", "learned", "taylor", "movement", "learned-rates-and-pattern", "zeros-that-stay"],
 )
 @pytest.mark.parametrize("cut", [2, 3, 5])
 def test_the_state_is_all_that_is_needed(options, cut):
@@ -641,7 +663,12 @@ def test_the_state_is_all_that_is_needed(options, cut):
         if "allocation" in options:
             model[0] = nn.Conv2d(3, 8, 3, padding=1).requires_grad_(False)
         exclude = ["0.weight"] if "allocation" in options else []
-        return model, Pruner(weight_matrices(model, exclude), **options)
+        pruner = Pruner(weight_matrices(model, exclude), **{n: v for n, v in options.items() if n != "zeros"})
+        if "zeros" in options:
+            with torch.no_grad():
+                model[4].weight[:, :40] = 0
+            pruner.keep_zeros()
+        return model, pruner
 
     whole, pruner = begun()
     start = copy.deepcopy(whole.state_dict())
@@ -656,6 +683,8 @@ def test_the_state_is_all_that_is_needed(options, cut):
     optimizer = torch.optim.AdamW(resumed.parameters(), 0.01)
     resumed.load_state_dict(saved[0])
     optimizer.load_state_dict(saved[1])
+    if "zeros" in options:  # the model has pruned weights as well by now
+        its.keep_zeros()
     its.load_state(saved[2])
     take_steps(resumed, its, optimizer, 7 - cut, sparsities, start=cut)
     assert all(

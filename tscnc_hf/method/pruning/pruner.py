@@ -152,7 +152,9 @@ class Pruner:
         weights = self.weights
         self._dense = {name: weight.detach().clone() for name, weight in weights.items()}
         if self.criterion.gathers:
-            self._gathered = {name: torch.full_like(weight, math.nan) for name, weight in weights.items()}
+            # in half precision a sum stands still after some hundred steps
+            wide = {name: torch.promote_types(weight.dtype, torch.float32) for name, weight in weights.items()}
+            self._gathered = {n: torch.full_like(w, math.nan, dtype=wide[n]) for n, w in weights.items()}
             self._gathered_steps = dict.fromkeys(weights, 0)
         if self.criterion.learned:
             whole = {name: replace(r, weight=full_tensor(self._dense[name])) for name, r in self.records.items()}
@@ -179,6 +181,7 @@ class Pruner:
                     gathered = self._gathered[name]
                     if self._gathered_steps[name] == 0:
                         gathered.zero_()
+                    seen = seen.to(gathered.dtype)
                     gathered += seen if self.criterion.gathers == "mean" else -seen * dense
                     self._gathered_steps[name] += 1
                 if name in self._near:
@@ -419,12 +422,16 @@ class Pruner:
         self.initial_sparsity = self.pruned_count / max(self.prunable_count, 1)
 
     def state(self) -> dict[str, Tensor]:
-        """What a resumed run needs, by name: masks and, while the schedule runs, latent weights, scores and sums."""
+        """
+        What a resumed run needs, by name: masks, zeros that stay, and, while the schedule runs, latent weights, scores
+        and sums.
+        """
         state = {f"mask.{name}": mask for name, mask in self.masks.items()}
         for kind, tensors in self._by_kind.items():
             state |= {f"{kind}.{name}": full_tensor(tensor) for name, tensor in tensors.items()}
         state["pruning.gathered_steps"] = torch.tensor([self._gathered_steps.get(name, 0) for name in self.records])
         state["pruning.initial_sparsity"] = torch.tensor(self.initial_sparsity, dtype=torch.float64)
+        state |= {f"zero.{name}": full_tensor(zero) for name, zero in self._zeros.items()}
         if self._rates is not None:
             state |= {f"rate.{name}": tensor for name, tensor in self._rates.state().items()}
         return state
@@ -450,6 +457,7 @@ class Pruner:
                 "with"
             )
         self.masks_from(part("mask"))
+        self._zeros = self._all_laid_out(part("zero"))  # the model may have more by now, which are masks
         for kind, tensors in self._by_kind.items():
             tensors.clear()
             tensors.update(self._all_laid_out(part(kind)))
