@@ -84,9 +84,11 @@ class ResumableTrainer(Trainer):
     def identity(self) -> RunIdentity:
         """The options that decide what is trained, the data and the code; kept in each checkpoint and compared."""
         options, usual = decisive_options(self.args)
-        if self.train_dataset is not None and not has_length(self.train_dataset):  # else `check_batch` sees it
-            images = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-            options["images_a_step"] = images
+        if self.train_dataset is not None:
+            images = self.args.train_batch_size * self.args.gradient_accumulation_steps
+            options["images_a_step"] = images * (1 if self.accelerator.split_batches else self.args.world_size)
+            if has_length(self.train_dataset):  # checkpoints of before this was kept say nothing of it, and go on
+                usual["images_a_step"] = options["images_a_step"]
         data = self.data_identity or {
             part: {name: dataset_identity(one) for name, one in given.items()}
             if isinstance(given, dict)
