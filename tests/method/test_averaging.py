@@ -98,6 +98,16 @@ def test_a_shared_weight_is_averaged_once():
     torch.testing.assert_close(model["b"].weight.detach(), before + 0.5)
 
 
+def test_a_mask_finds_its_weight_under_the_name_that_it_has_elsewhere():
+    """A layer's weight may be a parameter of the model, or an embedding, that comes before it."""
+    model = nn.ModuleDict({"words": nn.Embedding(4, 4), "head": nn.Linear(4, 4)})
+    model["head"].weight = model["words"].weight
+    average, mask = WeightAverage(model, 0.5), torch.rand(4, 4) > 0.5
+    average.update(model, 100, {"head.weight": mask})
+    assert average.tensors.keys() == {"words.weight", "head.bias"}
+    assert torch.equal(average.tensors["words.weight"] != 0, mask)
+
+
 def test_half_precision_is_refused_before_the_first_step(build, make_trainer):
     model, processor = build("vit")
     trainer = make_trainer((model.to(torch.bfloat16), processor), ema_decay=0.999)
@@ -111,5 +121,5 @@ def test_wrong_input():
         with pytest.raises(ValueError, match="outside"):
             WeightAverage(network(), decay)
     average = WeightAverage(network(), 0.9)
-    with pytest.raises(ValueError, match="not the averages of this model: 1 names differ, such as '3.bias'"):
+    with pytest.raises(ValueError, match="not the tensors of this model: 1 names differ, such as '3.bias'"):
         average.load({name: t for name, t in average.tensors.items() if name != "3.bias"})

@@ -59,9 +59,12 @@ def test_the_average_is_what_is_evaluated_published_and_left(kind, build, make_t
     trainer.save_model()
     published = AutoModelForImageClassification.from_pretrained(tmp_path / "out").state_dict()
     assert published.keys() == final.keys() and all(torch.equal(published[name], final[name]) for name in final)
-    checkpoint = load_file(tmp_path / "out" / "checkpoint-16" / "tscnc_state.safetensors")
+    last = tmp_path / "out" / "checkpoint-16"
+    checkpoint = load_file(last / "tscnc_state.safetensors")
+    as_loaded = AutoModelForImageClassification.from_pretrained(last).state_dict()  # what was evaluated, too
     for name, tensor in final.items():
-        assert torch.equal(checkpoint[f"average.{name}"], tensor)
+        assert torch.equal(checkpoint[f"average.{name}"], tensor) and torch.equal(as_loaded[name], tensor)
+        assert torch.equal(checkpoint[f"trained.{name}"], raw[-1][name])
 
 
 @pytest.mark.parametrize("kind, more", [("vit", {}), ("resnet", {}), ("vit", {"tsc_on": "gates"})])

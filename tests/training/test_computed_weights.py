@@ -29,7 +29,7 @@ def test_pruning_what_little_is_left_is_refused(make_config, as_they_are):
     rest = TSCNCTrainer(model, make_config(pruning_exclude=["stem", "body"]), processing_class=as_they_are)
     assert list(rest.compressor.pruner.records) == ["head.weight"]
     dense = TSCNCTrainer(model, make_config(target_sparsity=0.0, weight_decay=0.1), processing_class=as_they_are)
-    assert dense.get_decay_parameter_names(model) == ["head.weight", "stem.weight", "body.weight"]
+    assert dense.get_decay_parameter_names(model) == ["stem.weight", "body.weight", "head.weight"]
 
 
 def test_a_network_of_nothing_else_says_why(make_config):
@@ -71,3 +71,17 @@ def test_what_nobody_could_load_is_refused_before_training(build, make_config):
     parametrizations.weight_norm(model.classifier)
     with pytest.raises(ValueError, match="1 layers compute a weight from other parameters.*classifier"):
         TSCNCTrainer(model, make_config(), processing_class=processor)
+
+
+def test_what_a_weight_is_computed_from_decays(make_config, as_they_are):
+    """Directions, and what is standardised; not lengths, of which there is one a row."""
+    model = Standardised()
+    model.body = parametrizations.weight_norm(nn.Conv2d(8, 8, 3))
+    parametrizations.spectral_norm(model.head)
+    model.last = nn.Linear(10, 10)
+    model.forward = lambda x: model.last(model.head(model.body(model.stem(x)).mean((2, 3))))
+    trainer = TSCNCTrainer(model, make_config(target_sparsity=0.0, weight_decay=0.1), processing_class=as_they_are)
+    assert trainer.get_decay_parameter_names(model) == [
+        "stem.weight", "body.parametrizations.weight.original1", "head.parametrizations.weight.original",
+        "last.weight",
+    ]  # fmt: skip

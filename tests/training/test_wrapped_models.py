@@ -129,6 +129,40 @@ def test_a_plain_module_in_any_memory_is_saved_and_resumed(odd, channels_last, m
         assert torch.equal(again.model.state_dict()[name], tensor)
 
 
+def prototypes(net):
+    net.classes = nn.Parameter(torch.randn(10, 8))
+    net.head.weight = net.classes
+
+
+def test_a_weight_that_is_also_a_parameter_of_the_model_is_pruned_averaged_and_decays(make_trainer):
+    options = OPTIONS | {"ema_decay": 0.9, "weight_decay": 0.1, "save_strategy": "no"}
+    trainer = make_trainer((Net(prototypes), PIXELS), **options)
+    assert "classes" in trainer.get_decay_parameter_names(trainer.model)
+    trainer.train()
+    assert (trainer.model.classes == 0).sum() == (trainer.compressor.pruner.masks["head.weight"] == 0).sum() > 0
+    kept = make_trainer((Net(prototypes), PIXELS), **(options | {"pruning_dense_last": True}))
+    kept.train()
+    assert (kept.model.classes != 0).all() and "head.weight" not in kept.compressor.pruner.records
+
+
+def test_a_plain_module_needs_no_config_for_smoothed_labels(make_trainer):
+    losses, options = [], OPTIONS | {"logging_steps": 1, "save_strategy": "no"}
+    for smoothing in (0.0, 0.2):
+        trainer = make_trainer((Net(), PIXELS), **options, label_smoothing_factor=smoothing)
+        assert trainer.args.label_smoothing_factor == smoothing
+        trainer.train()
+        losses.append(trainer.state.log_history[0]["natural_loss"])
+    assert losses[1] > losses[0] > 0
+
+
+@pytest.mark.parametrize("option", ["activation_checkpointing", "gradient_checkpointing"])
+def test_a_plain_module_that_cannot_recompute_is_told_so_before_training(option, make_trainer, make_config):
+    if not hasattr(make_config(), option):
+        pytest.skip(f"this transformers has no {option}")
+    with pytest.raises(ValueError, match="_checkpointing=True, and Net has no method .*set_grad_checkpointing"):
+        make_trainer((Net(), PIXELS), **(OPTIONS | {option: True}))
+
+
 @pytest.mark.parametrize("kind", ["vit", "resnet"])
 def test_ties_that_a_model_does_not_declare(kind, build, make_trainer, tmp_path):
     model, processor = build(kind)

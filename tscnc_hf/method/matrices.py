@@ -51,7 +51,8 @@ class WeightMatrix:
     One prunable weight and its matrix view.
 
     Attributes:
-        name (`str`): the parameter's name in `model.named_parameters()`.
+        name (`str`): the parameter's name in this layer. What lies before the layers, such as an embedding, may have
+            the same parameter, and `model.named_parameters()` its name for it.
         module (`nn.Module`): the layer that owns it.
         weight (`Tensor`): the parameter, any shape and floating dtype.
         view (`Callable`): maps a tensor of the weight's shape to its (b, r, c) matrices.
@@ -161,7 +162,7 @@ def _why_computed(module: nn.Module) -> str:
 
 def _excluded(model: nn.Module, parts: Sequence[str]) -> Callable[[str], bool]:
     """Whether a name is left out."""
-    names = {name for name, _ in model.named_parameters()} if parts else set()
+    names = {name for name, _ in model.named_parameters(remove_duplicate=False)} if parts else set()
     whole, inside = set(parts) & names, [part for part in parts if part not in names]
     return lambda name: name in whole or any(part in name for part in inside)
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import TrainingArguments
 
 from tscnc_hf.data.batches import check_range
 from tscnc_hf.data.identity import stored_labels
@@ -27,6 +28,20 @@ def check_processes(world_size: int) -> None:
         raise RuntimeError(
             f"{started} processes were started, but each would train alone, of {world_size}: without GPUs set "
             "use_cpu=True (--use_cpu true) or ACCELERATE_USE_CPU=1, with them start at most one process for each"
+        )
+
+
+def check_checkpointing(model: nn.Module, args: TrainingArguments) -> None:
+    """
+    Raises:
+        ValueError: activations are to be computed again in the backward pass, and the model cannot do so when asked.
+    """
+    kinds = [kind for kind in ("activation", "gradient") if getattr(args, f"{kind}_checkpointing", False)]
+    if kinds and not any(hasattr(model, f"{kind}_checkpointing_enable") for kind in ("activation", "gradient")):
+        raise ValueError(
+            f"{kinds[0]}_checkpointing=True, and {type(model).__name__} has no method {kinds[0]}_checkpointing_enable "
+            "as models of transformers do: leave the option out, and where the model can do it by itself, as timm's "
+            "do, call model.set_grad_checkpointing(True) before training"
         )
 
 

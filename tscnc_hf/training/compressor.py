@@ -20,7 +20,7 @@ from transformers.utils import logging
 from tscnc_hf.artifact.files.state import STATE_FILE, load_state
 from tscnc_hf.artifact.models.saving import whole_copy
 from tscnc_hf.method.adversarial.noise import seeded_generator
-from tscnc_hf.method.averaging import WeightAverage
+from tscnc_hf.method.averaging import WeightAverage, load_tensors_, own_tensors
 from tscnc_hf.method.constraints import constraint_terms, weight_scales
 from tscnc_hf.method.matrices import WeightMatrix, computed_weights, full_tensor, unknown_weights, weight_matrices
 from tscnc_hf.method.pruning.allocation import Allocation
@@ -361,20 +361,22 @@ class Compressor:
         Masks and what chooses them, scales, gates and averages. All tensors are whole: where the model is sharded, all
         processes call this.
 
-        The checkpoint's own weights have the gates folded in, so that whoever loads it has the model that was
-        evaluated; the unfolded weights of gated layers are kept here.
+        The checkpoint's own weights are the average, with the gates folded in, so that whoever loads it has the model
+        that was evaluated; what training goes on with, and the unfolded weights of gated layers, are kept here.
         """
         tensors = self.pruner.state() | {f"scale.{name}": scale for name, scale in self.scales.items()}
         for name, layer in gated_layers(self.model).items():
             tensors |= {f"gate.{name}": full_tensor(layer.gate.log_alpha), f"gated.{name}": full_tensor(layer.weight)}
         if self.average is not None:
             tensors |= {f"average.{name}": full_tensor(tensor) for name, tensor in self.average.tensors.items()}
+            tensors |= {f"trained.{name}": full_tensor(tensor) for name, tensor in own_tensors(self.model).items()}
         return {name: tensor.detach() for name, tensor in tensors.items()}
 
     @torch.no_grad()
     def load_state(self, folder: str | os.PathLike) -> None:
         """
-        Take back the state in a checkpoint's folder, and the unfolded weights of gated layers.
+        Take back the state in a checkpoint's folder, the weights that training goes on with where there is an average,
+        and the unfolded ones of gated layers.
 
         Raises:
             ValueError: masks, gates or averages are not those of this model, or the run prunes in another way.
@@ -401,6 +403,7 @@ class Compressor:
         self.average = WeightAverage(self.model, self.args.ema_decay) if averages else None
         if self.average is not None:
             self.average.load(averages)
+            load_tensors_(own_tensors(self.model), part("trained."))
         self.pruner.load_state(tensors)
         for name, layer in layers.items():
             copy_whole_(layer.gate.log_alpha, gates[name])
@@ -457,7 +460,7 @@ def build_pruner(model: nn.Module, args: TSCNCConfig) -> Pruner:
             what is not there; a target that cannot be reached;
             `keep_masks` for a model without zeros, or with more of them than the target.
     """
-    names = [name for name, _ in model.named_parameters()]
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     for part in args.pruning_exclude:
         if not any(part in name for name in names):
             raise ValueError(
@@ -488,6 +491,13 @@ def build_pruner(model: nn.Module, args: TSCNCConfig) -> Pruner:
         pruner.keep_zeros()
         if not any(bool((full_tensor(record.weight) == 0).any()) for record in weight_matrices(model)):
             raise ValueError("keep_masks=True, but no prunable weight of the model is zero: load a sparse checkpoint")
+        *_, last = weight_matrices(model)
+        if not full_tensor(last.weight).any():
+            raise ValueError(
+                f"keep_masks=True keeps zeros, and {last.name}, the last layer of the model, has nothing else: it "
+                "would stay so, and all images look alike. A new head that begins at zero has to be initialised, with "
+                "torch.nn.init.trunc_normal_(weight, std=0.02) for example, or named in pruning_exclude"
+            )
         if 0 < args.target_sparsity < pruner.initial_sparsity:
             raise ValueError(
                 f"target_sparsity={args.target_sparsity} is less than the {pruner.initial_sparsity:.6g} that the "

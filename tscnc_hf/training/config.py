@@ -65,6 +65,12 @@ USED_WITH = {
     "regrow_fraction above 0": (("regrow_interval",), lambda args: args.regrow_fraction > 0),
     "awp_gamma above 0": (("awp_start",), lambda args: args.awp_gamma > 0),
     'objective="trades" or "mart"': (("trades_beta",), lambda args: args.objective in ("trades", "mart")),
+    'an objective other than "natural"': (
+        ("natural_fraction", "attack_step_size", "epsilon_warmup"), lambda args: args.objective != "natural",
+    ),
+    'an objective other than "natural" (but attack_steps=1)': (
+        ("attack_steps",), lambda args: args.objective != "natural" or args.attack_steps == 1,
+    ),
     'adversary="pgd", "cw-pgd" or "kl-pgd"': (
         ("attack_steps",), lambda args: args.adversary in ("pgd", "cw-pgd", "kl-pgd") or args.attack_steps == 1,
     ),
@@ -72,7 +78,6 @@ USED_WITH = {
     'an adversary with one length of its steps (not "mixed")': (
         ("attack_step_size",), lambda args: args.adversary not in ("none", "mixed"),
     ),
-    'an objective other than "natural"': (("natural_fraction",), lambda args: args.objective != "natural"),
     'pruning_scope="learned"': (("pruning_rate_learning_rate",), lambda args: args.pruning_scope == "learned"),
     "pruning_start before pruning_end": (
         ("pruning_interval", "pruning_latent"),

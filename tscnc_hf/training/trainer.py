@@ -36,7 +36,13 @@ from tscnc_hf.method.sharding import is_sharded, reshard_
 from tscnc_hf.method.units.gates import detached_gates, folded_gates, gate_report
 from tscnc_hf.method.wrappers import unwrap_
 from tscnc_hf.training.adversary import Adversary
-from tscnc_hf.training.checks import check_datasets, check_finite_weights, check_processes, check_terms
+from tscnc_hf.training.checks import (
+    check_checkpointing,
+    check_datasets,
+    check_finite_weights,
+    check_processes,
+    check_terms,
+)
 from tscnc_hf.training.class_weights import balanced_weights, image_weights
 from tscnc_hf.training.compressor import Compressor, with_dense_ends
 from tscnc_hf.training.config import TSCNCConfig
@@ -120,6 +126,7 @@ class TSCNCTrainer(ResumableTrainer):
                 "compiled training set torch_compile=True"
             )
         refuse_parts(model)
+        check_checkpointing(model, args)
         how = preprocessing(model, processing_class)
         data_collator = data_collator or collate
         check_datasets(model, train_dataset, eval_dataset, data_collator)
@@ -147,7 +154,9 @@ class TSCNCTrainer(ResumableTrainer):
         metrics.check_best(
             args, eval_dataset, self.adversary.evaluates, getattr(getattr(model, "config", None), "num_labels", None)
         )
+        smoothing, args.label_smoothing_factor = args.label_smoothing_factor, 0.0  # upstream's asks for model.config
         super().__init__(*given, compute_metrics=metrics, **kwargs)
+        args.label_smoothing_factor = smoothing
         check_sharding(self)
         self.callback_handler.callbacks.insert(0, StepCallback(self))  # masks first: whatever follows sees them
         self._micro_batch = self._eval_batches = 0
@@ -271,7 +280,11 @@ class TSCNCTrainer(ResumableTrainer):
 
     def get_decay_parameter_names(self, model) -> list[str]:
         """Weight decay acts on the weights of layers; not on gates, norms, biases, embeddings and tokens."""
-        return [record.name for record in weight_matrices(model)] + list(computed_weights(model))
+        decayed = {id(record.weight) for record in weight_matrices(model)}
+        for name in computed_weights(model):  # from these; lengths of rows and gains, one for each row, are none
+            layer = model.get_submodule(name.rpartition(".")[0])
+            decayed |= {id(one) for one in layer.parameters() if one.ndim > 1 and one.numel() > len(one)}
+        return [name for name, parameter in model.named_parameters() if id(parameter) in decayed]
 
     def create_optimizer(self, *args, **kwargs):
         made_here = self.optimizer is None
@@ -568,7 +581,7 @@ class TSCNCTrainer(ResumableTrainer):
             self._finish_current_push()  # it reads these files
         with (
             nullcontext() if is_checkpoint else self.writing("The model", published),
-            nullcontext() if is_checkpoint else compressor.averaged(),
+            compressor.averaged(),
             folded_gates(self.model),
         ):
             self.publisher.describe_(self.model)
