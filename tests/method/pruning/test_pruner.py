@@ -649,7 +649,7 @@ def test_learned_rates_need_scores_that_are_not_negative():
         {"criterion": "taylor"},
         {"criterion": "movement"},
         {"criterion": "learned", "allocation": Allocation("learned", pattern=(1, 2))},
-        {"latent": True, "zeros": True},
+        {"criterion": "movement", "zeros": True},
     ],
     ids=["plain", "latent", "learned", "taylor", "movement", "learned-rates-and-pattern", "zeros-that-stay"],
 )
