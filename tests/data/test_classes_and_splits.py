@@ -56,6 +56,67 @@ def test_files_that_number_their_classes_otherwise_are_refused(tmp_path):
         load_image_data(folder)
 
 
+def rows(labels, feature, column="label"):
+    """A picture for each label, which are of this kind."""
+    kinds = datasets.Features({"image": datasets.Image(), column: feature})
+    images = [{"bytes": encoded(picture(i)), "path": None} for i in range(len(labels))]
+    return datasets.Dataset.from_dict({"image": images, column: labels}, features=kinds)
+
+
+def stored(root, how, **splits):
+    """A folder of parquet files, of arrow files, or of `save_to_disk`."""
+    if how == "saved":
+        datasets.DatasetDict(splits).save_to_disk(str(root))
+        return str(root)
+    root.mkdir()
+    for split, made in splits.items():
+        if how == "parquet":
+            made.to_parquet(str(root / f"{split}.parquet"))
+        else:
+            made.save_to_disk(str(root.parent / "arrow" / split))
+            (root.parent / "arrow" / split / "data-00000-of-00001.arrow").rename(root / f"{split}.arrow")
+    return str(root)
+
+
+HOWS = ["parquet", "arrow", "saved"]
+
+
+@pytest.mark.parametrize("how", HOWS)
+def test_splits_that_number_their_classes_otherwise_are_refused(how, tmp_path):
+    bright, dark = (datasets.ClassLabel(names=names) for names in (["bright", "dark"], ["dark", "bright"]))
+    folder = stored(tmp_path / "d", how, train=rows([0, 1] * 10, bright), test=rows([0, 1] * 2, dark))
+    for load in (load_image_data, load_test_data):
+        with pytest.raises(
+            ValueError, match="^the classes of column 'label' are .*the same numbers are other classes"
+        ):
+            load(folder)
+
+
+@pytest.mark.parametrize("how", HOWS)
+def test_a_split_may_lack_the_names_of_the_last_classes(how, tmp_path):
+    three, two = (datasets.ClassLabel(names=names) for names in (["ant", "bee", NFC], ["ant", "bee"]))
+    folder = stored(tmp_path / "d", how, train=rows([0, 1, 2] * 8, three), test=rows([0, 1] * 2, two))
+    data = load_image_data(folder, augmentation="none")
+    assert data.class_names == ["ant", "bee", NFC] and data.test.labels.tolist() == [0, 1] * 2
+
+
+def test_a_readme_that_numbers_the_classes_of_its_files_otherwise_is_refused(tmp_path):
+    folder = write_parquet(tmp_path / "d", features=typed())
+
+    def said(*names):
+        (tmp_path / "d" / "README.md").write_text(
+            "---\ndataset_info:\n  features:\n  - name: image\n    dtype: image\n  - name: label\n    dtype:\n"
+            "      class_label:\n        names:\n"
+            + "".join(f"          '{number}': {name}\n" for number, name in enumerate(names))
+            + "---\n"
+        )
+        return load_image_data(folder)
+
+    with pytest.raises(ValueError, match="are cat, dog in train-.*parquet, but dog, cat in dataset_info of README.md"):
+        said("dog", "cat")
+    assert said("house cat", "dog").class_names == ["house cat", "dog"]  # whoever published it names them anew
+
+
 def test_rows_without_a_label_are_left_out_and_counted(tmp_path):
     folder = write_parquet(tmp_path / "d", labels=[0, 1, -1, 1] * 5, features=typed())
     write_parquet(tmp_path / "d", "test", n=4, labels=[0, 1, None, -1], features=typed())

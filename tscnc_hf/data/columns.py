@@ -1,6 +1,7 @@
 """Which column holds the images, which the labels, and what the labels mean."""
 
 import unicodedata
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -104,6 +105,17 @@ def read_labels(rows: "Dataset", column: str, split: str, none: bool = False) ->
 def normal_name(name: str) -> str:
     """A class name in Unicode's composed form: two spellings that look alike are one class."""
     return unicodedata.normalize("NFC", name)
+
+
+def refuse_other_numbers(column: str, named: Sequence[tuple[str, Sequence[str]]]) -> None:
+    """ValueError where a number is another class in one of several (place, class names); some may have fewer names."""
+    for where, names in named:
+        first, known = max(named, key=lambda one: len(one[1]))
+        if any(normal_name(one) != normal_name(other) for one, other in zip(known, names, strict=False)):
+            raise ValueError(
+                f"the classes of column {column!r} are {', '.join(known)} in {first}, but {', '.join(names)} in "
+                f"{where}: the same numbers are other classes. Write all splits with one ClassLabel."
+            )
 
 
 def labelled_rows(labels: np.ndarray) -> np.ndarray:

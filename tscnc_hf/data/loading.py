@@ -13,7 +13,14 @@ import torch
 from tscnc_hf.data.augmentation import check_augmentation
 from tscnc_hf.data.batches import collate
 from tscnc_hf.data.class_names import has_no_names, numbers_of_a_part, some_names
-from tscnc_hf.data.columns import encode_labels, find_columns, labelled_rows, normal_name, read_labels
+from tscnc_hf.data.columns import (
+    encode_labels,
+    find_columns,
+    labelled_rows,
+    normal_name,
+    read_labels,
+    refuse_other_numbers,
+)
 from tscnc_hf.data.decoding import CHANNELS, Fit, common_size, decode_rows, decoder_for
 from tscnc_hf.data.folders import image_folder_splits, in_no_split, refuse_shared_files
 from tscnc_hf.data.identity import spread
@@ -234,8 +241,11 @@ class _Rows:
 
         features = next(iter(splits.values())).features
         self.column, label_column = find_columns(features, image_column, label_column)
-        feature, self.notes = features[label_column], []
-        names = list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
+        self.notes: list[str] = []
+        kinds = {split: rows.features.get(label_column) for split, rows in splits.items()}
+        named = {split: list(kind.names) for split, kind in kinds.items() if isinstance(kind, datasets.ClassLabel)}
+        refuse_other_numbers(label_column, [(f"split {split!r}", names) for split, names in named.items()])
+        names = named.get(next(iter(splits)))
         raw = {split: read_labels(rows, label_column, split, drop_unlabelled) for split, rows in splits.items()}
         if drop_unlabelled:
             for split, labels in raw.items():
@@ -343,6 +353,7 @@ def _load_splits(
         raise FileNotFoundError(f"there is no folder {dataset!r}. Give an existing folder, a Hub id, or 'digits'.")
     splits, notes = (image_folder_splits(folder) if folder.is_dir() else None) or (None, [])
     unread: list[str] = []
+    files: list[str] = []
     saved = (folder / datasets.config.DATASET_STATE_JSON_FILENAME).exists()  # load_dataset says what to do
     try:
         if splits is None and saved:
@@ -350,7 +361,7 @@ def _load_splits(
         elif splits is None and (folder / datasets.config.DATASETDICT_JSON_FILENAME).exists():
             splits = datasets.load_from_disk(dataset).with_format(None)  # `load_dataset` finds usual names only
         elif splits is None:
-            splits, unread = _read(dataset, revision)
+            splits, files, unread = _read(dataset, revision)
     except UnicodeDecodeError as error:
         raise ValueError(
             f"data set {dataset!r} cannot be read: a text file there, such as README.md, is not UTF-8 ({error}). "
@@ -367,15 +378,14 @@ def _load_splits(
     notes += [f"not used: {', '.join([*unused, *filter(None, [there])])}"] if unused or unread else []
     if test_only and [*chosen][-1] != "validation":
         chosen.pop("validation", None)
-    if folder.is_dir():
-        _refuse_other_names(folder)
+    _refuse_other_names(files, next(iter(splits.values())).features)
     return {split: splits[stored] for split, stored in chosen.items()}, name, notes
 
 
-def _read(source: str, revision: str | None = None) -> tuple[dict[str, Any], list[str]]:
+def _read(source: str, revision: str | None = None) -> tuple[dict[str, Any], list[str], list[str]]:
     """
-    What `datasets.load_dataset` makes of a folder or a Hub id, and which files of a folder it overlooks. No file is in
-    two splits, and all are in one, unless whoever published it has said which is where.
+    What `datasets.load_dataset` makes of a folder or a Hub id, of which files, and which files of a folder it
+    overlooks. No file is in two splits, and all are in one, unless whoever published it has said which is where.
     """
     import datasets
 
@@ -390,7 +400,7 @@ def _read(source: str, revision: str | None = None) -> tuple[dict[str, Any], lis
     if unread and _is_said(source, revision):
         unread = []
     builder.download_and_prepare()
-    return builder.as_dataset(), unread
+    return builder.as_dataset(), [str(file) for of_split in files.values() for file in of_split], unread
 
 
 def _is_said(source: str, revision: str | None) -> bool:
@@ -431,22 +441,48 @@ def _test_rows(labels: dict[str, np.ndarray]) -> tuple[str, np.ndarray, np.ndarr
     return split, np.arange(len(labels.get("train", ()))), np.arange(len(labels[split])), f"tested on split {split!r}"
 
 
-def _refuse_other_names(folder: Path) -> None:
-    """ValueError where parquet files number their classes differently: `datasets` reads all with one file's names."""
+def _refuse_other_names(files: Iterable[str], features: dict[str, Any]) -> None:
+    """
+    ValueError where parquet or arrow files number their classes differently: `datasets` reads all with one file's
+    names, or with those of README.md, which may be others than the files' but not the same ones in another order.
+
+    Args:
+        files: their paths; others, and those that are not on this machine, are passed over.
+        features: what `datasets` reads them as.
+    """
+    import datasets
+
+    named: dict[str, list[tuple[str, list[str]]]] = {}
+    for path in sorted(map(Path, files)):
+        for column, feature in _features_of_file(path).items():
+            if isinstance(feature, dict) and feature.get("_type") == "ClassLabel":
+                named.setdefault(column, []).append((path.name, feature["names"]))
+    for column, of_files in named.items():
+        refuse_other_numbers(column, of_files)
+        where, names = of_files[0]
+        if isinstance(read := features.get(column), datasets.ClassLabel):
+            known = {normal_name(name): number for number, name in enumerate(read.names)}
+            if any(known.get(normal_name(name), number) != number for number, name in enumerate(names)):
+                refuse_other_numbers(column, [(where, names), ("dataset_info of README.md", read.names)])
+
+
+def _features_of_file(path: Path) -> dict[str, Any]:
+    """What `datasets` has noted in a parquet or arrow file of its columns; {} where there is nothing."""
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    first: dict[str, tuple[Path, list[str]]] = {}
-    for path in sorted(folder.rglob("*.parquet")):
-        described = json.loads((pq.read_schema(path).metadata or {}).get(b"huggingface", b"{}"))
-        for column, feature in described.get("info", {}).get("features", {}).items():
-            if isinstance(feature, dict) and feature.get("_type") == "ClassLabel":
-                where, names = first.setdefault(column, (path, feature["names"]))
-                if [*map(normal_name, feature["names"])] != [*map(normal_name, names)]:
-                    raise ValueError(
-                        f"the classes of column {column!r} are {', '.join(names)} in {where.name}, but "
-                        f"{', '.join(feature['names'])} in {path.name}: the same numbers are other classes. Write all "
-                        "splits with one ClassLabel."
-                    )
+    if path.suffix not in (".parquet", ".arrow") or not path.is_file():
+        return {}
+    if path.suffix == ".parquet":
+        schema = pq.read_schema(path)
+    else:
+        with pa.memory_map(str(path)) as file:
+            try:
+                schema = pa.ipc.open_stream(file).schema
+            except pa.ArrowInvalid:  # it is of the other kind of arrow file
+                schema = pa.ipc.open_file(file).schema
+    described = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+    return described.get("info", {}).get("features", {})
 
 
 def _digits():
