@@ -117,6 +117,44 @@ def test_a_readme_that_numbers_the_classes_of_its_files_otherwise_is_refused(tmp
     assert said("house cat", "dog").class_names == ["house cat", "dog"]  # whoever published it names them anew
 
 
+TEXT, NUMBER = datasets.Value("string"), datasets.Value("int64")
+KINDS = {"names": ([0, 1] * 10, datasets.ClassLabel(names=["y", "x"])), "text": (["y", "x"] * 10, TEXT)}
+KINDS["numbers"] = ([0, 1] * 10, NUMBER)
+
+
+@pytest.mark.parametrize("how", HOWS)
+@pytest.mark.parametrize(("train", "test"), [("names", "text"), ("text", "names"), ("names", "numbers")])
+def test_splits_with_names_and_without(how, train, test, tmp_path):
+    folder = stored(tmp_path / "d", how, train=rows(*KINDS[train]), test=rows(*KINDS[test]))
+    if train == "text" and how != "saved":  # `datasets` makes text of the numbers
+        with pytest.raises(ValueError, match="numbers of the classes y, x in test.*, but text in other files"):
+            load_image_data(folder)
+        return
+    data = load_image_data(folder, augmentation="none")
+    assert data.class_names == ["y", "x"] and data.test.labels.tolist() == [0, 1] * 10
+    shown = {
+        image.numpy().tobytes(): int(label) for image, label in zip(data.test.images, data.test.labels, strict=True)
+    }
+    for image, label in zip(data.train.images, data.train.labels, strict=True):
+        assert shown[image.numpy().tobytes()] == label
+
+
+@pytest.mark.parametrize(("train", "test"), [("numbers", "text"), ("text", "numbers")])
+def test_splits_with_text_and_numbers_are_refused(train, test, tmp_path):
+    folder = stored(tmp_path / "d", "saved", train=rows(*KINDS[train]), test=rows(*KINDS[test]))
+    split = {train: "train", test: "test"}
+    said = f"column 'label' holds text in '{split['text']}', but numbers without names in '{split['numbers']}'"
+    for load in (load_image_data, load_test_data):
+        with pytest.raises(ValueError, match=said):
+            load(folder)
+
+
+def test_text_that_is_none_of_the_names_is_refused(tmp_path):
+    folder = stored(tmp_path / "d", "saved", train=rows(*KINDS["names"]), test=rows(["x", "z"], TEXT))
+    with pytest.raises(ValueError, match=r"split 'test' has labels that are not among its class names: \['z'\]"):
+        load_image_data(folder)
+
+
 def test_rows_without_a_label_are_left_out_and_counted(tmp_path):
     folder = write_parquet(tmp_path / "d", labels=[0, 1, -1, 1] * 5, features=typed())
     write_parquet(tmp_path / "d", "test", n=4, labels=[0, 1, None, -1], features=typed())

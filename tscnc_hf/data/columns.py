@@ -130,8 +130,8 @@ def encode_labels(
 
     Args:
         raw: split name -> int64 or str (n,), "train" among them unless the classes are `known`.
-        names: the names of a `ClassLabel` column, else None: then strings are sorted, integers name themselves. Names
-            that differ in their Unicode form only are one class.
+        names: the names of a `ClassLabel` column, which strings of other splits are looked up in, else None: then
+            strings are sorted, integers name themselves. Names that differ in their Unicode form only are one class.
         column: the label column, for messages.
         known: a model's class names, for labels that have no names of their own, or of a data set without "train".
 
@@ -139,19 +139,28 @@ def encode_labels(
         split name -> int64 (n,); class names.
 
     Raises:
-        ValueError: a label is negative, beyond the names or absent from train; integers leave gaps; fewer than 2
-            classes.
+        ValueError: a label is negative, beyond the names or absent from train; some are strings, others numbers
+            without names; integers leave gaps; fewer than 2 classes.
     """
     train, classes = raw.get("train"), names
-    if names is None and next(iter(raw.values())).dtype.kind == "U":
-        classes = sorted(set(train.tolist())) if train is not None else known
+    texts = {split: labels for split, labels in raw.items() if labels.dtype.kind == "U"}
+    if names is None and 0 < len(texts) < len(raw):
+        numbers = ", ".join(repr(split) for split in raw if split not in texts)
+        raise ValueError(
+            f"column {column!r} holds text in {', '.join(map(repr, texts))}, but numbers without names in {numbers}: "
+            "which is which class cannot be told. Write all splits with one ClassLabel."
+        )
+    if texts:
+        whose = "are not among its class names"
+        if names is None:
+            classes = sorted(set(train.tolist())) if train is not None else known
+            whose = "train lacks" if train is not None else "the model has no class for"
         ids = {normal_name(name): number for number, name in enumerate(classes)}
-        whose = "train lacks" if train is not None else "the model has no class for"
-        for split, labels in raw.items():
+        for split, labels in texts.items():
             strange = sorted(set(labels.tolist()) - set(ids))
             if strange:
                 raise ValueError(f"column {column!r} of split {split!r} has labels that {whose}: {strange[:10]}.")
-        raw = {split: np.array([ids[name] for name in labels.tolist()]) for split, labels in raw.items()}
+        raw = raw | {split: np.array([ids[name] for name in labels.tolist()]) for split, labels in texts.items()}
         train = raw.get("train")
     for split, labels in raw.items():
         if labels.min() < 0:

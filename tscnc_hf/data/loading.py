@@ -245,7 +245,7 @@ class _Rows:
         kinds = {split: rows.features.get(label_column) for split, rows in splits.items()}
         named = {split: list(kind.names) for split, kind in kinds.items() if isinstance(kind, datasets.ClassLabel)}
         refuse_other_numbers(label_column, [(f"split {split!r}", names) for split, names in named.items()])
-        names = named.get(next(iter(splits)))
+        names = next(iter(named.values()), None)
         raw = {split: read_labels(rows, label_column, split, drop_unlabelled) for split, rows in splits.items()}
         if drop_unlabelled:
             for split, labels in raw.items():
@@ -444,7 +444,8 @@ def _test_rows(labels: dict[str, np.ndarray]) -> tuple[str, np.ndarray, np.ndarr
 def _refuse_other_names(files: Iterable[str], features: dict[str, Any]) -> None:
     """
     ValueError where parquet or arrow files number their classes differently: `datasets` reads all with one file's
-    names, or with those of README.md, which may be others than the files' but not the same ones in another order.
+    names, or with those of README.md, which may be others than the files' but not the same ones in another order. And
+    where numbers of classes are read as text, "0" and "1".
 
     Args:
         files: their paths; others, and those that are not on this machine, are passed over.
@@ -460,7 +461,13 @@ def _refuse_other_names(files: Iterable[str], features: dict[str, Any]) -> None:
     for column, of_files in named.items():
         refuse_other_numbers(column, of_files)
         where, names = of_files[0]
-        if isinstance(read := features.get(column), datasets.ClassLabel):
+        read = features.get(column)
+        if getattr(read, "dtype", None) in ("string", "large_string"):
+            raise ValueError(
+                f"column {column!r} holds numbers of the classes {', '.join(names)} in {where}, but text in other "
+                "files or by README.md: they would be read as '0', '1', ... Write all splits with one ClassLabel."
+            )
+        if isinstance(read, datasets.ClassLabel):
             known = {normal_name(name): number for number, name in enumerate(read.names)}
             if any(known.get(normal_name(name), number) != number for number, name in enumerate(names)):
                 refuse_other_numbers(column, [(where, names), ("dataset_info of README.md", read.names)])
