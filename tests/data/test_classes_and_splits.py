@@ -165,8 +165,9 @@ def test_rows_without_a_label_are_left_out_and_counted(tmp_path):
     assert "5 rows of 'train' without a label left out; 2 rows of 'test' without" in data.description
     expected = torch.stack([torch.from_numpy(np.array(picture(i))).permute(2, 0, 1) for i in range(2)])
     assert torch.equal(data.test.images, expected)
-    strings = write_parquet(tmp_path / "s", labels=["b", "a", None, "a"] * 5)
-    assert load_image_data(strings, drop_unlabelled=True).class_names == ["a", "b"]
+    strings = write_parquet(tmp_path / "s", labels=["b", "a", None, "a", ""] * 4)
+    data = load_image_data(strings, drop_unlabelled=True)
+    assert data.class_names == ["a", "b"] and "8 rows of 'train' without a label left out" in data.description
     write_parquet(tmp_path / "d", "test", n=4, labels=[-1] * 4, features=typed())
     with pytest.raises(ValueError, match="no row of split 'test' has a label"):
         load_image_data(folder, drop_unlabelled=True)

@@ -370,6 +370,7 @@ def test_columns_that_cannot_be_chosen(tmp_path):
         ([0] * 20, "at least 2"),
         ([0, 2] * 10, "lacks \\[1\\]"),
         ([None, 1] * 10, "10 rows .* no label"),
+        (["cat", "", None, "dog", ""] * 4, "12 rows .* no label .*first is row 1.*drop_unlabelled"),
     ],
 )
 def test_labels_that_are_refused(tmp_path, labels, message):

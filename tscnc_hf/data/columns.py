@@ -83,7 +83,7 @@ def read_labels(rows: "Dataset", column: str, split: str, none: bool = False) ->
     The labels of a split as stored: int64 or str (n,), strings in Unicode's composed form (NFC).
 
     Args:
-        none: a row may lack its label; it is then -1, or the empty string.
+        none: a row may lack its label; it is then -1, or the empty string, which is none either.
 
     Raises:
         ValueError: the split is empty, or a label is missing.
@@ -92,10 +92,11 @@ def read_labels(rows: "Dataset", column: str, split: str, none: bool = False) ->
         raise ValueError(f"split {split!r} is empty; give a data set with images in it.")
     stored = rows.select_columns([column]).with_format("arrow")[:].column(column)
     values = stored.to_pylist()
-    if stored.null_count and not none:
+    missing = [row for row, value in enumerate(values) if value in (None, "")]
+    if missing and not none:
         raise ValueError(
-            f"{stored.null_count} rows of split {split!r} have no label in column {column!r} (the first is row "
-            f"{values.index(None)}). Label or remove them."
+            f"{len(missing)} rows of split {split!r} have no label in column {column!r} (the first is row "
+            f"{missing[0]}). Label or remove them, or leave them out with drop_unlabelled."
         )
     if any(isinstance(value, str) for value in values):
         return np.array(["" if value is None else normal_name(value) for value in values])
