@@ -1,6 +1,7 @@
 """Data sets: where images and labels are found, what is refused, and that augmentation is a pure function."""
 
 import io
+import json
 import pickle
 
 import datasets
@@ -410,10 +411,17 @@ def test_empty_and_missing(tmp_path):
         {"in_memory": "yes"},
         {"image_size": 0},
         {"image_size": (8, 8, 3)},
+        {"image_size": 8.5},
+        {"image_size": True},
+        {"image_size": "8"},
+        {"image_size": (8, "8")},
         {"image_column": "img"},
         {"test_split": "test"},
         {"train_limit": 0},
         {"test_limit": -1},
+        {"test_limit": 1.5},
+        {"test_limit": True},
+        {"train_limit": "5"},
         {"validation_fraction": 1.0},
         {"seed": -1},
     ],
@@ -421,6 +429,16 @@ def test_empty_and_missing(tmp_path):
 def test_arguments_that_are_refused(arguments):
     with pytest.raises(ValueError, match=next(iter(arguments)).split("_")[0]):
         load_image_data("digits", **arguments)
+
+
+def test_sizes_and_limits_may_be_numbers_of_numpy():
+    given = {"image_size": np.int64(12), "test_limit": np.int32(5), "train_limit": 30.0}
+    data = load_image_data("digits", augmentation="none", **given)
+    plain = load_image_data("digits", augmentation="none", image_size=12, test_limit=5, train_limit=30)
+    assert data.image_size == (12, 12) and len(data.test) == 5 and len(data.train) == 30
+    assert json.loads(json.dumps(data.identity)) == json.loads(json.dumps(plain.identity))
+    two = load_image_data("digits", augmentation="none", image_size=np.array([12, 9]))
+    assert two.image_size == (12, 9) and json.loads(json.dumps(two.identity))["asked"]["image_size"] == [12, 9]
 
 
 def test_only_the_arguments_that_were_given_are_named():

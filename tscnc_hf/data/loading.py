@@ -26,6 +26,7 @@ from tscnc_hf.data.folders import image_folder_splits, in_no_split, refuse_share
 from tscnc_hf.data.identity import spread
 from tscnc_hf.data.image_datasets import ImageStreamDataset, ImageTensorDataset
 from tscnc_hf.data.splits import choose_splits, first_rows, stratified_split
+from tscnc_hf.method.numbers import whole_number
 
 
 __all__ = ["ImageData", "ImageStreamDataset", "ImageTensorDataset", "collate", "load_image_data"]
@@ -332,10 +333,10 @@ def _digits_or_splits(
 def _check_size(image_size: int | Sequence[int] | None) -> tuple[int, int] | None:
     if image_size is None:
         return None
-    size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-    if len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
+    sides = tuple(image_size) if isinstance(image_size, Sequence | np.ndarray) else (image_size, image_size)
+    if isinstance(image_size, str) or len(sides) != 2:
         raise ValueError(f"image_size={image_size!r}; give a side or (height, width), in pixels, above 0.")
-    return size
+    return whole_number("image_size", sides[0], 1), whole_number("image_size", sides[1], 1)
 
 
 def _load_splits(
@@ -531,6 +532,9 @@ def _finish(
         f"{storage}; training images: {made['train'].augmentation_text}; {origin}."
     )
     identity = {part: dataset.identity for part, dataset in made.items()}
-    identity |= {"classes": class_names, "asked": asked | {"dataset": name}}  # a path says nothing elsewhere
+    said = {
+        key: value if value is None or key == "dataset" else np.asarray(value).tolist() for key, value in asked.items()
+    }
+    identity |= {"classes": class_names, "asked": said | {"dataset": name}}  # a path says nothing elsewhere
     about = dict(image_size=(height, width), channels=channels, name=name, description=description)
     return ImageData(**made, class_names=class_names, identity=identity, **about)

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from tscnc_hf.method.numbers import whole_number
+
 
 SPLIT_NAMES = {
     "train": ("train", "training"),
@@ -121,11 +123,13 @@ def first_rows(indices: np.ndarray, labels: np.ndarray, limit: int | None, argum
         labels: int64 (n,), of the whole split.
         limit: 1 or more; more than m takes all.
         argument: the limit's name, for messages.
+
+    Raises:
+        ValueError: the limit is no whole number, or below 1.
     """
     if limit is None:
         return indices
-    if limit < 1:
-        raise ValueError(f"{argument}={limit}; give 1 or more, or None for all rows.")
+    limit = whole_number(argument, limit, 1)
     mine = labels[indices]
     _, counts = np.unique(mine, return_counts=True)
     by_chance = len(mine) * (1 - np.sum((counts / max(len(mine), 1)) ** 2))

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from tscnc_hf.evaluation.numbers import finite_number, whole_number
+from tscnc_hf.method.numbers import finite_number, whole_number
 
 
 @dataclass

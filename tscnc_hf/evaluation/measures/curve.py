@@ -12,10 +12,10 @@ from torch.utils.data import Subset
 
 from tscnc_hf.evaluation.measures.robustness import evaluate_robustness
 from tscnc_hf.evaluation.measures.robustness_report import AttackResult
-from tscnc_hf.evaluation.numbers import whole_number
 from tscnc_hf.evaluation.state import EvaluationState
 from tscnc_hf.evaluation.subset import drawn
 from tscnc_hf.method.adversarial.pixels import pixel_quantity
+from tscnc_hf.method.numbers import whole_number
 
 
 MULTIPLES = (0.25, 0.5, 1.0, 1.5, 2.0, 4.0)  # of the radius that a model was trained for

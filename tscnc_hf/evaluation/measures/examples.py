@@ -14,10 +14,10 @@ from tscnc_hf.artifact.models.preprocessing import preprocessing
 from tscnc_hf.data.batches import check_items, collate
 from tscnc_hf.evaluation.attacks import make_attack
 from tscnc_hf.evaluation.memory import InParts
-from tscnc_hf.evaluation.numbers import whole_number
 from tscnc_hf.evaluation.state import EvaluationState
 from tscnc_hf.evaluation.subset import drawn
 from tscnc_hf.method.adversarial.pixels import attack_mode, pixel_logits, pixel_quantity
+from tscnc_hf.method.numbers import whole_number
 
 
 logger = logging.get_logger(__name__)

@@ -15,11 +15,11 @@ from tscnc_hf.artifact.models.preprocessing import preprocessing
 from tscnc_hf.data.batches import check_items, collate
 from tscnc_hf.data.identity import random_states_kept
 from tscnc_hf.evaluation.memory import halving
-from tscnc_hf.evaluation.numbers import whole_number
 from tscnc_hf.evaluation.state import EvaluationState
 from tscnc_hf.evaluation.subset import drawn
 from tscnc_hf.method.adversarial.pgd import seeded_generator
 from tscnc_hf.method.adversarial.pixels import attack_mode, pixel_logits, pixel_quantity
+from tscnc_hf.method.numbers import whole_number
 from tscnc_hf.method.reports.lipschitz import LipschitzProduct, lipschitz_product, local_lipschitz
 
 

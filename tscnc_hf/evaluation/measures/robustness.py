@@ -34,12 +34,12 @@ from tscnc_hf.evaluation.measures.classes import collapse, confusion
 from tscnc_hf.evaluation.measures.masking import masking_report
 from tscnc_hf.evaluation.measures.robustness_report import AttackResult, RobustnessReport
 from tscnc_hf.evaluation.memory import InParts, announce, halving
-from tscnc_hf.evaluation.numbers import whole_number
 from tscnc_hf.evaluation.precision import check_precision, lowered, multiplying
 from tscnc_hf.evaluation.state import FORMAT, EvaluationState, OtherEvaluation, begun, data_identity
 from tscnc_hf.evaluation.subset import drawn
 from tscnc_hf.method.adversarial.ball import check_norm
 from tscnc_hf.method.adversarial.pixels import Preprocessing, attack_mode, pixel_logits, pixel_quantity
+from tscnc_hf.method.numbers import whole_number
 
 
 logger = logging.get_logger(__name__)

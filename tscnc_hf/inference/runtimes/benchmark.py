@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from tscnc_hf.evaluation.numbers import finite_number, whole_number
 from tscnc_hf.inference.compiling import TOLERANCE
 from tscnc_hf.inference.report import logits_difference
 from tscnc_hf.inference.runtimes.installed import OURS, RUNTIMES, installed, prepared
 from tscnc_hf.inference.timing import interleaved, ratios
 from tscnc_hf.method.adversarial.pixels import logits_of
+from tscnc_hf.method.numbers import finite_number, whole_number
 from tscnc_hf.method.reports.report import Report, markdown_table
 
 
