@@ -1,6 +1,7 @@
 """`tscnc evaluate` sees what the model's own image processor makes of a file: of any split, with labels or without."""
 
 import io
+import json
 
 import datasets
 import numpy as np
@@ -132,6 +133,17 @@ def test_splits_and_rows_without_a_label(tmp_path, capsys):
     assert run(model, data, tmp_path / "c", test_split="validation")["robustness"]["n"] == 3
     with pytest.raises(SystemExit, match="test_split='dev': data set 'data' has "):
         run(model, data, tmp_path / "d", test_split="dev")
+
+
+def test_images_that_the_model_may_have_been_trained_on_are_called_so(tmp_path, capsys):
+    model = saved("convnext", tmp_path / "model")
+    results = run(model, write(tmp_path / "data", pictures(24), NAMES * 8, split="train"), tmp_path / "own")
+    said = capsys.readouterr().out
+    assert results["split"] == "train" and json.loads((tmp_path / "own" / "results.json").read_text()) == results
+    assert "tested on 5 of 24 rows of split 'train', as there is none for tests: only a model that was" in said
+    assert (
+        "5 of 5 train images of data" in said and "5 train images" in (tmp_path / "own" / "robustness.md").read_text()
+    )
 
 
 def test_images_of_a_class_that_the_model_does_not_have(tmp_path):

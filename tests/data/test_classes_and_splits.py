@@ -323,8 +323,11 @@ def test_a_data_set_with_nothing_but_a_test_split(tmp_path):
 
 def test_the_test_part_is_that_of_training(tmp_path):
     folder = write_parquet(tmp_path / "d", features=typed())
-    ours, theirs = load_image_data(folder, augmentation="none").test, load_test_data(folder).test
+    alone = load_test_data(folder)
+    ours, theirs = load_image_data(folder, augmentation="none").test, alone.test
     assert torch.equal(ours.images, theirs.images) and torch.equal(ours.labels, theirs.labels)
+    assert ours.data_split == "test" and theirs.data_split == "train"  # of a model of whom nobody knows the training
+    assert "tested on 4 of 20 rows of split 'train'" in alone.description and "has not seen" in alone.description
     with pytest.raises(ValueError, match="embedded: drop test_split"):
         load_test_data("digits", test_split="test")
 

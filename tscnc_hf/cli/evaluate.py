@@ -25,7 +25,7 @@ class EvaluationArguments:
         dataset (`str`, *optional*, defaults to `"uoft-cs/cifar10"`): Hub id, local folder, or "digits"; its test part.
         image_column, label_column (`str`, *optional*): name of the column; found by type if not given.
         test_split (`str`, *optional*): the split to test on; by default "test", else "validation", else a fifth of
-            train.
+            train, which results call train: a model of others may have been trained on it.
         drop_unlabelled (`bool`, *optional*, defaults to `False`): leave out images whose label is negative or missing,
             and say how many.
         image_size (`list[int]`, *optional*): resize the images to this side, or height and width, in pixels, before

@@ -153,7 +153,8 @@ def load_image_data(
         notes.append(
             f'grey images in three equal channels{looked}, which an attack changes apart: channels="grey" keeps one'
         )
-    return _finish(made, rows.class_names, name, _role(parts["test"][0]), "; ".join(notes), asked)
+    tested = "test" if parts["test"][0] == "train" else parts["test"][0]  # no training of ours sees what is held out
+    return _finish(made, rows.class_names, name, tested, "; ".join(notes), asked)
 
 
 @dataclass
@@ -193,7 +194,8 @@ def load_test_data(
 
     Args:
         dataset, image_column, label_column, image_size, channels, revision, test_split, drop_unlabelled: as there; a
-            data set with one split is tested on that, unless it is `train`.
+            data set with one split is tested on that, of `train` on the same fifth as there. That fifth is called
+            `train` here (`data_split`): nobody knows whether the model was trained without it.
         fit: from an image (PIL, mode RGB or L) to its pixels, uint8 (c, h, w), in place of `image_size`, where the
             images have no size in common, or one above 96 pixels. Others keep the size that they have.
         limit: the first n rows, chosen as by `test_limit` there.
@@ -208,7 +210,12 @@ def load_test_data(
     splits, name, about = _digits_or_splits(dataset, asked, test_only=True)
     rows = _Rows(splits, image_column, label_column, drop_unlabelled, class_names)
     rows.find_among(class_names or ())
-    split, _, indices, origin = _test_rows(rows.labels)
+    split, rest, indices, origin = _test_rows(rows.labels)
+    if split == "train":
+        origin = (
+            f"tested on {len(indices):,} of {len(rest) + len(indices):,} rows of split 'train', as there is none for "
+            "tests: only a model that was trained by this library on this very data has not seen them"
+        )
     indices = first_rows(indices, rows.labels[split], limit, "limit")
     decoder, first_size, _ = decoder_for(rows.some_images(split, indices), channels)
     fit = None if rows.keep_their_size([(split, indices)]) else fit
@@ -219,7 +226,7 @@ def load_test_data(
     if not in_memory and size is None:
         raise ValueError(f"images of {first_size[0]}x{first_size[1]} pixels need an image_size")
     made = rows.dataset(split, indices, decoder, size, in_memory, fit=fit)
-    made.data_name, made.data_split = name, _role(split)
+    made.data_name, made.data_split = name, split
     channels, *size = made[0]["pixel_values"].shape
     description = "; ".join([origin, *about, *rows.notes])
     return TestData(made, rows.class_names, tuple(size), channels, name, description, fitted=fit is not None)
@@ -505,11 +512,6 @@ def _digits():
     features = datasets.Features({"image": datasets.Image(), "label": names})
     images = [Image.fromarray(plane) for plane in planes]
     return datasets.Dataset.from_dict({"image": images, "label": labels}, features)
-
-
-def _role(split: str) -> str:
-    """What a split to test on is called: rows of train that were held out for it are test images."""
-    return "test" if split == "train" else split
 
 
 def _finish(
