@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from tests.data.test_loading import picture, private_cache, typed, write_parquet  # noqa: F401
+from tscnc_hf.data.folders import in_no_split
 from tscnc_hf.data.loading import load_image_data, load_test_data
 
 
@@ -123,6 +124,26 @@ def test_what_lies_beside_images(tmp_path):
     (tmp_path / "b" / "labels").mkdir()
     (tmp_path / "b" / "labels" / "0.txt").touch()
     assert "; folder 'labels', without images, left out" in load(flat).description
+
+
+@pytest.mark.parametrize(("link", "to"), [("train/cat/up", "."), ("train/cat/up", "train/cat"), ("test/dog/up", "..")])
+def test_a_link_to_a_folder_around_it_is_not_followed(link, to, tmp_path):
+    folder = make(tmp_path / "a" / "b", "train/cat", "train/dog", "test/cat", "test/dog")
+    (tmp_path / "a" / "b" / link).symlink_to(tmp_path / "a" / "b" / to, target_is_directory=True)
+    assert sizes(load(folder)) == (8, 8)
+    parquet = write_parquet(tmp_path / "p", features=typed())
+    (tmp_path / "p" / "up").symlink_to(tmp_path / "p", target_is_directory=True)
+    assert in_no_split(parquet, {"train": list((tmp_path / "p").glob("*.parquet"))}) == []
+
+
+def test_links_to_other_folders_are_followed(tmp_path):
+    make(tmp_path / "images", "cat", "dog")
+    make(tmp_path / "a", "test/cat", "test/dog")
+    for name in ("cat", "dog"):
+        (tmp_path / "a" / "train").mkdir(exist_ok=True)
+        (tmp_path / "a" / "train" / name).symlink_to(tmp_path / "images" / name, target_is_directory=True)
+    found = load_image_data(str(tmp_path / "a"), augmentation="none", validation_fraction=0.25)
+    assert found.class_names == ["cat", "dog"] and (len(found.train), len(found.test)) == (6, 8)
 
 
 def test_a_class_may_have_no_test_image(tmp_path):

@@ -3,6 +3,7 @@
 import os
 import re
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,8 +78,7 @@ def _images(folder: Path) -> tuple[list[str], dict[str, list[str]]] | None:
     said = readme.read_text("utf-8", errors="replace") if readme.is_file() else ""
     if re.match(r"---\n.*^\s*data_files:.*^---", said, re.DOTALL | re.M):
         return None
-    for place, below, files in os.walk(folder, followlinks=True):
-        below[:] = [name for name in below if not name.startswith((".", "__"))]
+    for place, files in _walk(folder):
         unread = others.setdefault(os.path.relpath(place, folder), [])
         for name in files:
             kind = os.path.splitext(name)[1].lower()
@@ -234,11 +234,26 @@ def in_no_split(folder: str, of_split: dict[str, Any]) -> list[str]:
     read = {os.path.realpath(file) for files in of_split.values() for file in map(str, files)}
     kinds = {os.path.splitext(file)[1].lower() for file in read} - COMPANIONS
     found = []
-    for place, below, files in os.walk(folder, followlinks=True):
-        below[:] = [name for name in below if not name.startswith((".", "__"))]
+    for place, files in _walk(folder):
         paths = [os.path.join(place, name) for name in files if not name.startswith((".", "__"))]
         found += [path for path in paths if os.path.splitext(path)[1].lower() in kinds]
     return sorted(os.path.relpath(path, folder) for path in found if os.path.realpath(path) not in read)
+
+
+def _walk(folder: str | os.PathLike) -> Iterator[tuple[str, list[str]]]:
+    """
+    A folder and those below it, also through links, with the names of their files; none that is hidden or is named
+    "__...", and none that lies around itself by a link, which would have no end.
+    """
+    around = {os.fspath(folder): {os.path.realpath(folder)}}
+    for place, below, files in os.walk(folder, followlinks=True):
+        above = around.pop(place)
+        real = {
+            name: os.path.realpath(os.path.join(place, name)) for name in below if not name.startswith((".", "__"))
+        }
+        below[:] = [name for name in real if real[name] not in above]
+        around |= {os.path.join(place, name): above | {real[name]} for name in below}
+        yield place, files
 
 
 def _some(names: list[str]) -> str:
