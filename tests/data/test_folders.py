@@ -146,6 +146,23 @@ def test_links_to_other_folders_are_followed(tmp_path):
     assert found.class_names == ["cat", "dog"] and (len(found.train), len(found.test)) == (6, 8)
 
 
+def test_metadata_that_names_no_image_of_a_split(tmp_path):
+    make(tmp_path, "train/cat", "train/dog", "test/cat", "test/dog", n=8)
+    listed = "".join(f"{name}/{i}.png,{name}\n" for name in ("cat", "dog") for i in range(8))
+    (tmp_path / "train" / "metadata.csv").write_text(f"file_name,label\n{listed}")
+    said = (
+        "cannot be read: where there is metadata.csv or metadata.jsonl, only images that it names are read, and "
+        "train/metadata.csv names none of split 'test'. Put one .* beside the images of each split, or"
+    )
+    with pytest.raises(ValueError, match=said):
+        load(str(tmp_path))
+    (tmp_path / "test" / "metadata.csv").write_text(f"file_name,label\n{listed}")
+    assert sizes(load(str(tmp_path))) == (16, 16)
+    for split in ("train", "test"):
+        (tmp_path / split / "metadata.csv").unlink()
+    assert sizes(load(str(tmp_path))) == (16, 16)
+
+
 def test_a_class_may_have_no_test_image(tmp_path):
     folder = make(tmp_path, "train/cat", "train/dog", "test/cat")
     (tmp_path / "test" / "dog").mkdir()

@@ -240,6 +240,23 @@ def in_no_split(folder: str, of_split: dict[str, Any]) -> list[str]:
     return sorted(os.path.relpath(path, folder) for path in found if os.path.realpath(path) not in read)
 
 
+def without_metadata(folder: Path, error: str) -> str | None:
+    """
+    What is wrong and to be done where `datasets` says that a split has no data, as a folder's files of metadata, in
+    which images are to be named, name none of it; nothing where that is not so.
+    """
+    split = re.search(r'Instruction "(\w+)" corresponds to no data', error)
+    if split is None:
+        return None
+    found = [os.path.join(place, name) for place, files in _walk(folder) for name in files if name in METADATA]
+    there = _some(sorted(os.path.relpath(path, folder) for path in found))
+    return there and (
+        f"where there is {' or '.join(METADATA)}, only images that it names are read, and {there} names none of split "
+        f"{split[1]!r}. Put one with their file_name and label beside the images of each split, or, where folders say "
+        "the classes, remove it."
+    )
+
+
 def _walk(folder: str | os.PathLike) -> Iterator[tuple[str, list[str]]]:
     """
     A folder and those below it, also through links, with the names of their files; none that is hidden or is named

@@ -22,7 +22,7 @@ from tscnc_hf.data.columns import (
     refuse_other_numbers,
 )
 from tscnc_hf.data.decoding import CHANNELS, Fit, common_size, decode_rows, decoder_for
-from tscnc_hf.data.folders import image_folder_splits, in_no_split, refuse_shared_files
+from tscnc_hf.data.folders import image_folder_splits, in_no_split, refuse_shared_files, without_metadata
 from tscnc_hf.data.identity import spread
 from tscnc_hf.data.image_datasets import ImageStreamDataset, ImageTensorDataset
 from tscnc_hf.data.splits import choose_splits, first_rows, stratified_split
@@ -376,9 +376,12 @@ def _load_splits(
             "Store it as UTF-8."
         ) from error
     except (FileNotFoundError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
+        reason = f"{error.__cause__ or error}"
+        if said := without_metadata(folder, reason):
+            raise ValueError(f"data set {dataset!r} cannot be read: {said}") from error
         raise ValueError(
-            f"data set {dataset!r} cannot be read: {error.__cause__ or error}. Give a Hub id, or a folder of parquet "
-            "files or of images with rows in every split."
+            f"data set {dataset!r} cannot be read: {reason}. Give a Hub id, or a folder of parquet files or of images "
+            "with rows in every split."
         ) from error
     there = f"files in no split ({some_names(unread)})" if unread else ""
     chosen = choose_splits([*splits], test_split, name, test_only, there)
