@@ -149,6 +149,22 @@ def test_splits_with_text_and_numbers_are_refused(train, test, tmp_path):
             load(folder)
 
 
+@pytest.mark.parametrize(
+    ("test", "message"),
+    [
+        (
+            rows([0, 1], NUMBER, "labels"),
+            "label_column='label' is not among the columns: image .Image., labels .int64",
+        ),
+        (rows([0.2, 1.7], datasets.Value("float64")), "label_column='label' has type float64, which holds no labels"),
+    ],
+)
+def test_splits_with_other_columns_are_refused(test, message, tmp_path):
+    folder = stored(tmp_path / "d", "saved", train=rows([0, 1] * 10, NUMBER), test=test)
+    with pytest.raises(ValueError, match=f"split 'test' is not stored as 'train' is: {message}"):
+        load_image_data(folder)
+
+
 def test_text_that_is_none_of_the_names_is_refused(tmp_path):
     folder = stored(tmp_path / "d", "saved", train=rows(*KINDS["names"]), test=rows(["x", "z"], TEXT))
     with pytest.raises(ValueError, match=r"split 'test' has labels that are not among its class names: \['z'\]"):

@@ -249,8 +249,13 @@ class _Rows:
 
         features = next(iter(splits.values())).features
         self.column, label_column = find_columns(features, image_column, label_column)
+        for split, rows in splits.items():
+            try:
+                find_columns(rows.features, self.column, label_column)
+            except ValueError as error:
+                raise ValueError(f"split {split!r} is not stored as {next(iter(splits))!r} is: {error}") from error
         self.notes: list[str] = []
-        kinds = {split: rows.features.get(label_column) for split, rows in splits.items()}
+        kinds = {split: rows.features[label_column] for split, rows in splits.items()}
         named = {split: list(kind.names) for split, kind in kinds.items() if isinstance(kind, datasets.ClassLabel)}
         refuse_other_numbers(label_column, [(f"split {split!r}", names) for split, names in named.items()])
         names = next(iter(named.values()), None)
