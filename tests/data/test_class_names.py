@@ -136,6 +136,7 @@ def named(names):
 SAYS = [
     ours, column, lambda names: column(names, "label"), WithClasses, lambda names: Subset(ours(names), [0, 1]),
     lambda names: ConcatDataset([WithClasses(ANIMALS), Subset(WithClasses(names), [2])]),
+    lambda names: Subset(ConcatDataset([WithClasses(ANIMALS), column(names)]), [4, 0]),
     lambda names: {"one": ours(ANIMALS), "other": column(names)}, lambda names: column(names).to_iterable_dataset(),
 ]  # fmt: skip
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from accelerate import PartialState
 from torch import nn
+from torch.utils.data import ConcatDataset, Subset
 
 from tests.processes import run_processes
 from tscnc_hf.evaluation.attacks import make_attack
@@ -377,6 +378,11 @@ def test_class_names_are_compared(evaluate, build, digits, caplog):
     model.config.id2label = {number: f"kind {number}" for number in range(10)}
     with pytest.raises(ValueError, match="the data set has them in another order"):
         of(**{f"c{number}": f"kind {9 - number}" for number in range(10)})
+    right, wrong = digits.test.subset(range(2)), digits.test.subset(range(2, 4))
+    right.class_names, wrong.class_names = ([f"kind {n}" for n in order] for order in (range(10), range(9, -1, -1)))
+    for both in (ConcatDataset([right, wrong]), Subset(ConcatDataset([right, wrong]), [0, 3])):
+        with pytest.raises(ValueError, match="the data set has them in another order"):
+            evaluate(model, both, attacks=("clean",), n=2, processing_class=processor)
     assert not caplog.records
     of(**{f"c{number}": f"kind {number}" for number in range(9)})
     assert "Only the model, of 10 classes, has kind 9" in caplog.text

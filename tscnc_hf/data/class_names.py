@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from torch.utils.data import ConcatDataset
+from torch.utils.data import ConcatDataset, Subset
 
 from tscnc_hf.data.batches import LABEL_KEYS
 from tscnc_hf.data.columns import normal_name
@@ -126,13 +126,11 @@ class SameClasses:
 
     def check(self, dataset: Any, role: str) -> None:
         """ValueError where a label has another name in the data set; classes that come last may be missing there."""
-        if isinstance(dataset, dict | ConcatDataset):
-            for part in dataset.values() if isinstance(dataset, dict) else dataset.datasets:
-                self.check(part, role)
-            return
-        names = class_names_of(dataset)
-        if not names:
-            return
+        for part in parts_of(dataset):
+            if names := class_names_of(part):
+                self._check_names(names, role)
+
+    def _check_names(self, names: list[str], role: str) -> None:
         if said := _another_order(self._of_model, names):
             raise ValueError(f"{role}: {said}, or build the model with its names (model.config.id2label)")
         if has_no_names(names):
@@ -184,6 +182,17 @@ def class_names_of(dataset: Any) -> list[str] | None:
             return list(names)
     inner = getattr(dataset, "dataset", None)  # of a `Subset`
     return None if inner is None or inner is dataset else class_names_of(inner)
+
+
+def parts_of(dataset: Any) -> Iterator[Any]:
+    """The data sets that may each have names of their own: of a dict, of a `ConcatDataset`, also below a `Subset`."""
+    if isinstance(dataset, dict | ConcatDataset):
+        for part in dataset.values() if isinstance(dataset, dict) else dataset.datasets:
+            yield from parts_of(part)
+    elif isinstance(dataset, Subset) and class_names_of(dataset) is None:
+        yield from parts_of(dataset.dataset)
+    else:
+        yield dataset
 
 
 def has_no_names(class_names: Sequence[str]) -> bool:

@@ -25,7 +25,7 @@ from tscnc_hf.artifact.files.network import model_identity
 from tscnc_hf.artifact.models.loading import load_model
 from tscnc_hf.artifact.models.preprocessing import preprocessing
 from tscnc_hf.data.batches import check_items, collate
-from tscnc_hf.data.class_names import class_names_of, class_names_of_model, compare_class_names
+from tscnc_hf.data.class_names import class_names_of, class_names_of_model, compare_class_names, parts_of
 from tscnc_hf.data.identity import random_states_kept
 from tscnc_hf.evaluation.attacks import KNOWN_ATTACKS, Attack, check_fit, make_attack
 from tscnc_hf.evaluation.duration import estimate, estimate_text, timed
@@ -112,8 +112,11 @@ def evaluate_robustness(
     if dense_model is not None and not masking:
         raise ValueError("dense_model is for the masking checks alone, and masking=False leaves them out: drop one")
     model, processing_class = _by_name(model, processing_class)
-    names, theirs = class_names_of_model(model), class_names_of(dataset)
-    warning = compare_class_names(names, theirs) if names and theirs else None
+    names, warnings = class_names_of_model(model), []
+    for part in parts_of(dataset):
+        theirs = class_names_of(part)
+        warnings.append(compare_class_names(names, theirs) if names and theirs else None)
+    warning = next(filter(None, warnings), None)
     dense_model, dense_processing_class = _by_name(dense_model, dense_processing_class)
     work = Robustness(
         model,
