@@ -77,7 +77,7 @@ def test_dense_and_packed_give_the_figures_of_the_function(folders, tmp_path, di
     assert "| worst case |" in page and "| 9 |" in page and "Are gradients hidden?" in page
     assert "steps 3, step size" in page and str(tmp_path) not in page
     printed = capsys.readouterr().out
-    assert "pgd-3 accuracy" in printed and "60 of 359 train images of digits" in printed
+    assert "pgd-3 accuracy" in printed and "60 of 359 test images of digits" in printed
 
 
 @pytest.mark.launched
