@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from recipes import ablation, vit_cifar10
-from tscnc_hf.evaluation.attacks import check_attacks, make_attack
+from tscnc_hf.evaluation.attacks import check_attacks, check_fit, make_attack
 from tscnc_hf.evaluation.measures.robustness import evaluate_robustness
 from tscnc_hf.training.trainer import TSCNCTrainer
 
@@ -28,6 +28,8 @@ def data(classes: int, shape=(1, 6, 6)) -> list[dict]:
         ("cw-3", 1, "l2", (1, 6, 6), "needs at least 2 classes"),
         ("square", 4, "l2", (3, 4, 32), "at least 5 pixels in height .*these have 4"),
         ("autoattack", 10, "l2", (1, 1, 1), "at least 5 pixels in height"),
+        ("square", 4, "l2", (1, 12, 12), "images of 12x12: .*, of 2 pixels, .*, such as 13x13, or take pgd-20"),
+        ("autoattack", 4, "l2", (1, 28, 40), "'autoattack' in l2 cannot start on images of 28x40: .* 40x40"),
     ],
 )
 def test_what_does_not_fit_is_refused_in_words_before_an_image_is_attacked(name, classes, norm, shape, message):
@@ -51,6 +53,34 @@ def test_what_fits_barely_runs(name, classes, norm, height):
     y = 1 - model(x).argmax(-1).clamp(max=1)  # wrong already: a few queries of Square
     out = make_attack(name, 0.05, norm).run(model, x, y, torch.arange(2), 0)
     assert out.shape == x.shape
+
+
+def test_the_sizes_that_square_can_tile_are_those_that_are_let_through():
+    square = pytest.importorskip("pyautoattack.square", reason="pyautoattack is not installed (tscnc-hf[eval])")
+    attack, label, sure = make_attack("square", 0.5, "l2"), torch.zeros(1, dtype=torch.int64), torch.eye(2)[:1]
+
+    def runs(height: int, width: int) -> bool:
+        there = square.SquareAttack(lambda x: sure, norm="L2", eps=0.5, n_queries=2, device="cpu", seed=0)
+        there.init_hyperparam(x := torch.rand(1, 1, height, width))
+        try:
+            there.attack_single_run(x, label)
+        except RuntimeError as error:
+            assert "match" in str(error)
+            return False
+        return True
+
+    def fits(height: int, width: int) -> bool:
+        try:
+            check_fit(attack, 2, (height, width))
+        except ValueError:
+            return False
+        return True
+
+    heights = (5, 9, 12, 13, 14, 16, 18, 19, 20, 24, 28, 32)
+    sizes = [(height, width) for height in heights for width in (2, 4, *heights, 35, 40, 48, 64)]
+    found = {size: fits(*size) for size in sizes}
+    assert found == {size: runs(*size) for size in sizes} and len(set(found.values())) == 2
+    assert not any(found[size] for size in ((12, 12), (24, 24), (32, 48), (28, 40))) and found[32, 64]
 
 
 def test_no_attack_is_refused():

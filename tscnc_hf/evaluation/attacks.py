@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
+from itertools import count
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,7 @@ KNOWN_ATTACKS = (
 )
 OURS = {"implementation": "tscnc_hf", "version": __version__}
 APGD_STEPS = 100
+FIFTHS = 5  # squares of Square in l2 that a height is cut into
 AUTOATTACK = "autoattack"
 PARTS = {
     AUTOATTACK: ("apgd-ce", "apgd-t", "fab-t", "square"),
@@ -51,7 +53,7 @@ class Attack:
         run: (logits_fn, x, y, index, seed) -> x_adv; x (b, c, h, w) in [0, 1], y and index (b,), int64: labels, and
             places of the images in the data set. None for "clean".
         classes: how many a model needs at least.
-        height: pixels that an image needs at least.
+        tiles: whether it starts from squares of a fifth of an image's height, which have to lie in the image.
         parts: name -> what `run` does one after the other, each to the images that withstood those before; one that
             is called like the attack unless said otherwise. An evaluation keeps what each of them found.
     """
@@ -60,7 +62,7 @@ class Attack:
     parameters: dict = field(default_factory=dict)
     run: Run | None = None
     classes: int = 1
-    height: int = 1
+    tiles: bool = False
     parts: Mapping[str, Run] = field(default_factory=dict)
 
     def __post_init__(self):
@@ -124,7 +126,7 @@ def check_attacks(
     Whether these attacks can be run on a model of so many classes and images (h, w): known before it is trained.
 
     Raises:
-        ValueError, ImportError: as `make_attack`; none is named; one needs more classes, or larger images.
+        ValueError, ImportError: as `make_attack`; none is named; one needs more classes, or images of another size.
     """
     if not names:
         raise ValueError(f"no attack was named; known are {KNOWN_ATTACKS}")
@@ -133,15 +135,32 @@ def check_attacks(
 
 
 def check_fit(attack: Attack, classes: int, image_size: tuple[int, int] | None = None) -> None:
-    """ValueError where the attack needs more classes, or larger images (h, w)."""
+    """ValueError where the attack needs more classes, or images of another size (h, w)."""
     if classes < attack.classes:
         rest = "; pgd-20, apgd and square do with two" if classes > 1 else ": with one class no answer is wrong"
         raise ValueError(f"attack {attack.name!r} needs at least {attack.classes} classes, there are {classes}{rest}")
-    if image_size is not None and image_size[0] < attack.height:
+    if image_size is None or not attack.tiles:
+        return
+    height, width = image_size
+    if height < FIFTHS:
         raise ValueError(
-            f"attack {attack.name!r} in l2 needs images of at least {attack.height} pixels in height (its squares are "
-            f"a fifth of that), these have {image_size[0]}; pgd-20 and apgd do with fewer"
+            f"attack {attack.name!r} in l2 needs images of at least {FIFTHS} pixels in height (its squares are a "
+            f"fifth of that), these have {height}; pgd-20 and apgd do with fewer"
         )
+    if not _tiled(height, width):
+        side = next(side for side in count(max(height, width)) if _tiled(side, side))
+        raise ValueError(
+            f"attack {attack.name!r} in l2 cannot start on images of {height}x{width}: the last of its squares, of "
+            f"{height // FIFTHS} pixels, does not lie in them. Bring images to another size, such as {side}x{side}, "
+            "or take pgd-20 or apgd, which do with any"
+        )
+
+
+def _tiled(height: int, width: int) -> bool:
+    """Whether what is left beside whole squares is as much as pyautoattack's Square leaves free before the first."""
+    side = height // FIFTHS
+    free = (height - FIFTHS * side) // 2
+    return side == 1 or width < side or min(height % side, width % side) >= free
 
 
 def pgd_step_size(epsilon: float, steps: int) -> float:
@@ -215,12 +234,12 @@ def _from_pyautoattack(name: str, epsilon: float, norm: str) -> Attack:
         )
         for part in PARTS[name]
     }
-    height = 5 if norm == "l2" and "square" in PARTS[name] else 1
+    tiles = norm == "l2" and "square" in PARTS[name]
     if name == "square":
-        return Attack(name, parameters | {"queries": 5000, "restarts": 1}, None, 2, height, parts)
+        return Attack(name, parameters | {"queries": 5000, "restarts": 1}, None, 2, tiles, parts)
     parameters |= {"attacks": list(PARTS[name]), "steps": 100}
     parameters |= {"queries": 5000} if "square" in PARTS[name] else {}
-    return Attack(name, parameters, None, 4, height, parts)  # for its targeted losses
+    return Attack(name, parameters, None, 4, tiles, parts)  # for its targeted losses
 
 
 def _autoattack(autoattack, forward, x, y, index, seed, *, part, key, epsilon, norm) -> Tensor:
