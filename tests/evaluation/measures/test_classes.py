@@ -8,6 +8,7 @@ from torch import nn
 
 from tscnc_hf.artifact.card.formatting import collapse_text
 from tscnc_hf.evaluation.measures.classes import balanced_accuracy, collapse, confusion, worst_class
+from tscnc_hf.evaluation.measures.examples import AdversarialExamples
 from tscnc_hf.evaluation.measures.robustness import evaluate_robustness
 from tscnc_hf.evaluation.measures.robustness_report import RobustnessReport
 
@@ -111,3 +112,13 @@ def test_the_sentence_names_the_class_and_what_is_empty():
     found = {"class": 1, "share": 1.0, "largest_class": 0.71}
     text = collapse_text(found, ["a.weight", "b.weight", "c.weight", "d.weight"], {0: "sound", 1: "defect"})
     assert "class 1 (defect) for 100.0% of the images, of which 71.0%" in text and "c.weight and 1 more" in text
+
+
+def test_an_output_beyond_the_names_of_the_data_is_called_by_its_number():
+    found = {"class": 7, "share": 1.0}
+    for names in (["bird", "cat", "dog"], {0: "bird", 1: "cat"}, None):
+        assert collapse_text(found, (), names).startswith("the network has collapsed: it names class 7 for 100.0%")
+    some = AdversarialExamples(*[torch.zeros(2, 1, 2, 2)] * 2, torch.tensor([0, 2]), torch.tensor([7, 1]), "", "", 0)
+    shown = some.for_figure(["bird", "cat", "dog"])
+    assert shown["truth"] == ["bird", "dog"] and shown["guesses"] == ["7", "cat"]
+    assert some.for_figure()["truth"] == ["0", "2"]

@@ -40,6 +40,12 @@ def table_cell(text: Any) -> str:
     return one_line(text).replace("|", "\\|")
 
 
+def class_name(label: int, names: Sequence[str] | Mapping[int, str] | None = None) -> str:
+    """The name of a class; its number where it has none, as an output beyond the classes of a data set."""
+    known = names if isinstance(names, Mapping) else dict(enumerate(names or ()))
+    return str(known.get(label, label))
+
+
 def plain(value: Any) -> Any:
     """YAML's own types, without absolute paths."""
     if isinstance(value, Mapping):
@@ -103,7 +109,7 @@ def collapse_text(
         said = "it gives the same logits for every image"
     else:
         label = found["class"]
-        name = str(class_names[label]) if class_names else str(label)
+        name = class_name(label, class_names)
         known = name not in (str(label), f"LABEL_{label}")
         said = f"it names class {label}{f' ({name})' if known else ''} for {found['share']:.1%} of the images"
     if found.get("largest_class") is not None:

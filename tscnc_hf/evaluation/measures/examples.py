@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
+from tscnc_hf.artifact.card.formatting import class_name
 from tscnc_hf.artifact.files.state import load_state, save_state
 from tscnc_hf.artifact.models.preprocessing import preprocessing
 from tscnc_hf.data.batches import check_items, collate
@@ -44,15 +45,11 @@ class AdversarialExamples:
 
     def for_figure(self, class_names: Sequence[str] | None = None) -> dict:
         """Keyword arguments of `tscnc_hf.artifact.card.robustness_figures.examples_figure`."""
-
-        def names(classes: Tensor) -> list[str]:
-            return [str(class_names[index]) if class_names else str(index) for index in classes.tolist()]
-
         return {
             "clean": self.clean,
             "adversarial": self.adversarial,
-            "truth": names(self.labels),
-            "guesses": names(self.predictions),
+            "truth": [class_name(label, class_names) for label in self.labels.tolist()],
+            "guesses": [class_name(label, class_names) for label in self.predictions.tolist()],
             "attack": self.attack,
             "norm": self.norm,
             "epsilon": self.epsilon,

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
-from tscnc_hf.artifact.card.formatting import collapse_text, table_cell
+from tscnc_hf.artifact.card.formatting import class_name, collapse_text, table_cell
 from tscnc_hf.evaluation.measures.classes import FEW, Confusion, balanced_accuracy, worst_class
 
 
@@ -158,6 +158,5 @@ class RobustnessReport:
         lines = ["| class | images | " + " | ".join(names) + " |", "| --- |" + " ---: |" * (len(names) + 1)]
         for label, row in self.per_class.items():
             cells = [f"{row[name] / row['n']:.1%}" for name in names]
-            shown = table_cell(class_names[label]) if class_names else label
-            lines.append(f"| {shown} | {row['n']} | " + " | ".join(cells) + " |")
+            lines.append(f"| {table_cell(class_name(label, class_names))} | {row['n']} | " + " | ".join(cells) + " |")
         return "\n".join(lines)
