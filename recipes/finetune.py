@@ -37,6 +37,8 @@ def main(args: list[str] | None = None) -> None:
         raise SystemExit("error: interpolation is that of the model's image processor: leave it out")
     with one_line_errors():
         side, channels = input_format(name)
+    if channels is not None and data_arguments.channels not in ("auto", channels):
+        raise SystemExit(f"error: channels={data_arguments.channels} but {name} takes {channels} images: leave it out")
     data_arguments = replace(data_arguments, channels=channels or data_arguments.channels)
     data = load_data(data_arguments, config.seed, photos=side)
 

@@ -244,3 +244,11 @@ def test_what_cannot_be_found_ends_with_one_line(finetune, tmp_path):
         finetune(tmp_path / "no-such-model")
     with pytest.raises(SystemExit, match="error: there is no folder '/no/such/data'"):
         finetune(saved("timm", tmp_path / "model"), dataset="/no/such/data")
+
+
+def test_channels_that_the_model_does_not_take_are_refused(finetune, tmp_path):
+    folder = saved("timm", tmp_path / "model")
+    with pytest.raises(SystemExit, match="error: channels=grey but .*model takes rgb images: leave it out"):
+        finetune(folder, channels="grey")
+    with pytest.raises(SystemExit, match="error: there is no folder '/no/such/data'"):
+        finetune(folder, channels="rgb", dataset="/no/such/data")
