@@ -87,6 +87,30 @@ def test_as_many_classes_keep_the_head(new, kept, said, tmp_path):
     assert torch.equal(model.timm_model.fc.weight, load_model(folder)[0].timm_model.fc.weight)
 
 
+@pytest.mark.parametrize("kind", ["vit", "timm", "convnext"])
+@pytest.mark.parametrize(
+    "old, new, rows",
+    [
+        (["bird", "cat", "dog"], ["cat", "dog", "emu"], [1, 2, 0]),
+        (["bird", "cat", "dog"], ["ant", "Bird", "yak"], [1, 0, 2]),
+        (["bird", "cat", "dog"], ["bird", "cat", "emu"], [0, 1, 2]),
+        (["LABEL_0", "LABEL_1", "LABEL_2"], ["1", "2", "7"], [1, 2, 0]),
+    ],
+)
+def test_what_a_head_knows_of_a_class_moves_with_its_name(kind, old, new, rows, tmp_path):
+    folder = saved(kind, tmp_path, old)
+    before = load_model(folder)[0]
+    with torch.no_grad():  # a bias, too, which tells rows apart
+        before.get_parameter(f"{head_of(kind)}.bias").copy_(torch.arange(3.0))
+    before.save_pretrained(folder)
+    model, processor, changes = load_for_finetuning(folder, new, (16, 16))
+    assert list(model.config.id2label.values()) == new
+    assert (", its rows moved to where the data set has their classes, renamed from" in changes) == (rows != [0, 1, 2])
+    x = torch.rand(2, 3, 16, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(logits_fn(model, processor)(x), logits_fn(before, processor)(x)[:, rows])
+
+
 def test_classes_in_another_order_are_refused(tmp_path):
     with pytest.raises(ValueError, match="red panda, owl, fox; the data set has them in another order: owl, fox"):
         load_for_finetuning(saved("vit", tmp_path), ["owl", "fox", "red panda"], (16, 16))

@@ -16,9 +16,10 @@ from transformers import (
 )
 
 from tscnc_hf.artifact.models.config import input_format, label_fields, read_config
-from tscnc_hf.artifact.models.loading import load_model
+from tscnc_hf.artifact.models.loading import head_weights, load_model
 from tscnc_hf.artifact.models.preprocessing import acts, agrees, image_processor, preprocessing
-from tscnc_hf.data.class_names import class_numbers, refuse_another_order
+from tscnc_hf.data.class_names import class_numbers, compare_class_names, refuse_another_order
+from tscnc_hf.data.columns import normal_name
 from tscnc_hf.method.adversarial.pixels import Preprocessing
 
 
@@ -34,7 +35,8 @@ def load_for_finetuning(
     alone.
 
     A model with another number of classes, or without a head, gets a new one. One with as many keeps it: under its own
-    names where the data set only numbers its classes ("3" is "LABEL_3"), otherwise under those of the data set.
+    names where the data set only numbers its classes ("3" is "LABEL_3"), otherwise under those of the data set; what
+    it has learnt of a class that both name goes to the number that the data set gives it.
 
     Args:
         name_or_folder (`str`): Hub id or folder, dense or packed.
@@ -61,13 +63,17 @@ def load_for_finetuning(
             kept, had_none = False, ", it had none"
     if not kept:
         model, processor = load_model(name_or_folder, class_names, new_head=True)
-    numbers = class_numbers(new)
-    renamed = kept and old != new and (numbers is None or class_numbers(old) not in (None, numbers))
+    rows = _rows(old, new) if kept else []
+    moved, numbers = rows != sorted(rows), class_numbers(new)
+    renamed = moved or (kept and old != new and (numbers is None or class_numbers(old) not in (None, numbers)))
     if kept:
         names = f", renamed from {', '.join(old[:3])} ... to {', '.join(new[:3])} ..." if renamed else ""
-        head = f"head for {len(old)} classes kept{names}"
+        where = ", its rows moved to where the data set has their classes" if moved else ""
+        head = f"head for {len(old)} classes kept{where}{names}"
     else:
         head = f"new head for {len(new)} classes" + (had_none or f" in place of one for {len(old)}")
+    if moved:
+        _move_rows_(model, rows)
     if renamed or not kept:
         model.config.update(label_fields(class_names))
     before, channels = input_format(model, processor)
@@ -94,6 +100,32 @@ def load_for_finetuning(
     if before not in (None, made):
         size += f", which took {before[0]}x{before[1]} so far" if resize else f", of {before[0]}x{before[1]} so far"
     return model, processor, f"{head}; {size}"
+
+
+def _rows(old: Sequence[str], new: Sequence[str]) -> list[int]:
+    """
+    Of which class of the model each class of a data set, of as many, gets the row of the head: of the same name or
+    number where one that both have is at another place in each; rows that are left go to the others in order.
+    """
+    left = list(range(len(old)))
+    try:
+        compare_class_names(old, new)
+        return left
+    except ValueError:  # some are at another place; that all are has been refused
+        pass
+    ours, theirs = class_numbers(old), class_numbers(new)
+    if ours is None or theirs is None:
+        ours, theirs = ([normal_name(name.strip().casefold()) for name in names] for names in (old, new))
+    rows = [ours.index(name) if name in ours else None for name in theirs]
+    left = [row for row in left if row not in rows]
+    return [left.pop(0) if row is None else row for row in rows]
+
+
+@torch.no_grad()
+def _move_rows_(model: PreTrainedModel, rows: Sequence[int]) -> None:
+    state = model.state_dict()
+    for name in head_weights(type(model), model.config):
+        state[name].copy_(state[name][list(rows)])
 
 
 def described(

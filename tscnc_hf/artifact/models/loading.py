@@ -268,7 +268,7 @@ def build_exactly(
     missing = {key for key in found["missing_keys"] if key in own and not key.endswith("num_batches_tracked")}
     mismatched = {key: tuple(stored) for key, stored, _ in found["mismatched_keys"]}
     unexpected, advice = set(found["unexpected_keys"]) - {name for name, _ in model.named_buffers()}, SAME
-    head = _head(model_class, config) if missing or mismatched else set()
+    head = head_weights(model_class, config) if missing or mismatched else set()
     if new_head:
         missing -= head
         mismatched = {k: stored for k, stored in mismatched.items() if k not in head or stored[1:] != own[k][1:]}
@@ -331,7 +331,7 @@ def _empty(model_class: type[PreTrainedModel], config: Any, more_labels: int = 0
         return narrowed(model_class, config)(config)
 
 
-def _head(model_class: type[PreTrainedModel], config: Any) -> set[str]:
+def head_weights(model_class: type[PreTrainedModel], config: Any) -> set[str]:
     """The weights whose shape the number of classes decides."""
     one, other = (_empty(model_class, config, more).state_dict() for more in (0, 1))
     return {key for key in one if one[key].shape != other[key].shape}
