@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import pytest
+from PIL import Image
 from torch import distributed
 
 from recipes import ablation, vit_cifar10
@@ -125,6 +126,20 @@ def test_a_run_too_short_for_its_schedule_ends_with_one_line(monkeypatch, start)
     monkeypatch.undo()
     said = start("--target_sparsity", "0.9", "--max_steps", "5")[1]
     assert said.startswith("error: training has 5 optimizer steps") and "\n" not in said
+
+
+def test_an_image_that_cannot_be_decoded_ends_a_recipe_with_one_line(start, monkeypatch, tmp_path):
+    for index in range(80):
+        path = tmp_path / "data" / ("test" if index % 2 else "train") / "ab"[index // 40] / f"{index:02}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), 3 * index).save(path)
+    path = tmp_path / "data" / "test" / "a" / "03.png"  # not among those that are looked at before
+    path.write_bytes(path.read_bytes()[:40])
+    monkeypatch.setattr(TSCNCTrainer, "train", lambda *args, **kwargs: None)
+    monkeypatch.setattr(TSCNCTrainer, "test", lambda trainer, data, **kwargs: [data[place] for place in range(40)])
+    options = ("--decode", "as-read", "--image_size", "8", "--test_limit", "40")
+    said = start("--dataset", str(tmp_path / "data"), *options)[1]
+    assert said.startswith("error: image 1 of split 'test'") and "cannot be decoded" in said and "\n" not in said
 
 
 def test_an_ablation_takes_no_checkpoint(tmp_path):

@@ -278,6 +278,7 @@ def run(config: TSCNCConfig, arguments: DataArguments, build: Callable[[], tuple
     """Train what `build()` gives (model, image processor), after a dense twin if asked for, and `finish` it."""
     from transformers import set_seed
 
+    from tscnc_hf.data.decoding import ImageError
     from tscnc_hf.training.compressor import ScheduleError
     from tscnc_hf.training.resume.checkpoints import ResumeError, others_text
     from tscnc_hf.training.resume.storage import StorageError
@@ -294,7 +295,7 @@ def run(config: TSCNCConfig, arguments: DataArguments, build: Callable[[], tuple
     if config.teacher == DENSE_TWIN and not arguments.compare_dense:
         raise SystemExit(f"error: teacher={DENSE_TWIN} is the twin that compare_dense=True trains: set that, too")
     dense = None
-    with one_line_errors((StorageError, ResumeError, ScheduleError)):  # of others a traceback says more
+    with one_line_errors((StorageError, ResumeError, ScheduleError, ImageError)):  # of others a traceback says more
         resume = resume_point(config, arguments)
         if arguments.compare_dense:
             if not resume and (text := others_text(config.output_dir)):

@@ -27,7 +27,11 @@ CHUNK = 1000
 PROGRESS_FROM = 5_000
 
 
-class ColourError(ValueError):
+class ImageError(ValueError):
+    """A stored image is none, or cannot be decoded."""
+
+
+class ColourError(ImageError):
     """An image is in colour where only grey was expected."""
 
 
@@ -47,12 +51,12 @@ class ImageDecoder:
         """Decode `{"bytes", "path"}`, or bytes alone, to a PIL image in mode RGB or L, upright.
 
         Raises:
-            ValueError: the image cannot be decoded, or is in colour where only grey was expected; names `where`, the
-                path where known, and the decoder's message.
+            ImageError: a `ValueError`; the image cannot be decoded, or is in colour where only grey was expected;
+                names `where`, the path where known, and the decoder's message.
         """
         content, path = (stored.get("bytes"), stored.get("path")) if isinstance(stored, dict) else (stored, None)
         if content is None and path is None:
-            raise ValueError(f"{where} holds no image (neither bytes nor a path). Remove the row or repair the file.")
+            raise ImageError(f"{where} holds no image (neither bytes nor a path). Remove the row or repair the file.")
         try:
             image = Image.open(path if content is None else io.BytesIO(content))
             image.load()
@@ -62,7 +66,7 @@ class ImageDecoder:
             image = self._convert(image)
         except Exception as error:  # PIL's plugins raise OSError, SyntaxError, ValueError, struct.error and more
             source = path if content is None else f"{len(content)} bytes" + (f" of {path}" if path else "")
-            raise ValueError(
+            raise ImageError(
                 f"{where} ({source}) cannot be decoded: {type(error).__name__}: {error}. Repair or remove the image."
             ) from error
         if self.only_grey and not is_grey:
