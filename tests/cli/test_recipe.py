@@ -142,6 +142,13 @@ def test_an_image_that_cannot_be_decoded_ends_a_recipe_with_one_line(start, monk
     assert said.startswith("error: image 1 of split 'test'") and "cannot be decoded" in said and "\n" not in said
 
 
+@pytest.mark.parametrize("threads", ["0", "-2"])
+def test_less_than_one_thread_is_wrong_usage(threads, capsys):
+    with pytest.raises(SystemExit) as ended:
+        vit_cifar10.main(["--dataset", "digits", "--output_dir", "out", "--cpu_threads", threads])
+    assert ended.value.code == 2 and f"cpu_threads={threads}: at least 1 is needed" in capsys.readouterr().err
+
+
 def test_an_ablation_takes_no_checkpoint(tmp_path):
     with pytest.raises(SystemExit, match="leave resume_from_checkpoint out"):
         ablation.main(["--dataset", "digits", "--resume_from_checkpoint", checkpoint(tmp_path)])

@@ -104,6 +104,8 @@ class DataArguments:
         self.image_size, self.input_size = side_or_pair(self.image_size), side_or_pair(self.input_size)
         if self.interpolation is not None and self.input_size is None:
             raise ValueError(f"interpolation={self.interpolation!r} has no effect without input_size")
+        if self.cpu_threads is not None and self.cpu_threads < 1:
+            raise ValueError(f"cpu_threads={self.cpu_threads}: at least 1 is needed")
 
     @property
     def of_model(self) -> dict:
