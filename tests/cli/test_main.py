@@ -302,6 +302,27 @@ def test_a_reader_who_leaves_ends_it_without_a_word(capsys, option, folders, mon
     assert code == 141 and not err  # and closing it, as the end of a process does, has not failed
 
 
+def test_a_reader_who_leaves_ends_an_evaluation_without_a_word(capsys, folders, monkeypatch, tmp_path):
+    folder, (read, write) = folders("transformers"), os.pipe()
+    os.close(read)
+    options = [
+        "--dataset",
+        "digits",
+        "--attacks",
+        "clean",
+        "--n",
+        "4",
+        "--full",
+        "false",
+        "--output_dir",
+        tmp_path / "out",
+    ]
+    with monkeypatch.context() as patch, open(write, "w") as gone:
+        patch.setattr(sys, "stdout", gone)
+        code, _, err = run(capsys, "evaluate", "--model", folder, "--device", "cpu", *options)
+    assert code == 141 and "rror" not in err
+
+
 def test_two_models_in_one_folder_are_refused(capsys, folders, tiny_vit):
     folder = folders("ours")
     tiny_vit[0].classifier.weight.data.zero_()

@@ -132,6 +132,7 @@ def evaluate_model(arguments: EvaluationArguments) -> dict:
 
     Raises:
         SystemExit: an option, the model or the data set cannot be used; the message says why.
+        BrokenPipeError: nobody reads what is printed any more.
     """
     import torch
     from accelerate import PartialState
@@ -170,6 +171,8 @@ def evaluate_model(arguments: EvaluationArguments) -> dict:
         data = _load_data(arguments, model, processor, say)
         if dense is not None:
             of_dense = _of_dense(dense, of_dense, data)
+    except BrokenPipeError:  # nobody reads on: no reason to refuse anything
+        raise
     except (ValueError, OSError, ImportError) as error:  # the message says what to do; a traceback would hide it
         raise SystemExit(f"error: {error}") from None
     n = len(data.test) if arguments.n is None else min(arguments.n, len(data.test))

@@ -61,7 +61,9 @@ def main(args: Sequence[str] | None = None) -> None:
             from tscnc_hf.cli.evaluate import evaluate_model, parse
 
             epilog = f"example: {COMMANDS['evaluate'][1]}  ({EXIT_CODES})"
-            evaluate_model(parse(args[1:], prog="tscnc evaluate", epilog=epilog))
+            options = parse(args[1:], prog="tscnc evaluate", epilog=epilog)
+            with _to_whoever_reads():
+                evaluate_model(options)
         else:
             options = _parser().parse_args(args or ["--help"])
             work, show = RUN[options.command]
