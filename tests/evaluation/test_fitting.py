@@ -5,8 +5,10 @@ import torch
 from torch import nn
 from torch.utils.data import Subset
 
-from tscnc_hf.evaluation.fitting import check_stored_labels
+from tscnc_hf.evaluation.fitting import check_stored_labels, device_of
 from tscnc_hf.evaluation.measures import robustness
+from tscnc_hf.evaluation.measures.examples import adversarial_examples
+from tscnc_hf.evaluation.measures.lipschitz import evaluate_lipschitz
 from tscnc_hf.evaluation.measures.robustness import evaluate_robustness
 from tscnc_hf.evaluation.run import evaluate
 
@@ -150,3 +152,25 @@ def test_a_dense_model_that_is_given_later_is_looked_at_before_its_checks(tmp_pa
     monkeypatch.setattr(robustness, "masking_report", None)  # a call is an error
     with pytest.raises(ValueError, match="dense_model: the Sequential returns"):
         evaluate_robustness(network(), data, "pgd-2", state_folder=tmp_path, dense_model=network(outputs=5), **OPTIONS)
+
+
+class OfBuffers(nn.Module):
+    """A linear classifier none of whose numbers is to be trained."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("weight", torch.randn(4, 12))
+
+    def forward(self, x):
+        return x.flatten(1) @ self.weight.T
+
+
+def test_a_model_without_parameters_is_where_its_buffers_are():
+    model, x = OfBuffers(), torch.rand(6, 3, 2, 2)
+    data = [{"pixel_values": image, "labels": int(model(image[None]).argmax())} for image in x]
+    same = {"epsilon": 0.1, "processing_class": Pixels}
+    report = evaluate_robustness(model, data, ("clean", "pgd-2"), progress=False, **same)
+    assert report["clean"].correct == 6
+    assert len(evaluate_lipschitz(model, data, steps=1, **same).local) == 6
+    assert len(adversarial_examples(model, data, attack="pgd-2", **same).clean) == 6
+    assert device_of(OfBuffers().to("meta")).type == "meta" and device_of(nn.ReLU()).type == "cpu"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -46,6 +47,11 @@ def check_stored_labels(dataset: Any, places: Sequence[int], outputs: int) -> No
     with random_states_kept():  # the items have the last word: they may number what is stored anew
         low, high = sorted(int(collate([dataset[place]])["labels"][0]) for place in ends)
     check_outputs(low, high, outputs, class_names_of(dataset))
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model is: its parameters, or else its buffers; the CPU where it has neither."""
+    return next(chain(model.parameters(), model.buffers()), torch.empty(0, device="cpu")).device
 
 
 def one_image(model: nn.Module, forward: LogitsFn, x: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from tscnc_hf.artifact.files.state import load_state, save_state
 from tscnc_hf.artifact.models.preprocessing import preprocessing
 from tscnc_hf.data.batches import check_items, collate
 from tscnc_hf.evaluation.attacks import make_attack
+from tscnc_hf.evaluation.fitting import device_of
 from tscnc_hf.evaluation.memory import InParts
 from tscnc_hf.evaluation.state import EvaluationState
 from tscnc_hf.evaluation.subset import drawn
@@ -79,7 +80,7 @@ def adversarial_examples(
     if run is None:
         raise ValueError("attack='clean' makes no adversarial examples; use an attack such as 'pgd-20'")
     count, n, seed = whole_number("count", count, 1), whole_number("n", n, 1), whole_number("seed", seed)
-    device = next(model.parameters()).device
+    device = device_of(model)
     check_items(dataset)
     forward = pixel_logits(model, *preprocessing(model, processing_class))
     places = drawn(len(dataset), n, seed)

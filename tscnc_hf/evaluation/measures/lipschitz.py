@@ -14,6 +14,7 @@ from torch import nn
 from tscnc_hf.artifact.models.preprocessing import preprocessing
 from tscnc_hf.data.batches import check_items, collate
 from tscnc_hf.data.identity import random_states_kept
+from tscnc_hf.evaluation.fitting import device_of
 from tscnc_hf.evaluation.memory import halving
 from tscnc_hf.evaluation.state import EvaluationState
 from tscnc_hf.evaluation.subset import drawn
@@ -97,7 +98,7 @@ def evaluate_lipschitz(
     size = len(dataset)
     if size == 0 or n < 1:
         raise ValueError(f"n={n} of a data set of {size} images: at least one image is needed")
-    device = next(model.parameters()).device
+    device = device_of(model)
     how = preprocessing(model, processing_class)
     forward = pixel_logits(model, *how)
     places, state = sorted(drawn(size, n, seed)), EvaluationState() if state is None else state

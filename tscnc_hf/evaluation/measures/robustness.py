@@ -29,7 +29,13 @@ from tscnc_hf.data.class_names import class_names_of, class_names_of_model, comp
 from tscnc_hf.data.identity import random_states_kept
 from tscnc_hf.evaluation.attacks import KNOWN_ATTACKS, Attack, check_fit, make_attack
 from tscnc_hf.evaluation.duration import estimate, estimate_text, timed
-from tscnc_hf.evaluation.fitting import check_outputs, check_stored_labels, dense_preprocessing, one_image
+from tscnc_hf.evaluation.fitting import (
+    check_outputs,
+    check_stored_labels,
+    dense_preprocessing,
+    device_of,
+    one_image,
+)
 from tscnc_hf.evaluation.measures.classes import collapse, confusion
 from tscnc_hf.evaluation.measures.masking import masking_report
 from tscnc_hf.evaluation.measures.robustness_report import AttackResult, RobustnessReport
@@ -193,7 +199,7 @@ class Robustness:
         self.places = sorted(drawn(size, self.n, self.seed))
         self.norm, self.progress, self.dense_model = norm, progress, dense_model
         self._refuse_unused(dense_processing_class)
-        device = next(model.parameters()).device if device is None else torch.device(device)
+        device = device_of(model) if device is None else torch.device(device)
         rank, world = _processes(device) if distributed else (0, 1)
         self.device = PartialState().device if world > 1 else device
         check_precision(attack_precision, self.device)
