@@ -88,6 +88,30 @@ def test_no_attack_is_refused():
         check_attacks([], 10)
 
 
+@pytest.mark.parametrize(
+    "names, message",
+    [
+        (["clean", None], "attack None is no name; known are clean"),
+        ([["clean"]], r"attack \['clean'\] is no name"),
+        ((), "no attack was named; known are clean"),
+        (None, "no attack was named"),
+    ],
+)
+def test_what_is_no_list_of_names_is_refused(names, message):
+    model, options = nn.Sequential(nn.Flatten(), nn.Linear(36, 4)), {"processing_class": Pixels, "progress": False}
+    for given in (names, iter(names or ())):  # an iterator is true, whatever it gives
+        with pytest.raises(ValueError, match=message):
+            evaluate_robustness(model, data(4), given, **options)
+    with pytest.raises(ValueError, match=message):
+        check_attacks(iter(names or ()), 4)
+
+
+def test_names_that_are_given_one_by_one_or_twice():
+    model, options = nn.Sequential(nn.Flatten(), nn.Linear(36, 4)), {"processing_class": Pixels, "progress": False}
+    report = evaluate_robustness(model, data(4), iter(["clean", "fgsm", "clean"]), masking=False, **options)
+    assert [attack.name for attack in report.attacks] == ["clean", "fgsm"]
+
+
 def test_recipes_refuse_before_training(monkeypatch, tmp_path):
     pytest.importorskip("pyautoattack", reason="pyautoattack is not installed (tscnc-hf[eval])")
     monkeypatch.setattr(TSCNCTrainer, "train", None)

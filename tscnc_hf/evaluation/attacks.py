@@ -88,6 +88,8 @@ def make_attack(name: str, epsilon: float, norm: str = "linf", precision: str = 
         ImportError: the attack needs pyautoattack, which is not installed.
     """
     check_norm(norm)
+    if not isinstance(name, str):
+        raise ValueError(f"attack {name!r} is no name; known are {KNOWN_ATTACKS}")
     if name == "clean":
         return Attack(name)
     attack = _from_pyautoattack(name, epsilon, norm) if name in PARTS else _ours(name, epsilon, norm)
@@ -128,9 +130,10 @@ def check_attacks(
     Raises:
         ValueError, ImportError: as `make_attack`; none is named; one needs more classes, or images of another size.
     """
+    names = [names] if isinstance(names, str) else list(names or ())
     if not names:
         raise ValueError(f"no attack was named; known are {KNOWN_ATTACKS}")
-    for name in [names] if isinstance(names, str) else names:
+    for name in names:
         check_fit(make_attack(name, epsilon, norm), classes, image_size)
 
 

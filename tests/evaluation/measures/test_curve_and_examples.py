@@ -92,6 +92,8 @@ def test_what_has_no_curve(grey, as_they_are):
         security_curve(Brightness(), grey, [0.1], attack="clean", processing_class=as_they_are)
     with pytest.raises(ValueError, match="attack='clean' makes no adversarial examples"):
         adversarial_examples(Brightness(), grey, epsilon=0.1, attack="clean", processing_class=as_they_are)
+    with pytest.raises(ValueError, match=r"epsilons='8/255' is one radius: give a list .*\['8/255'\]"):
+        security_curve(Brightness(), grey, "8/255", processing_class=as_they_are)
     with pytest.raises(ValueError, match="epsilon=8 is outside"):
         security_curve(Brightness(), grey, [8], processing_class=as_they_are)
     for wrong, message in (

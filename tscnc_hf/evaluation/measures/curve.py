@@ -91,6 +91,8 @@ def security_curve(
     """
     if attack == "clean":
         raise ValueError("attack='clean' has no radius; use an attack such as 'pgd-20'")
+    if isinstance(epsilons, str):
+        raise ValueError(f"epsilons={epsilons!r} is one radius: give a list of them, such as [{epsilons!r}]")
     n, batch_size = whole_number("n", n, 1), whole_number("batch_size", batch_size, 1)
     radii = sorted({pixel_quantity("epsilon", epsilon, norm) for epsilon in epsilons} - {0.0})
     left = sorted(drawn(len(dataset), n, seed))

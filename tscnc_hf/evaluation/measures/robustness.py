@@ -185,10 +185,11 @@ class Robustness:
         self.epsilon = pixel_quantity("epsilon", epsilon, norm)
         self.seed, self.batch_size = whole_number("seed", seed), whole_number("batch_size", batch_size, 1)
         n = None if n is None else whole_number("n", n)
+        attacks = [attacks] if isinstance(attacks, str) else list(attacks or ())
         if not attacks:
             raise ValueError(f"no attack was named; known are {KNOWN_ATTACKS}")
-        attacks = [attacks] if isinstance(attacks, str) else attacks
-        self.attacks = [make_attack(name, self.epsilon, norm, attack_precision) for name in dict.fromkeys(attacks)]
+        made = [make_attack(name, self.epsilon, norm, attack_precision) for name in attacks]
+        self.attacks = list({attack.name: attack for attack in made}.values())
         check_items(dataset)
         size = len(dataset)
         if size == 0:
