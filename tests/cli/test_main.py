@@ -331,6 +331,21 @@ def test_two_models_in_one_folder_are_refused(capsys, folders, tiny_vit):
         assert "other weights" in refused(capsys, command, folder)
 
 
+def test_a_folder_that_is_not_there_is_named_without_the_hub(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    for args in (["inspect", "nofolder"], ["push", "nofolder", "owner/name"], ["pack", "nofolder", "--output", "out"]):
+        said = refused(capsys, *args)
+        assert "there is no folder 'nofolder' here, and no model of that name in the Hub's cache" in said
+    assert "of revision 'v1' in the Hub's cache" in refused(capsys, "inspect", "owner/name", "--revision", "v1")
+
+
+def test_results_that_are_a_folder(capsys, folders, tmp_path):
+    (tmp_path / "figures").mkdir()
+    said = refused(capsys, "card", folders("transformers"), "--results", tmp_path / "figures")
+    assert "figures is a folder; give the results.json that `tscnc evaluate` wrote into it" in said
+
+
 # ---- pack and unpack ----
 
 

@@ -119,7 +119,14 @@ def open_repository(
             "needs a token (hf auth login, or HF_TOKEN)"
         ) from None
     except errors.OfflineModeIsEnabled:
-        folder = Path(snapshot_download(str(source), revision=revision, local_files_only=True))
+        try:
+            folder = Path(snapshot_download(str(source), revision=revision, local_files_only=True))
+        except errors.LocalEntryNotFoundError:
+            at = "" if revision is None else f" of revision {revision!r}"
+            raise FileNotFoundError(
+                f"there is no folder {str(source)!r} here, and no model of that name{at} in the Hub's cache; the Hub "
+                "itself is not asked while HF_HUB_OFFLINE is set"
+            ) from None
         return Repository(str(source), folder, folder.name, folder_sizes(folder))
     files = {file.rfilename: file.size or 0 for file in info.siblings or ()}
     packed = SPARSE_FILE in files and weights != "dense"

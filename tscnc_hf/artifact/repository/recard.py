@@ -74,6 +74,8 @@ def rebuild_card(
             f"{target / CARD_FILE} was not written by this library: give another --output, or --overwrite"
         )
     source = folder / RESULTS_FILE if results_file is None else Path(results_file)
+    if source.is_dir():
+        raise FileNotFoundError(f"{source} is a folder; give the {RESULTS_FILE} that `tscnc evaluate` wrote into it")
     if results_file is not None and not source.is_file():
         raise FileNotFoundError(f"{source}: no such file")
     model, tensors = read_model(repository)
