@@ -79,6 +79,7 @@ def test_wilson_interval_in_closed_form():
     z = 1.959964
     assert wilson_interval(0, 20) == pytest.approx((0, z**2 / (20 + z**2)), abs=1e-12)
     assert wilson_interval(20, 20) == pytest.approx((20 / (20 + z**2), 1), abs=1e-12)
+    assert all(wilson_interval(0, n)[0] == 0.0 and wilson_interval(n, n)[1] == 1.0 for n in range(1, 300))
     assert all(0 <= bound <= 1 for k in range(8) for bound in wilson_interval(k, 7))
 
 

@@ -14,11 +14,12 @@ MASKED = "The model may only hide its gradients: do not trust its accuracy under
 
 
 def wilson_interval(correct: int, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """95 % interval of a proportion (Wilson 1927): fractions in [0, 1]."""
+    """95 % interval of a proportion (Wilson 1927): fractions in [0, 1], which none and all of n reach."""
     p, zz = correct / n, z * z
     centre = (p + zz / (2 * n)) / (1 + zz / n)
     half = z / (1 + zz / n) * math.sqrt(p * (1 - p) / n + zz / (4 * n * n))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    low, high = max(0.0, centre - half), min(1.0, centre + half)
+    return 0.0 if correct == 0 else low, 1.0 if correct == n else high  # but for rounding they are
 
 
 @dataclass(frozen=True)
