@@ -3,12 +3,14 @@
 import contextlib
 import io
 import json
+import re
 
 import pytest
 import torch
 
 from tests.small_models import vit
 from tscnc_hf.artifact.models.building import vit_from_config
+from tscnc_hf.cli import deployment
 from tscnc_hf.cli.main import main
 from tscnc_hf.inference.runtimes import exporting
 
@@ -117,6 +119,31 @@ def test_export(folder, capsys, monkeypatch):
         "resize": {"image_processor": "ViTImageProcessor", "do_resize": True, "resample": 2,
                    "size": {"height": 8, "width": 8}},
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "output, message",
+    [
+        ("", "is a folder; name the file, such as .*model.onnx"),
+        ("model.safetensors", "has the name of a part of a model; give another"),
+        ("model.sparse.safetensors", "has the name of a part of a model"),  # which is not there
+        ("preprocessor_config.json", "is there, and would be overwritten, .* give another name, or take it away"),
+    ],
+)
+def test_an_export_overwrites_nothing_but_an_export(output, message, folder, capsys, monkeypatch):
+    monkeypatch.setattr(deployment, "_opened", None)  # known before
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(SystemExit) as end:
+        main(["export", str(folder), "--output", str(folder / output)])
+    assert end.value.code == 1 and re.search(message, capsys.readouterr().err)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_an_export_takes_the_place_of_an_earlier_one(folder, monkeypatch):
+    monkeypatch.setattr(exporting, "export_onnx", lambda model, example, path, said: path.write_text("new") and {})
+    (folder / "small.onnx").write_text("old")
+    main(["export", str(folder), "--output", str(folder / "small.onnx")])
+    assert (folder / "small.onnx").read_text() == "new"
 
 
 def test_export_of_a_hub_model_needs_a_file(capsys):

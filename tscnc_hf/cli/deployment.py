@@ -77,10 +77,28 @@ def export_model(options: argparse.Namespace) -> dict[str, Any]:
 
     if options.output is None and not Path(options.model).is_dir():
         raise ValueError(f"{options.model} is on the Hub: say where the file goes with --output FILE")
-    model, processor, size, folder = _opened(options)
+    path = Path(options.output or Path(options.model) / "model.onnx")
+    _refuse_overwriting(path)
+    model, processor, size, _ = _opened(options)
     mean, std, order, _ = preprocessing(model, processor)
     said = {"scale": "pixels in [0, 1]", "mean": mean, "std": std, "height": size[1], "width": size[2]}
     said |= {} if order is None else {"channel_order": order}
     said |= {"resize": ModelGeometry(model, processor).identity} if acts(processor) else {}
-    path = Path(options.output or folder / "model.onnx")
     return {"written": str(path)} | export_onnx(model, torch.randn(2, *size), path, said)
+
+
+def _refuse_overwriting(path: Path) -> None:
+    """FileExistsError where an export would take the place of anything but another export."""
+    from tscnc_hf.artifact.models.config import CONFIG_FILE
+    from tscnc_hf.artifact.packed.file import SPARSE_FILE
+    from tscnc_hf.artifact.repository.opening import is_dense_file
+
+    if path.is_dir():
+        raise FileExistsError(f"--output {path} is a folder; name the file, such as {path / 'model.onnx'}")
+    if is_dense_file(path.name) or path.name in (SPARSE_FILE, CONFIG_FILE):
+        raise FileExistsError(f"--output {path} has the name of a part of a model; give another, such as model.onnx")
+    if path.exists() and path.suffix != ".onnx":
+        raise FileExistsError(
+            f"--output {path} is there, and would be overwritten, which only a file that ends in .onnx is; give "
+            "another name, or take it away"
+        )
