@@ -13,9 +13,9 @@ from transformers import ViTModel
 from tests.processes import PATIENCE, family, run_python, started_python
 from tscnc_hf import load_sparse
 from tscnc_hf.artifact.models.saving import save_sparse
-from tscnc_hf.artifact.repository.opening import published_files
+from tscnc_hf.artifact.repository.opening import open_repository, published_files
 from tscnc_hf.artifact.repository.push import push_folder
-from tscnc_hf.artifact.repository.recard import publish
+from tscnc_hf.artifact.repository.recard import publish, rebuild_card
 
 
 PACKED = "model.sparse.safetensors"
@@ -254,6 +254,22 @@ def test_an_upload_that_fails_is_an_error_that_says_what_to_do(folder, hub):
 
 
 # ---- private, branches ----
+
+
+@pytest.mark.parametrize("before", [None, "ours"])
+def test_a_push_that_fails_leaves_the_card_as_it_was(before, folder, hub):
+    (folder / "README.md").unlink()
+    if before:
+        rebuild_card(open_repository(folder), model_name="tester/earlier")
+        before = (folder / "README.md").read_bytes()
+    hub.before_upload = lambda sha256: False
+    with pytest.raises(OSError, match="is as it was before"):
+        publish(folder, REPO)
+    assert (folder / "README.md").is_file() == bool(before)
+    assert before is None or (folder / "README.md").read_bytes() == before
+    hub.before_upload = None
+    publish(folder, REPO)
+    assert REPO in (folder / "README.md").read_text() and REPO.encode() in hub.content(REPO, "README.md")
 
 
 def test_private_repositories(folder, hub, monkeypatch, tmp_path):

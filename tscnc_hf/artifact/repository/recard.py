@@ -138,7 +138,8 @@ def rebuild_card(
 @talking_to_the_hub()
 def publish(folder: str | os.PathLike, repo_id: str, **options: Any) -> CommitInfo:
     """
-    Check a folder, write its card for the name it will have (unless somebody else wrote the card), and push it.
+    Check a folder, write its card for the name it will have (unless somebody else wrote the card), and push it. Where
+    the push fails, the card is as it was.
 
     Args:
         options: of `push_folder`.
@@ -151,11 +152,21 @@ def publish(folder: str | os.PathLike, repo_id: str, **options: Any) -> CommitIn
         raise ValueError(f"{folder} is on the Hub already; push takes a folder here")
     if "/" not in repo_id:
         repo_id = f"{HfApi(token=options.get('token')).whoami()['name']}/{repo_id}"
-    if of_another_author(repository.folder / CARD_FILE):
+    card = repository.folder / CARD_FILE
+    if of_another_author(card):
         read_model(repository)
-    else:
-        rebuild_card(repository, model_name=repo_id)
-    return push_folder(folder, repo_id, **options)
+        return push_folder(folder, repo_id, **options)
+    before = card.read_bytes() if card.is_file() else None
+    rebuild_card(repository, model_name=repo_id)
+    try:
+        return push_folder(folder, repo_id, **options)
+    except BaseException:  # Ctrl-C, too: a card names no repository that does not hold it
+        if before is None:
+            card.unlink(missing_ok=True)
+        else:
+            with atomic_file(card) as temporary:
+                temporary.write_bytes(before)
+        raise
 
 
 def _facts_of_card(path: Path, trained: str | None, measured: str | None) -> tuple[str | None, dict[str, Any]]:
