@@ -17,7 +17,7 @@ from tscnc_hf.evaluation.attacks import make_attack
 from tscnc_hf.evaluation.measures import robustness
 from tscnc_hf.evaluation.measures.examples import adversarial_examples
 from tscnc_hf.evaluation.measures.lipschitz import evaluate_lipschitz
-from tscnc_hf.evaluation.measures.robustness import evaluate_robustness
+from tscnc_hf.evaluation.measures.robustness import evaluate_robustness, refuse_probabilities
 from tscnc_hf.evaluation.subset import drawn
 from tscnc_hf.method.adversarial.noise import seeded_generator
 from tscnc_hf.method.adversarial.pixels import attack_mode
@@ -324,6 +324,36 @@ def test_autoattack_without_its_package(monkeypatch):
 def test_probabilities_are_not_logits(evaluate, robust_network):
     with pytest.raises(ValueError, match="returns probabilities .* attacks need logits"):
         evaluate(nn.Sequential(robust_network, nn.Softmax(-1)))
+
+
+def test_probabilities_are_told_from_few_images_at_a_time(evaluate, robust_network):
+    with pytest.raises(ValueError, match="returns probabilities"):
+        evaluate(nn.Sequential(robust_network, nn.Softmax(-1)), batch_size=1)
+    with pytest.raises(ValueError, match="returns probabilities"):
+        refuse_probabilities(torch.randn(1, 10).softmax(-1))  # all that there is before a training
+
+
+class ProbabilitiesOfOne(nn.Module):
+    """Of an image alone it gives what looks like probabilities, of several logits."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return self.model(x).softmax(-1) if len(x) == 1 else self.model(x)
+
+
+def test_logits_that_look_like_probabilities_by_chance(evaluate, robust_network):
+    report = evaluate(ProbabilitiesOfOne(robust_network), n=17, attacks=("clean",))  # in batches of 16
+    assert report["clean"].correct == evaluate(n=17, attacks=("clean",))["clean"].correct
+    constant = nn.Sequential(robust_network, nn.Linear(10, 10))
+    with torch.no_grad():
+        constant[1].weight.zero_()
+        constant[1].bias.copy_(torch.eye(10)[0])
+    assert evaluate(constant, attacks=("clean",)).collapsed["class"] == 0
+    refuse_probabilities(torch.eye(10)[:1])
+    refuse_probabilities(torch.tensor([[0.6, 0.4004]]))
 
 
 def test_labels_that_the_model_does_not_have(evaluate, robust_network):

@@ -51,6 +51,7 @@ from tscnc_hf.method.numbers import whole_number
 logger = logging.get_logger(__name__)
 
 CHECKED = 64  # images, for hidden gradients
+ENOUGH = 4  # images that tell probabilities from logits that happen to look like them
 
 
 @multiplying("float32")
@@ -279,11 +280,12 @@ class Robustness:
         bar = tqdm(total=n, initial=min(done, n), unit="img",
                    desc="Robust evaluation", disable=not self.progress or state.rank > 0)  # fmt: skip
         in_parts, live = InParts(), sys.stderr.isatty()  # a log file would get a line for each part of a batch
+        seen: list[Tensor] = []
         with attack_mode(self.model), bar:
             for index, batch in zip(todo, loader, strict=True):
                 x, y = batch["pixel_values"].to(self.device), batch["labels"].to(self.device)
                 steps = _attack_batch(
-                    self.forward, made, x, y, batches[index], self.seed, in_parts, found[index] or {}
+                    self.forward, made, x, y, batches[index], self.seed, in_parts, found[index] or {}, seen
                 )
                 for guesses, part in steps:
                     if guesses != found[index]:
@@ -334,7 +336,7 @@ class Robustness:
         x = self._some()["pixel_values"]
         with attack_mode(self.model), torch.no_grad():
             logits = InParts()(lambda part: self.forward(x[part].to(self.device)), len(x))
-        return len(x) > 1 and torch.allclose(logits, logits[:1].expand_as(logits), rtol=1e-5, atol=1e-6)
+        return len(x) > 1 and _all_the_same(logits)
 
     def _some(self) -> dict[str, Tensor]:
         """Up to 64 of the images, as drawn."""
@@ -381,16 +383,21 @@ def _processes(device: torch.device) -> tuple[int, int]:
 
 
 def _attack_batch(
-    forward, attacks: Sequence[Attack], x, y, places: list[int], seed, in_parts, found: Mapping
+    forward, attacks: Sequence[Attack], x, y, places: list[int], seed, in_parts, found: Mapping, seen: list[Tensor]
 ) -> Iterator[tuple[dict[str, list[int]], str | None]]:
     """
     Per image: its label, and the class that is named for it clean, and after each attack and each of its parts; an
     image that is wrong is not attacked any more. What there is, `found` to begin with, is yielded before each part,
-    with the part's name, and at last with None.
+    with the part's name, and at last with None. `seen` are the logits of earlier batches, until these are enough to
+    refuse probabilities.
     """
     with torch.no_grad():
         logits = in_parts(lambda part: forward(x[part]), len(x))
     check_logits(logits, y)
+    if sum(map(len, seen)) < ENOUGH:
+        seen.append(logits)
+        if sum(map(len, seen)) >= ENOUGH:
+            refuse_probabilities(torch.cat(seen))
     for attack in attacks:
         check_fit(attack, logits.shape[1], tuple(x.shape[-2:]))
     # kept ones are what attacks were run on; another kernel may decide a tie otherwise
@@ -424,11 +431,10 @@ def _attack_batch(
 
 
 def check_logits(logits: Tensor, y: Tensor) -> None:
-    """ValueError when `logits` (b, k) cannot be logits for these labels: wrong shape, not finite, probabilities."""
+    """ValueError when `logits` (b, k) cannot be logits for these labels: wrong shape, not finite."""
     check_outputs(int(y.min()), int(y.max()), _outputs(logits))
     if not torch.isfinite(logits).all():
         raise ValueError("the model returns logits that are not finite for clean images")
-    refuse_probabilities(logits)
 
 
 def _outputs(logits: Tensor) -> int:
@@ -440,13 +446,23 @@ def _outputs(logits: Tensor) -> int:
 
 
 def refuse_probabilities(logits: Tensor) -> None:
-    """ValueError where `logits` (b, k) are probabilities already, which neither attacks nor a cross-entropy suit."""
-    sums = logits.sum(-1)
-    if logits.shape[1] > 1 and (logits >= 0).all() and torch.allclose(sums, torch.ones_like(sums), atol=1e-3):
+    """
+    ValueError where `logits` (b, k) are probabilities already, which neither attacks nor a cross-entropy suit. Logits
+    of one image may be >= 0 and sum to about 1 by chance, and those of a network that answers all images alike may,
+    too: so few images have to do it as exactly as a softmax does, and more of them not all with the same logits.
+    """
+    few, sums = len(logits) < ENOUGH, logits.sum(-1)
+    found = torch.allclose(sums, torch.ones_like(sums), rtol=0, atol=1e-5 if few else 1e-3)
+    found = found and bool((logits > 0).all() if few else (logits >= 0).all() and not _all_the_same(logits))
+    if logits.shape[1] > 1 and found:
         raise ValueError(
             "the model returns probabilities (each row is >= 0 and sums to 1); attacks need logits: leave out its "
             "softmax, or wrap it to return log(p)"
         )
+
+
+def _all_the_same(logits: Tensor) -> bool:
+    return torch.allclose(logits, logits[:1].expand_as(logits), rtol=1e-5, atol=1e-6)
 
 
 def _share(results: list[dict], name: str) -> float:
