@@ -27,7 +27,7 @@ FAST := tests/method tests/data tests/artifact --ignore tests/artifact/repositor
 	bench-adversary bench-peers bench-packing bench-pruning bench-training bench-inputs bench-inference bench-deepsparse bench-sweep clean
 
 demo: $(STAMP)
-	rm -rf outputs/vit-digits-demo/checkpoint-* outputs/vit-digits-demo-dense-twin/checkpoint-*  # of a demo before
+	rm -rf outputs/vit-digits-demo outputs/vit-digits-demo-dense-twin  # of a demo before
 	$(BIN)/python recipes/vit_cifar10.py --config recipes/configs/vit_digits_demo.yaml
 
 # What is published of the folder FROM, packed, as recipes/models/NAME, with a card of what lies there; PACK: `tscnc pack --help`.

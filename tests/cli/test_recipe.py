@@ -97,6 +97,18 @@ def test_checkpoints_of_an_earlier_run_end_a_recipe_before_its_twin_is_trained(s
     assert begun == [] and message.startswith("error: ") and "checkpoint-4 of an earlier run" in message
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "model.sparse.safetensors", "model.safetensors.index.json"])
+def test_a_finished_model_is_not_replaced(name, start, tmp_path):
+    """It may be the one that is to be fine-tuned, or the teacher."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).write_text("of another run")
+    for options in ([], ["--compare_dense", "true"], ["--resume", "true"]):
+        begun, message = start(*options)
+        assert begun == [] and message.startswith("error: ") and "holds a finished model, which this run" in message
+    checkpoint(tmp_path / "run")
+    assert start("--resume", "true")[0] == [(str(tmp_path / "run"), True)]  # whose run goes on
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -282,7 +282,7 @@ def run(config: TSCNCConfig, arguments: DataArguments, build: Callable[[], tuple
 
     from tscnc_hf.data.decoding import ImageError
     from tscnc_hf.training.compressor import ScheduleError
-    from tscnc_hf.training.resume.checkpoints import ResumeError, others_text
+    from tscnc_hf.training.resume.checkpoints import ResumeError, finished_text, others_text
     from tscnc_hf.training.resume.storage import StorageError
 
     def build_one(config: TSCNCConfig) -> tuple:
@@ -299,6 +299,8 @@ def run(config: TSCNCConfig, arguments: DataArguments, build: Callable[[], tuple
     dense = None
     with one_line_errors((StorageError, ResumeError, ScheduleError, ImageError)):  # of others a traceback says more
         resume = resume_point(config, arguments)
+        if text := finished_text(config.output_dir):  # it may be the one that this run starts from
+            raise ResumeError(text)
         if arguments.compare_dense:
             if not resume and (text := others_text(config.output_dir)):
                 raise ResumeError(text)  # before the twin is trained, not after

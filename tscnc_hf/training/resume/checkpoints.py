@@ -18,6 +18,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
 from tscnc_hf.artifact.card.formatting import format_bytes
 from tscnc_hf.artifact.files.atomic import write_json
+from tscnc_hf.artifact.models.weights import has_weights
+from tscnc_hf.artifact.packed.file import SPARSE_FILE
 
 
 UNFINISHED = ".unfinished-checkpoint"  # hidden: not pushed, and no checkpoint to anybody
@@ -124,6 +126,17 @@ def others_text(run_folder: str | os.PathLike) -> str | None:
         f"{run_folder} holds {found} of an earlier run: those of a new one would be mixed with them, and the "
         "latest step would be taken for the last one. Go on with the earlier run (resume_from_checkpoint=True, "
         f"--resume true), use another output_dir, or remove {os.path.join(run_folder, PREFIX_CHECKPOINT_DIR)}-*"
+    )
+
+
+def finished_text(run_folder: str | os.PathLike) -> str | None:
+    """Why a run can not begin in a folder without checkpoints: a finished model is there. None if there is none."""
+    folder = Path(run_folder)
+    if checkpoints(folder) or not (has_weights(folder) or (folder / SPARSE_FILE).is_file()):
+        return None
+    return (
+        f"{run_folder} holds a finished model, which this run would replace: use another output_dir, or move that "
+        "model away"
     )
 
 
