@@ -27,7 +27,10 @@ MAY = {"preprocessor_config.json", *(f"figures/{name}.png" for name in ("trainin
 MAY |= {"figures/adversarial_examples.png"}
 LOT = 6_000_000  # bytes, all of it
 ATTACKS = {"clean", "pgd-20", "autoattack"}
-NOT_YET = {"cnn-wide-cifar10-99": {"autoattack"}, "vit-wide-cifar10-99": {"autoattack"}}  # which docs/results.md says, and its card
+NOT_YET = {
+    "cnn-wide-cifar10-99": {"autoattack"},
+    "vit-wide-cifar10-99": {"autoattack"},
+}  # which docs/results.md says, and its card
 
 
 @pytest.fixture(autouse=True)

@@ -544,7 +544,7 @@ FILES = {
     ("ablation_cnn_50k.yaml",): ("dense-TSC-0 TSC-0", {"TSC"}),
     ("ablation_cnn_50k.yaml", "ablation_cnn_50k_wide.yaml"): (
         "dense LAMP TSC",
-        {"LAMP", "TSC + LAMP", "TSC 7.5e-7 + LAMP", "TSC 7.5e-7 + LAMP, slow"},
+        {"LAMP", "TSC + LAMP", "TSC 7.5e-7 + LAMP", "TSC 7.5e-7 + LAMP, slow", "TSC 7.5e-7 + LAMP, long"},
     ),
     ("ablation_vit_50k.yaml",): ("dense-0 TSC-0", {"TSC"}),
     ("ablation_vit_50k.yaml", "ablation_vit_50k_wide.yaml"): ("dense-0 TSC-0", {"TSC"}),
