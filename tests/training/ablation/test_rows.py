@@ -8,6 +8,7 @@ from recipes.results.renew_settings import renew
 from tests.training.ablation.test_grid import a_row
 from tscnc_hf import TSCNCConfig
 from tscnc_hf.training.ablation.grid import Cell, Grid
+from tscnc_hf.training.ablation.grid import grid as cells_of
 from tscnc_hf.training.ablation.rows import Results, read_rows
 
 
@@ -57,6 +58,17 @@ def test_a_cell_is_told_by_the_attack_that_it_is_measured_with(grid):
     assert len({grid(epsilon=epsilon).fingerprint(own) for epsilon in ("1/255", "4/255", "8/255")}) == 3
     assert len({grid(norm=norm).fingerprint(Cell("l2", 0.9, 0, {"norm": "l2"})) for norm in ("linf", "l2")}) == 2
     assert grid().fingerprint(own) != grid().fingerprint(plain)
+
+
+def test_arms_that_say_the_same_of_their_dense_training_share_one(grid):
+    usual = grid().config.weight_decay
+    arms = {
+        "a": {"pretraining": {"tsc_weight": 1e-6}},
+        "b": {"pretraining": {"tsc_weight": 1e-6, "weight_decay": usual}},
+    }
+    cells = cells_of(arms, [0.9], [0], {})
+    assert [cell.arm for cell in cells] == ["dense-a", "dense-b", "a", "b"]
+    assert [cell.arm for cell in grid().untrained(cells, cells)] == ["dense-a"]
 
 
 def test_an_option_that_comes_later_changes_no_fingerprint(grid, monkeypatch):

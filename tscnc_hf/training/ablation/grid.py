@@ -239,8 +239,11 @@ class Grid:
     def untrained(self, cells: Sequence[Cell], wanted: Sequence[Cell]) -> list[Cell]:
         """The dense trainings among `cells` from which one of `wanted` starts and whose weights are not there yet."""
         starts = {self.folder(self.dense(cell)) for cell in wanted if cell.pretraining is not None}
-        found = [cell for cell in cells if cell.is_dense and self.folder(cell) in starts]
-        return [cell for cell in found if not (self.folder(cell) / TRAINED_FILE).exists()]
+        found: dict[Path, Cell] = {}  # arms that say the same in other words share one
+        for cell in cells:
+            if cell.is_dense and (folder := self.folder(cell)) in starts:
+                found.setdefault(folder, cell)
+        return [cell for folder, cell in found.items() if not (folder / TRAINED_FILE).exists()]
 
     def unreachable(self, cells: Sequence[Cell]) -> dict[Cell, ValueError]:
         """Those that cannot be pruned as their options say, and why: known before the first is trained."""
