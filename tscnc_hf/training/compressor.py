@@ -491,17 +491,17 @@ def build_pruner(model: nn.Module, args: TSCNCConfig) -> Pruner:
         pruner.keep_zeros()
         if not any(bool((full_tensor(record.weight) == 0).any()) for record in weight_matrices(model)):
             raise ValueError("keep_masks=True, but no prunable weight of the model is zero: load a sparse checkpoint")
+        if 0 < args.target_sparsity < pruner.initial_sparsity:
+            raise ValueError(
+                f"target_sparsity={args.target_sparsity} is less than the {pruner.initial_sparsity:.6g} that the "
+                "model has already and keep_masks=True keeps: raise the target, or leave it out to fine-tune"
+            )
         *_, last = weight_matrices(model)
         if not full_tensor(last.weight).any():
             raise ValueError(
                 f"keep_masks=True keeps zeros, and {last.name}, the last layer of the model, has nothing else: it "
                 "would stay so, and all images look alike. A new head that begins at zero has to be initialised, with "
                 "torch.nn.init.trunc_normal_(weight, std=0.02) for example, or named in pruning_exclude"
-            )
-        if 0 < args.target_sparsity < pruner.initial_sparsity:
-            raise ValueError(
-                f"target_sparsity={args.target_sparsity} is less than the {pruner.initial_sparsity:.6g} that the "
-                "model has already and keep_masks=True keeps: raise the target, or leave it out to fine-tune"
             )
     if args.target_sparsity > 0:
         pruner.check(args.target_sparsity)

@@ -215,6 +215,14 @@ def test_other_options_than_those_of_the_checkpoint_are_named(step, finished, bu
     assert all(torch.equal(before[name], tensor) for name, tensor in trainer.model.state_dict().items())
 
 
+def test_another_batch_is_refused_where_the_steps_are_as_many(finished, build, make_trainer, tmp_path):
+    """Four of 16 images each, or of 20 and 4 at the end."""
+    with pytest.raises(ResumeError, match="trained with 16 images a step, now there would be 20: .*per_device_train"):
+        run(make_trainer, build("vit"), tmp_path / "on", finished, **(SHORT | {"per_device_train_batch_size": 20}))
+    more = SHORT | {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2, "num_train_epochs": 3}
+    run(make_trainer, build("vit"), tmp_path / "same", finished, **more)
+
+
 def test_what_a_run_is_made_of_is_one_of_the_files_of_its_checkpoints(finished, make_config, tmp_path):
     listed = json.loads((finished / FILE_LIST).read_text())["files"]
     assert listed[IDENTITY_FILE] == (finished / IDENTITY_FILE).stat().st_size

@@ -15,6 +15,7 @@ from tscnc_hf.training.resume.checkpoints import ResumeError
 
 
 IDENTITY_FILE = "run_identity.json"
+IMAGES = "images_a_step"  # of all processes, accumulation with it
 NAMED = 6  # differences in a message: another network has dozens
 # Upstream's options that decide what is trained. What decides for how long is looked at when the steps are known
 # (`check_length`, `check_batch`); the others say where things go, what is logged and how fast it is.
@@ -73,6 +74,14 @@ def steps_planned(checkpoint: str | Path) -> int | None:
         return None
 
 
+def images_a_step(checkpoint: str | Path) -> int | None:
+    """How many images an optimizer step had when a run wrote a checkpoint; None if it does not say."""
+    try:
+        return json.loads((Path(checkpoint) / IDENTITY_FILE).read_text(encoding="utf-8")).get(IMAGES)
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
 def check_length(global_step: int, max_steps: int, planned: int | None) -> str | None:
     """
     What another length of training changes, where the whole run was `planned` to have other than `max_steps` optimizer
@@ -94,20 +103,26 @@ def check_length(global_step: int, max_steps: int, planned: int | None) -> str |
     )
 
 
-def check_batch(global_step: int, epoch: float, steps_per_epoch: int) -> None:
+def check_batch(
+    global_step: int, epoch: float, steps_per_epoch: int, images: tuple[int | None, int] = (None, 0)
+) -> None:
     """
     Refuse to go on with another number of images a step: `steps_per_epoch` from now on, after `global_step` in `epoch`
-    passes over the data.
+    passes over the data. `images`: a step, before and now, which may be others where the steps are as many; None
+    where the checkpoint does not say.
 
     Raises:
         ResumeError: they were others. The schedule and the place in the data are counted in steps.
     """
-    before = global_step / epoch if epoch else steps_per_epoch
+    before, what = global_step / epoch if epoch else steps_per_epoch, None
     if abs(before - steps_per_epoch) >= 1:  # where accumulation does not divide an epoch, it is a part of a step less
+        what = f"{before:.6g} steps an epoch, now there would be {steps_per_epoch}"
+    elif images[0] not in (None, images[1]):
+        what = f"{images[0]} images a step, now there would be {images[1]}"
+    if what is not None:
         raise ResumeError(
-            f"the checkpoint was trained with {before:.6g} steps an epoch, now there would be {steps_per_epoch}: "
-            "schedules and data would go on somewhere else. Take the same training data, and keep "
-            "processes x per_device_train_batch_size x gradient_accumulation_steps as it was"
+            f"the checkpoint was trained with {what}: schedules and data would go on somewhere else. Take the same "
+            "training data, and keep processes x per_device_train_batch_size x gradient_accumulation_steps as it was"
         )
 
 

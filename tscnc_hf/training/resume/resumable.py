@@ -35,10 +35,12 @@ from tscnc_hf.training.resume.checkpoints import (
 )
 from tscnc_hf.training.resume.compatible import (
     IDENTITY_FILE,
+    IMAGES,
     check_batch,
     check_identity,
     check_length,
     decisive_options,
+    images_a_step,
     steps_planned,
     what_differs,
 )
@@ -75,6 +77,7 @@ class ResumableTrainer(Trainer):
         self._wrote_here = False  # a checkpoint: from then on those of the folder are this trainer's
         self._identity: RunIdentity | None = None  # while training
         self._steps_planned: int | None = None  # of the run that was resumed, when its checkpoint was written
+        self._images_before: int | None = None  # a step of the run that was resumed, where its checkpoint says
         self._beginning: tuple | None = None  # weights and moments, while training may have to begin anew
         self.data_identity: dict | None = None
         self.termination = Termination(can_wait=False)
@@ -84,11 +87,8 @@ class ResumableTrainer(Trainer):
     def identity(self) -> RunIdentity:
         """The options that decide what is trained, the data and the code; kept in each checkpoint and compared."""
         options, usual = decisive_options(self.args)
-        if self.train_dataset is not None:
-            images = self.args.train_batch_size * self.args.gradient_accumulation_steps
-            options["images_a_step"] = images * (1 if self.accelerator.split_batches else self.args.world_size)
-            if has_length(self.train_dataset):  # checkpoints of before this was kept say nothing of it, and go on
-                usual["images_a_step"] = options["images_a_step"]
+        if self.train_dataset is not None and not has_length(self.train_dataset):  # else `check_batch` sees it
+            options[IMAGES] = self._images_a_step()
         data = self.data_identity or {
             part: {name: dataset_identity(one) for name, one in given.items()}
             if isinstance(given, dict)
@@ -97,6 +97,10 @@ class ResumableTrainer(Trainer):
             if given is not None
         }
         return RunIdentity(options, data, code_identity(), usual=usual)
+
+    def _images_a_step(self) -> int:
+        processes = 1 if self.accelerator.split_batches else self.args.world_size
+        return self.args.train_batch_size * self.args.gradient_accumulation_steps * processes
 
     def writing(self, what: str, run_folder: str | os.PathLike):
         """Inside, a full disk or a read-only folder is a `StorageError` that says what there is to go on from."""
@@ -123,7 +127,8 @@ class ResumableTrainer(Trainer):
                 super()._save_checkpoint(model, trial)
                 written, self._unfinished = self._unfinished / name, None
                 if args.should_save:
-                    write_json((self._identity or self.identity()).to_dict(), written / IDENTITY_FILE)
+                    made_of = (self._identity or self.identity()).to_dict()
+                    write_json(made_of | {IMAGES: self._images_a_step()}, written / IDENTITY_FILE)
                 self._record_best(run_folder, written)
                 wait()
                 # one process does it; on file systems that it does not see, the first of each other machine
@@ -152,6 +157,7 @@ class ResumableTrainer(Trainer):
         # upstream loads by the names on disk, which are not those in memory for ViT and others, and only warns
         load_weights(self.model, resume_from_checkpoint)
         self._steps_planned = steps_planned(resume_from_checkpoint)
+        self._images_before = images_a_step(resume_from_checkpoint)
 
     def _load_best_model(self):
         self._load_from_checkpoint(self.state.best_model_checkpoint)
@@ -363,7 +369,9 @@ class ResumeCallback(TrainerCallback):
         if state.global_step == 0:
             return
         if has_length(train_dataloader):
-            check_batch(state.global_step, state.epoch, -(-len(train_dataloader) // args.gradient_accumulation_steps))
+            steps = -(-len(train_dataloader) // args.gradient_accumulation_steps)
+            images = self.trainer._images_before, self.trainer._images_a_step()
+            check_batch(state.global_step, state.epoch, steps, images if state.global_step else (None, images[1]))
         text = check_length(state.global_step, state.max_steps, self.trainer._steps_planned)
         if text and state.is_world_process_zero:
             logger.warning(text)
