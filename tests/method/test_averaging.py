@@ -121,5 +121,5 @@ def test_wrong_input():
         with pytest.raises(ValueError, match="outside"):
             WeightAverage(network(), decay)
     average = WeightAverage(network(), 0.9)
-    with pytest.raises(ValueError, match="not the tensors of this model: 1 names differ, such as '3.bias'"):
+    with pytest.raises(ValueError, match="not the averages of this model: 1 names differ, such as '3.bias'"):
         average.load({name: t for name, t in average.tensors.items() if name != "3.bias"})

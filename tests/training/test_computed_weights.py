@@ -29,7 +29,7 @@ def test_pruning_what_little_is_left_is_refused(make_config, as_they_are):
     rest = TSCNCTrainer(model, make_config(pruning_exclude=["stem", "body"]), processing_class=as_they_are)
     assert list(rest.compressor.pruner.records) == ["head.weight"]
     dense = TSCNCTrainer(model, make_config(target_sparsity=0.0, weight_decay=0.1), processing_class=as_they_are)
-    assert dense.get_decay_parameter_names(model) == ["stem.weight", "body.weight", "head.weight"]
+    assert dense.get_decay_parameter_names(model) == ["head.weight", "stem.weight", "body.weight"]
 
 
 def test_a_network_of_nothing_else_says_why(make_config):
@@ -82,6 +82,6 @@ def test_what_a_weight_is_computed_from_decays(make_config, as_they_are):
     model.forward = lambda x: model.last(model.head(model.body(model.stem(x)).mean((2, 3))))
     trainer = TSCNCTrainer(model, make_config(target_sparsity=0.0, weight_decay=0.1), processing_class=as_they_are)
     assert trainer.get_decay_parameter_names(model) == [
-        "stem.weight", "body.parametrizations.weight.original1", "head.parametrizations.weight.original",
-        "last.weight",
+        "last.weight", "stem.weight", "body.parametrizations.weight.original1",
+        "head.parametrizations.weight.original",
     ]  # fmt: skip

@@ -69,19 +69,19 @@ class WeightAverage:
         Raises:
             ValueError: the names are not those of this model.
         """
-        load_tensors_(self.tensors, tensors)
+        load_tensors_(self.tensors, tensors, "averages")
 
 
-def load_tensors_(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+def load_tensors_(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], what: str = "tensors") -> None:
     """
-    Give tensors (`own_tensors` of a model, its average) other values, which are whole.
+    Give tensors (`own_tensors` of a model, its average) other values, which are whole; `what` they are, in words.
 
     Raises:
         ValueError: the names are not the same.
     """
     if tensors.keys() != own.keys():
         odd = sorted(tensors.keys() ^ own.keys())
-        raise ValueError(f"these are not the tensors of this model: {len(odd)} names differ, such as {odd[0]!r}")
+        raise ValueError(f"these are not the {what} of this model: {len(odd)} names differ, such as {odd[0]!r}")
     for name, tensor in own.items():
         copy_whole_(tensor, tensors[name])
 

@@ -280,11 +280,12 @@ class TSCNCTrainer(ResumableTrainer):
 
     def get_decay_parameter_names(self, model) -> list[str]:
         """Weight decay acts on the weights of layers; not on gates, norms, biases, embeddings and tokens."""
-        decayed = {id(record.weight) for record in weight_matrices(model)}
+        decayed = [record.weight for record in weight_matrices(model)]
         for name in computed_weights(model):  # from these; lengths of rows and gains, one for each row, are none
             layer = model.get_submodule(name.rpartition(".")[0])
-            decayed |= {id(one) for one in layer.parameters() if one.ndim > 1 and one.numel() > len(one)}
-        return [name for name, parameter in model.named_parameters() if id(parameter) in decayed]
+            decayed += [one for one in layer.parameters() if one.ndim > 1 and one.numel() > len(one)]
+        names = {id(parameter): name for name, parameter in model.named_parameters()}  # the first of a tied one
+        return list(dict.fromkeys(names[id(parameter)] for parameter in decayed))
 
     def create_optimizer(self, *args, **kwargs):
         made_here = self.optimizer is None
