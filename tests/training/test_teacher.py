@@ -117,6 +117,15 @@ def test_the_runs_own_dense_network_is_the_one_that_pruning_begins_with(more, bu
     assert (trainer.adversary.logits(trainer.model)(x) - expected).abs().max() > 0.1
 
 
+def test_the_runs_own_network_may_keep_what_it_has_computed(build, make_trainer):
+    model, processor = build("vit")
+    model.classifier.register_forward_hook(lambda layer, inputs, outputs: setattr(model, "last_logits", outputs))
+    trainer = make_trainer((model, processor), **OWN)
+    trainer.train()
+    assert sum("distill_loss" in entry for entry in trainer.state.log_history) == 12
+    assert model.last_logits is not trainer.teacher._model.last_logits
+
+
 def test_a_second_training_has_a_teacher_of_its_own(build, make_trainer):
     """As one that begins anew after running out of memory."""
     trainer, taught = make_trainer(build("vit"), **(OWN | {"num_train_epochs": 2, "pruning_start": 0.0})), []

@@ -286,6 +286,7 @@ class ResumableTrainer(Trainer):
         if resume_from_checkpoint or self.args.save_strategy != SaveStrategy.NO:
             self._identity = self.identity()
         self.termination = Termination(self.args.world_size == 1 and self.args.save_strategy != SaveStrategy.NO)
+        self._steps_planned = self._images_before = None  # of a run that was resumed before
         self.about_to_train()
         try:
             with self.termination.watching():
@@ -371,7 +372,7 @@ class ResumeCallback(TrainerCallback):
         if has_length(train_dataloader):
             steps = -(-len(train_dataloader) // args.gradient_accumulation_steps)
             images = self.trainer._images_before, self.trainer._images_a_step()
-            check_batch(state.global_step, state.epoch, steps, images if state.global_step else (None, images[1]))
+            check_batch(state.global_step, state.epoch, steps, images)
         text = check_length(state.global_step, state.max_steps, self.trainer._steps_planned)
         if text and state.is_world_process_zero:
             logger.warning(text)
